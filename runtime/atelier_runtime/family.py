@@ -1,0 +1,157 @@
+"""The family protocol: what differs between model families, and nothing else.
+
+A family is an object without state. Its facts are class attributes; its behaviour is `encode_text` and `predict`, and where the
+defaults do not fit `encode_pixels`, `collate_text`, `stages`, `sampling_arguments`. Noise, timesteps, loss, adapters, sharding,
+caches, saving and sampling loops are not its business.
+
+Public convention, whatever the network wants inside:
+
+* flow: `time` is sigma in (0, 1], 1 is noise; `noisy = (1 - sigma) * clean + sigma * noise`; `predict` returns `noise - clean`.
+* diffusion: `time` is the integer DDPM step (long); `predict` returns the network's own epsilon or v.
+
+`time` is [B]; a family whose network takes a time per token also accepts [B, tokens].
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from atelier_api.families import FamilyFacts
+
+Features = dict[str, Tensor]
+"""Text features of one sample, without batch dimension, at true length: what the cache stores."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A list of repeated blocks of a denoiser: what is recomputed, sharded and hooked.
+
+    `attribute` is the dotted path of the `nn.ModuleList` (or of a list of lists); `streams` says what a block returns:
+    `tokens` one tensor of picture tokens, `text,tokens` or `tokens,text` a pair, `text|tokens` or `tokens|text` one
+    concatenated tensor.
+    """
+
+    attribute: str
+    streams: Literal["tokens", "text,tokens", "tokens,text", "text|tokens", "tokens|text"] = "tokens"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A range of sigma that one denoiser is responsible for. Most families have one over (0, 1]."""
+
+    denoiser: str
+    low: float = 0.0
+    high: float = 1.0
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Clean latents in the denoiser's normalisation, [B, C, H, W] or [B, C, F, H, W], and the posterior's standard deviation.
+
+    `std` is None where the pipeline takes the posterior's mode; otherwise training draws `mean + std * noise`.
+    """
+
+    mean: Tensor
+    std: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the denoiser is given beside the noisy latents, for a micro-batch of B.
+
+    `text`: the collated features. `sizes`: [B, 6] original height and width, crop top and left, target height and width, in
+    pixels. `guidance`: value of a guidance embedding; None takes the family's training value. `frame_rate`: frames per second.
+    """
+
+    text: Features
+    sizes: Tensor
+    guidance: float | None = None
+    frame_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One picture or clip to draw with the stock pipeline."""
+
+    prompt: str
+    negative: str | None
+    width: int
+    height: int
+    frames: int
+    steps: int | None
+    guidance: float | None
+    generator: torch.Generator = field(repr=False)
+
+
+class Family(ABC):
+    """One model family. See the module docstring for the convention of `time` and of the prediction."""
+
+    name: ClassVar[str]
+    pipeline: ClassVar[str]
+    """Class in diffusers that samples the result."""
+    denoisers: ClassVar[tuple[str, ...]] = ("transformer",)
+    """Pipeline components that are trained; a checkpoint may lack all but the first."""
+    lora_targets: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Preset (`attention`, `mlp`, `all`) to suffixes of module names."""
+    excluded_targets: ClassVar[tuple[str, ...]] = ()
+    """Regular expressions over whole module names that never get a gradient and so are never targets."""
+    blocks: ClassVar[tuple[Blocks, ...]]
+    frozen_parameters: ClassVar[tuple[str, ...]] = ()
+    """Regular expressions over parameter names that no gradient reaches: frozen in full-rank training."""
+
+    @property
+    def facts(self) -> FamilyFacts:
+        """The family's row in the API table."""
+        from atelier_api.families import FAMILIES
+
+        return FAMILIES[self.name]
+
+    @abstractmethod
+    def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
+        """Features of each prompt exactly as the stock pipeline makes them, on the encoders' device, at true length."""
+
+    @abstractmethod
+    def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
+        """The prediction for `noisy`, of the same shape, in the convention of the module docstring."""
+
+    def collate_text(self, samples: Sequence[Features]) -> Features:
+        """Features of a batch, [B, ...]: stacked, and padded with zeros along the first dimension where lengths differ."""
+        return {key: _stack([sample[key] for sample in samples]) for key in samples[0]}
+
+    def encode_pixels(self, pipe: Any, pixels: Tensor) -> Latents:
+        """Latents of [B, 3, H, W] (or [B, 3, F, H, W]) pixels in [-1, 1], for a scalar-normalised `AutoencoderKL`."""
+        posterior = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist
+        scale = pipe.vae.config.scaling_factor
+        shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
+        return Latents(mean=(posterior.mean - shift) * scale, std=posterior.std * scale)
+
+    def stages(self, pipeline_config: Mapping[str, Any], denoisers: Sequence[str]) -> tuple[Stage, ...]:
+        """Which of the checkpoint's `denoisers` trains which range of sigma. `pipeline_config` is `model_index.json`."""
+        return (Stage(denoisers[0]),)
+
+    def sampling_arguments(self, pipe: Any, request: SampleRequest) -> dict[str, Any]:
+        """Arguments for the stock pipeline's call; absent ones stay at the pipeline's default."""
+        arguments: dict[str, Any] = {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative,
+            "width": request.width,
+            "height": request.height,
+            "num_inference_steps": request.steps,
+            "guidance_scale": request.guidance,
+            "generator": request.generator,
+        }
+        if self.facts.modality == "video":
+            arguments["num_frames"] = request.frames
+        return {key: value for key, value in arguments.items() if value is not None}
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    longest = max(tensor.shape[0] if tensor.ndim else 0 for tensor in tensors)
+    if all(tensor.shape == tensors[0].shape for tensor in tensors):
+        return torch.stack(list(tensors))
+    padded = [torch.cat([t, t.new_zeros((longest - t.shape[0], *t.shape[1:]))]) for t in tensors]
+    return torch.stack(padded)
