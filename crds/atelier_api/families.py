@@ -1,6 +1,6 @@
 """The table of model families: what validation and the planner must know without torch. One row per family."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -31,7 +31,8 @@ class Flavour:
 class FamilyFacts:
     """One row. `frame_rule` (m, r): a clip has n = r modulo m frames. `shift` is the fallback where a checkpoint names none.
 
-    `latent_factor` and `temporal_factor` are the autoencoder's, `patch` is the side of a token in latent pixels.
+    `latent_factor` and `temporal_factor` are the autoencoder's, `patch` is the side of a token in latent pixels. `pipelines` are
+    the `_class_name`s in `model_index.json` of checkpoints that the family can train.
     """
 
     name: str
@@ -48,9 +49,208 @@ class FamilyFacts:
     frame_rule: tuple[int, int] | None = None
     temporal_factor: int = 1
     frame_rate: float | None = None
+    pipelines: tuple[str, ...] = ()
 
     def latent_tokens(self, width: int, height: int, frames: int = 1) -> int:
         """Tokens of one sample of `width` x `height` pixels and `frames` frames."""
         edge = self.latent_factor * self.patch
         latent_frames = (frames - 1) // self.temporal_factor + 1
         return (width // edge) * (height // edge) * latent_frames
+
+
+# Parameters are counted on the published configs (a test builds each without memory); encoders and autoencoders likewise.
+# `activation_bytes_per_token` is measured on one block of full size by tests/bench/activation_bytes.py, which says how.
+SD3 = FamilyFacts(
+    name="sd3",
+    title="Stable Diffusion 3 and 3.5",
+    modality="image",
+    objective="flow",
+    pixel_multiple=16,
+    latent_channels=16,
+    latent_factor=8,
+    patch=2,
+    shift=3.0,
+    licence="Stability AI Community License",
+    flavours=(
+        Flavour(
+            name="3.5-medium",
+            source="hf://stabilityai/stable-diffusion-3.5-medium",
+            parameters=2_243_171_520,
+            layers=24,
+            width=1536,
+            mlp_width=6144,
+            text_tokens=333,
+            encoder_parameters=5_580_620_800,
+            vae_parameters=83_819_683,
+            activation_bytes_per_token=80_000,
+        ),
+        Flavour(
+            name="3.5-large",
+            source="hf://stabilityai/stable-diffusion-3.5-large",
+            parameters=8_056_627_520,
+            layers=38,
+            width=2432,
+            mlp_width=9728,
+            text_tokens=333,
+            encoder_parameters=5_580_620_800,
+            vae_parameters=83_819_683,
+            activation_bytes_per_token=110_000,
+        ),
+        Flavour(
+            name="3-medium",
+            source="hf://stabilityai/stable-diffusion-3-medium-diffusers",
+            parameters=2_028_328_000,
+            layers=24,
+            width=1536,
+            mlp_width=6144,
+            text_tokens=333,
+            encoder_parameters=5_580_620_800,
+            vae_parameters=83_819_683,
+            activation_bytes_per_token=70_000,
+        ),
+    ),
+    pipelines=("StableDiffusion3Pipeline",),
+)
+
+_FLUX_DEV = Flavour(
+    name="dev",
+    source="hf://black-forest-labs/FLUX.1-dev",
+    parameters=11_901_408_320,
+    layers=57,
+    width=3072,
+    mlp_width=12288,
+    text_tokens=512,
+    encoder_parameters=4_885_371_136,
+    vae_parameters=83_819_683,
+    activation_bytes_per_token=130_000,
+)
+
+FLUX = FamilyFacts(
+    name="flux",
+    title="Flux.1",
+    modality="image",
+    objective="flow",
+    pixel_multiple=16,
+    latent_channels=16,
+    latent_factor=8,
+    patch=2,
+    shift="dynamic",
+    licence="FLUX.1 [dev] Non-Commercial License; schnell: Apache-2.0",
+    flavours=(
+        _FLUX_DEV,
+        replace(_FLUX_DEV, name="krea", source="hf://black-forest-labs/FLUX.1-Krea-dev"),
+        replace(
+            _FLUX_DEV,
+            name="schnell",
+            source="hf://black-forest-labs/FLUX.1-schnell",
+            parameters=11_891_178_560,
+            text_tokens=256,
+        ),
+    ),
+    pipelines=("FluxPipeline",),
+)
+
+SDXL = FamilyFacts(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    modality="image",
+    objective="diffusion",
+    pixel_multiple=8,
+    latent_channels=4,
+    latent_factor=8,
+    # A UNet has no tokens of one size: this is the side of those in its deepest level, where 60 of the 70 transformer blocks are.
+    patch=4,
+    shift="none",
+    licence="CreativeML Open RAIL++-M",
+    flavours=(
+        Flavour(
+            name="base-1.0",
+            source="hf://stabilityai/stable-diffusion-xl-base-1.0",
+            parameters=2_567_463_684,
+            layers=70,
+            width=1280,
+            mlp_width=5120,
+            text_tokens=77,
+            encoder_parameters=817_720_320,
+            vae_parameters=83_653_863,
+            activation_bytes_per_token=150_000,
+        ),
+    ),
+    pipelines=("StableDiffusionXLPipeline",),
+)
+
+_Z_IMAGE_TURBO = Flavour(
+    name="turbo",
+    source="hf://Tongyi-MAI/Z-Image-Turbo",
+    parameters=6_154_908_736,
+    layers=34,
+    width=3840,
+    mlp_width=10240,
+    text_tokens=512,
+    encoder_parameters=4_022_468_096,
+    vae_parameters=83_819_683,
+    activation_bytes_per_token=150_000,
+)
+
+Z_IMAGE = FamilyFacts(
+    name="z_image",
+    title="Z-Image",
+    modality="image",
+    objective="flow",
+    pixel_multiple=16,
+    latent_channels=16,
+    latent_factor=8,
+    patch=2,
+    shift=3.0,
+    licence="Apache-2.0",
+    flavours=(_Z_IMAGE_TURBO, replace(_Z_IMAGE_TURBO, name="base", source="hf://Tongyi-MAI/Z-Image")),
+    pipelines=("ZImagePipeline",),
+)
+
+_WAN_14B = Flavour(
+    name="2.1-t2v-14b",
+    source="hf://Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    parameters=14_288_491_584,
+    layers=40,
+    width=5120,
+    mlp_width=13824,
+    text_tokens=512,
+    encoder_parameters=5_680_910_336,
+    vae_parameters=126_892_531,
+    activation_bytes_per_token=250_000,
+)
+
+WAN = FamilyFacts(
+    name="wan",
+    title="Wan 2.1 and 2.2, text to video",
+    modality="video",
+    objective="flow",
+    pixel_multiple=16,
+    latent_channels=16,
+    latent_factor=8,
+    patch=2,
+    shift=3.0,
+    licence="Apache-2.0",
+    flavours=(
+        Flavour(
+            name="2.1-t2v-1.3b",
+            source="hf://Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+            parameters=1_418_996_800,
+            layers=30,
+            width=1536,
+            mlp_width=8960,
+            text_tokens=512,
+            encoder_parameters=5_680_910_336,
+            vae_parameters=126_892_531,
+            activation_bytes_per_token=80_000,
+        ),
+        _WAN_14B,
+        replace(_WAN_14B, name="2.2-t2v-a14b", source="hf://Wan-AI/Wan2.2-T2V-A14B-Diffusers", experts=2),
+    ),
+    frame_rule=(4, 1),
+    temporal_factor=4,
+    frame_rate=16.0,
+    pipelines=("WanPipeline",),
+)
+
+FAMILIES: dict[str, FamilyFacts] = {facts.name: facts for facts in (SD3, FLUX, SDXL, Z_IMAGE, WAN)}

@@ -69,7 +69,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = Lowercase()
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing(
-        single="[START] $A [END]", special_tokens=[("[START]", special.index("[START]")), ("[END]", special.index("[END]"))]
+        single="[START] $A [END]",
+        special_tokens=[("[START]", special.index("[START]")), ("[END]", special.index("[END]"))],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -190,7 +191,9 @@ def train_vae(vae: AutoencoderKL, digits: Digits, steps: int, seed: int) -> None
             noise = torch.from_numpy(generator.standard_normal(posterior.mean.shape, dtype=np.float32))
             decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         error = decoded.float() - pictures
-        loss = error.abs().mean() + 0.5 * error.square().mean() + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
+        loss = (
+            error.abs().mean() + 0.5 * error.square().mean() + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
+        )
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()

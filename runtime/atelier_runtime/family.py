@@ -32,11 +32,11 @@ class Blocks:
 
     `attribute` is the dotted path of the `nn.ModuleList` (or of a list of lists); `streams` says what a block returns:
     `tokens` one tensor of picture tokens, `text,tokens` or `tokens,text` a pair, `text|tokens` or `tokens|text` one
-    concatenated tensor.
+    concatenated tensor, `maps` a picture-shaped [B, C, H, W], first of a tuple where a UNet returns its skips as well.
     """
 
     attribute: str
-    streams: Literal["tokens", "text,tokens", "tokens,text", "text|tokens", "tokens|text"] = "tokens"
+    streams: Literal["tokens", "text,tokens", "tokens,text", "text|tokens", "tokens|text", "maps"] = "tokens"
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,7 @@ class Family(ABC):
     denoisers: ClassVar[tuple[str, ...]] = ("transformer",)
     """Pipeline components that are trained; a checkpoint may lack all but the first."""
     lora_targets: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Preset (`attention`, `mlp`, `all`) to suffixes of module names."""
-    excluded_targets: ClassVar[tuple[str, ...]] = ()
-    """Regular expressions over whole module names that never get a gradient and so are never targets."""
+    """Preset (`attention`, `mlp`, `all`) to suffixes of module names. A suffix follows a dot, so it never names a top-level layer."""
     blocks: ClassVar[tuple[Blocks, ...]]
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
     """Regular expressions over parameter names that no gradient reaches: frozen in full-rank training."""
@@ -109,6 +107,10 @@ class Family(ABC):
         from atelier_api.families import FAMILIES
 
         return FAMILIES[self.name]
+
+    def dead_modules(self, denoiser: nn.Module) -> tuple[str, ...]:
+        """Full names of linear layers whose output is thrown away, so that they are never targets. Asked before adapters are on."""
+        return ()
 
     @abstractmethod
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
@@ -147,6 +149,11 @@ class Family(ABC):
         if self.facts.modality == "video":
             arguments["num_frames"] = request.frames
         return {key: value for key, value in arguments.items() if value is not None}
+
+
+def configuration(denoiser: nn.Module) -> Any:
+    """The diffusers config of a denoiser, also of one inside DistributedDataParallel, which hides it."""
+    return getattr(denoiser, "module", denoiser).config
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

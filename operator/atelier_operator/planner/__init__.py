@@ -1,0 +1,10 @@
+"""The planner: from a run, the model's sizes and a machine to an execution plan. Pure; imports neither torch nor a cluster client.
+
+`local` and `checkpoint_facts` are the two modules that read the local disk, for runs on this machine.
+"""
+
+from atelier_operator.planner.memory import ModelFacts, Prediction, table_facts
+from atelier_operator.planner.resolve import Paths, resolve
+from atelier_operator.planner.strategy import Machine, plan
+
+__all__ = ["Machine", "ModelFacts", "Paths", "Prediction", "plan", "resolve", "table_facts"]

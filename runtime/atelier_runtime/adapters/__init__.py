@@ -1,0 +1,29 @@
+"""What is trained: adapters on a denoiser, or the denoiser itself."""
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from atelier_api.v1alpha1.adapter import Adapter
+from atelier_runtime.adapters.full import install_full
+from atelier_runtime.adapters.lora import ADAPTER_NAME, install_lora
+from atelier_runtime.adapters.report import AdapterReport
+from atelier_runtime.adapters.targets import resolve_targets
+from atelier_runtime.family import Family
+
+__all__ = ["ADAPTER_NAME", "AdapterReport", "install", "resolve_targets", "trainable"]
+
+
+def install(denoiser: nn.Module, adapter: Adapter, family: Family, *, dtype: torch.dtype = torch.float32) -> AdapterReport:
+    """Make `denoiser` trainable as `adapter` says, and put it in training mode. To be called once, before sharding.
+
+    `dtype` is that of the adapter's weights; full-rank weights keep theirs. Raises ConfigError where nothing would be trained.
+    """
+    if adapter.type == "full":
+        return install_full(denoiser, family)
+    return install_lora(denoiser, adapter, family, dtype=dtype)
+
+
+def trainable(denoiser: nn.Module) -> dict[str, Parameter]:
+    """The parameters that train, by full name."""
+    return {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,29 @@
+"""Full-rank training: the denoiser's own weights."""
+
+import re
+
+from torch import nn
+
+from atelier_api.errors import ConfigError
+from atelier_runtime.adapters.report import AdapterReport, report
+from atelier_runtime.family import Family
+
+
+def install_full(denoiser: nn.Module, family: Family) -> AdapterReport:
+    """Let every parameter train but those that no gradient reaches. Weights keep the dtype they were loaded in.
+
+    Parameters without a gradient would make DistributedDataParallel fail in its second step.
+    """
+    modules: dict[str, int] = {}
+    for name, parameter in denoiser.named_parameters():
+        trained = not any(re.fullmatch(expression, name) for expression in family.frozen_parameters)
+        parameter.requires_grad_(trained)
+        if trained:
+            child = name.split(".")[0]
+            modules[child] = modules.get(child, 0) + 1
+    if not modules:
+        raise ConfigError(
+            f"spec.adapter.type is 'full', but every parameter of the denoiser is frozen by family {family.name}; use type 'lora'"
+        )
+    denoiser.train()
+    return report(denoiser, modules)

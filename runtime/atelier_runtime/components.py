@@ -1,0 +1,122 @@
+"""The parts of a checkpoint folder that is laid out as a hub repository: configs, encoders, denoisers, the pipeline that samples.
+
+Loading is diffusers' own. What is decided here is who loads what: encoders without denoisers to build the cache, denoisers alone to
+train, and a pipeline around denoisers that are already in memory to sample.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from atelier_api.errors import ConfigError
+from atelier_runtime.family import Family
+
+
+def read_pipeline_config(folder: str | Path) -> dict[str, Any]:
+    """`model_index.json`. Raises ConfigError where the folder is no pipeline checkpoint."""
+    return _read_json(folder, "model_index.json")
+
+
+def scheduler_config(folder: str | Path) -> dict[str, Any]:
+    """`scheduler/scheduler_config.json`. Raises ConfigError where there is none."""
+    return _read_json(folder, "scheduler/scheduler_config.json")
+
+
+def denoiser_names(family: Family, folder: str | Path) -> tuple[str, ...]:
+    """The family's denoisers that this checkpoint has, in the family's order. Raises ConfigError where it lacks the first."""
+    config = _checked_config(family, folder)
+    present = tuple(name for name in family.denoisers if _class_of(config, name) is not None)
+    if family.denoisers[0] not in present:
+        raise ConfigError(
+            f"the checkpoint in {folder} has no component {family.denoisers[0]!r}, which family {family.name!r} trains; "
+            "point spec.model.source at a whole checkpoint of the family"
+        )
+    return present
+
+
+def load_encoders(family: Family, folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The stock pipeline without its denoisers, in eval mode and without gradients: text encoders, autoencoder, scheduler."""
+    _checked_config(family, folder)
+    absent = dict.fromkeys(family.denoisers)
+    pipe = _pipeline_class(family).from_pretrained(str(folder), dtype=dtype, local_files_only=True, **absent)
+    _freeze(pipe, device, but=())
+    return pipe
+
+
+def load_denoiser(folder: str | Path, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """One denoiser, in eval mode and without gradients. Layers that the class keeps in fp32 stay so whatever `dtype` says."""
+    class_name = _class_of(read_pipeline_config(folder), name)
+    if class_name is None:
+        raise ConfigError(
+            f"the checkpoint in {folder} has no component {name!r}; spec.model.source must be a whole checkpoint"
+        )
+    model: nn.Module = getattr(diffusers, class_name).from_pretrained(
+        str(folder), subfolder=name, dtype=dtype, local_files_only=True
+    )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_pipeline(
+    family: Family,
+    folder: str | Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    denoisers: Mapping[str, nn.Module],
+) -> Any:
+    """The stock pipeline around `denoisers`, which are used as they are: neither moved nor cast, nor their mode changed."""
+    _checked_config(family, folder)
+    absent: dict[str, nn.Module | None] = dict.fromkeys(family.denoisers)
+    training = {name: module.training for name, module in denoisers.items()}
+    pipe = _pipeline_class(family).from_pretrained(
+        str(folder), dtype=dtype, local_files_only=True, **(absent | dict(denoisers))
+    )
+    _freeze(pipe, device, but=tuple(denoisers))
+    for name, module in denoisers.items():
+        module.train(training[name])
+    return pipe
+
+
+def _freeze(pipe: Any, device: torch.device, but: tuple[str, ...]) -> None:
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module) and name not in but:
+            component.to(device).eval().requires_grad_(False)
+
+
+def _checked_config(family: Family, folder: str | Path) -> dict[str, Any]:
+    config = read_pipeline_config(folder)
+    if config.get("_class_name") not in family.facts.pipelines:
+        raise ConfigError(
+            f"spec.model.family is {family.name!r}, which trains checkpoints of {', '.join(family.facts.pipelines)}, but the one in "
+            f"{folder} is a {config.get('_class_name')}; change spec.model.family or spec.model.source"
+        )
+    return config
+
+
+def _class_of(config: Mapping[str, Any], name: str) -> str | None:
+    """Class of a component in `model_index.json`, where it is [library, class]; None where the checkpoint goes without."""
+    _, class_name = config.get(name) or (None, None)
+    return class_name
+
+
+def _pipeline_class(family: Family) -> Any:
+    return getattr(diffusers, family.pipeline)
+
+
+def _read_json(folder: str | Path, name: str) -> dict[str, Any]:
+    path = Path(folder) / name
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{folder} has no {name}; spec.model.source must be a checkpoint laid out as a diffusers pipeline"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path} is no valid JSON ({error}); fetch the checkpoint of spec.model.source again"
+        ) from error
+    return content

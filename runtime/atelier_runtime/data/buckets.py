@@ -1,0 +1,88 @@
+"""Aspect buckets: the sizes that samples are resized and cropped to. Pure arithmetic.
+
+A bucket has (nearly) the area of a square of `resolution` pixels and the aspect of the picture rounded to two decimals; both
+edges are multiples of an alignment. All pictures whose aspect leads to the same size share a bucket.
+"""
+
+import math
+from dataclasses import dataclass
+
+from atelier_api.errors import ConfigError
+from atelier_api.families import FamilyFacts
+from atelier_api.v1alpha1.data import Data
+
+DEFAULT_ALIGNMENT = 64
+FINE_BELOW = 512
+"""Below this resolution a step of 64 pixels would be coarse, so the family's own multiple is the default."""
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Bucket:
+    """A size of training samples in pixels; `frames` is 1 for pictures."""
+
+    width: int
+    height: int
+    frames: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How one picture fills its bucket: resized to `resized` (height, width), then cut at `top`, `left` to the bucket's size."""
+
+    resized: tuple[int, int]
+    top: int
+    left: int
+    bucket: Bucket
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """Resized height and width, crop top and left, target height and width: what SDXL is told about a picture."""
+        return (*self.resized, self.top, self.left, self.bucket.height, self.bucket.width)
+
+
+def alignment(data: Data, facts: FamilyFacts) -> int:
+    """The multiple that both edges of a bucket are rounded to. Raises ConfigError where the family cannot take it."""
+    multiple = facts.pixel_multiple
+    if data.bucket_align is None:
+        return multiple if data.resolution < FINE_BELOW else math.lcm(DEFAULT_ALIGNMENT, multiple)
+    if data.bucket_align % multiple:
+        raise ConfigError(
+            f"spec.data.bucketAlign is {data.bucket_align}; {facts.name} needs edges that are multiples of {multiple} pixels; "
+            f"use a multiple of {multiple}, or leave it out"
+        )
+    return data.bucket_align
+
+
+def bucket_for(width: int, height: int, resolution: int, align: int, *, frames: int = 1) -> Bucket:
+    """The bucket of a picture of `width` x `height`: edges `edge * sqrt(aspect)` and `edge / sqrt(aspect)`, rounded."""
+    edge = _rounded(resolution, align)
+    aspect = max(round(width / height, 2), 0.01)
+    return Bucket(_rounded(edge * math.sqrt(aspect), align), _rounded(edge / math.sqrt(aspect), align), frames)
+
+
+def enlargement(width: int, height: int, bucket: Bucket) -> float:
+    """The factor by which a picture is scaled to cover the bucket; above 1 it is enlarged."""
+    return max(bucket.width / width, bucket.height / height)
+
+
+def place(width: int, height: int, bucket: Bucket, draw: tuple[float, float] | None = None) -> Placement:
+    """Resizes to cover the bucket keeping the aspect, and cuts at the fractions `draw` (down, right) of what is left over.
+
+    Fractions are in [0, 1); without them the centre is kept.
+    """
+    scale = enlargement(width, height, bucket)
+    resized_width = max(bucket.width, round(width * scale))
+    resized_height = max(bucket.height, round(height * scale))
+    down, right = draw or (None, None)
+    top = _offset(resized_height - bucket.height, down)
+    return Placement((resized_height, resized_width), top, _offset(resized_width - bucket.width, right), bucket)
+
+
+def _offset(spare: int, fraction: float | None) -> int:
+    """Where to cut of `spare` pixels too many: 0 to `spare`, all equally likely for a uniform fraction."""
+    return spare // 2 if fraction is None else int(fraction * (spare + 1))
+
+
+def _rounded(length: float, align: int) -> int:
+    """`length` to the nearest multiple of `align`, at least one; halves go up."""
+    return max(align, math.floor(length / align + 0.5) * align)

@@ -1,0 +1,109 @@
+"""The training set of a run, encoded: what a micro-batch is made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from atelier_api.progress import FunnelReport
+from atelier_runtime.data.cache import Cache
+from atelier_runtime.data.captions import chosen, is_dropped
+from atelier_runtime.data.order import SampleOrder, Slot
+from atelier_runtime.family import Features
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of one rank trains on.
+
+    `latents` [B, C, H, W] or [B, C, F, H, W] (the posterior's mean where `std` is given), `text` per sample at true length,
+    `sizes` [B, 6] in pixels (resized height and width, crop top and left, target height and width), `weights` [B] 0 or 1,
+    `slots` places in the global batch, `names` file names.
+    """
+
+    latents: Tensor
+    std: Tensor | None
+    text: list[Features]
+    sizes: Tensor
+    weights: Tensor
+    slots: tuple[int, ...]
+    names: tuple[str, ...]
+
+    def pinned(self) -> "MicroBatch":
+        """The same in page-locked memory, from which copies to a GPU do not block."""
+        return replace(
+            self,
+            latents=self.latents.pin_memory(),
+            std=None if self.std is None else self.std.pin_memory(),
+            text=[{name: tensor.pin_memory() for name, tensor in features.items()} for features in self.text],
+            sizes=self.sizes.pin_memory(),
+            weights=self.weights.pin_memory(),
+        )
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The kept samples, one row each. Captions of sample i are the cache rows `captions[first[i]:first[i + 1]]`."""
+
+    names: Sequence[str]
+    latents: NDArray[np.int64]
+    sizes: NDArray[np.int32]
+    captions: NDArray[np.int64]
+    first: NDArray[np.int64]
+    empty_caption: int
+
+
+@dataclass(frozen=True)
+class CaptionDraws:
+    """What chance decides about captions."""
+
+    dropout: float
+    seed: int
+
+
+class Dataset:
+    """Encoded samples, their order, and the funnel they came through."""
+
+    def __init__(
+        self, columns: Columns, cache: Cache, order: SampleOrder, draws: CaptionDraws,
+        *, funnel: FunnelReport, fingerprint: str, frame_rate: float | None, device: torch.device,
+    ) -> None:
+        self.order = order
+        self.funnel = funnel
+        self.hash = fingerprint
+        """Digest of all samples and captions: equal for equal training sets."""
+        self.frame_rate = frame_rate
+        """Frames per second of clips; None for pictures."""
+        self.device = device
+        self._columns = columns
+        self._cache = cache
+        self._draws = draws
+
+    def __len__(self) -> int:
+        return len(self._columns.names)
+
+    def load(self, slots: Sequence[Slot], *, step: int, epoch: int) -> MicroBatch:
+        """The micro-batch of these slots of a step, all of one bucket. Caption dropout is applied."""
+        columns = self._columns
+        entries = [self._cache.read(int(columns.latents[slot.sample])) for slot in slots]
+        stds = [entry["std"] for entry in entries if "std" in entry]
+        return MicroBatch(
+            latents=torch.stack([entry["mean"] for entry in entries]),
+            std=torch.stack(stds) if stds else None,
+            text=[self._cache.read(self._caption_row(slot, step, epoch)) for slot in slots],
+            sizes=torch.from_numpy(columns.sizes[[slot.sample for slot in slots]]).to(torch.float32),
+            weights=torch.tensor([slot.weight for slot in slots], dtype=torch.float32),
+            slots=tuple(slot.index for slot in slots),
+            names=tuple(columns.names[slot.sample] for slot in slots),
+        )
+
+    def _caption_row(self, slot: Slot, step: int, epoch: int) -> int:
+        """Cache row of the caption that the slot trains on."""
+        columns, draws = self._columns, self._draws
+        if is_dropped(draws.dropout, draws.seed, step, slot.index):
+            return columns.empty_caption
+        first, end = int(columns.first[slot.sample]), int(columns.first[slot.sample + 1])
+        return int(columns.captions[first + chosen(end - first, draws.seed, epoch, slot.sample)])

@@ -1,0 +1,259 @@
+"""Building what the cache lacks: latents and text features, by all ranks together.
+
+The work is split by position over the ranks that share the cache folder; each writes its own shards. The encoders are loaded
+by the first rank-round that needs them and freed at the end. Batches shrink when the device runs out of memory.
+"""
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from atelier_runtime.data.buckets import Bucket, Placement
+from atelier_runtime.data.cache import Cache, ShardWriter
+from atelier_runtime.data.collective import Ranks, Share, gather, in_rounds
+from atelier_runtime.data.image import UnreadableError, fit, read_picture
+from atelier_runtime.data.keys import content_sha256, file_sha256
+from atelier_runtime.data.scan import ClipRule
+from atelier_runtime.data.video import read_clip
+from atelier_runtime.family import Family
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+Report = Callable[..., None]
+"""Takes the fields of `Progress` by name."""
+
+_LOG_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class LatentJob:
+    """A file to encode: `content` is the SHA-256 that it had when it was looked at."""
+
+    key: bytes
+    path: str
+    content: str
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class TextJob:
+    """A caption to encode."""
+
+    key: bytes
+    caption: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes of work. Pixels are counted over all frames of a batch."""
+
+    batch_pixels: int = 4 * 1024 * 1024
+    batch_samples: int = 32
+    batch_captions: int = 16
+    round_pixels: int = 32 * 1024 * 1024
+    round_samples: int = 256
+    shard_bytes: int = 256 * 1024 * 1024
+    commit_seconds: float = 60.0
+    """A killed build loses at most this much work of each rank."""
+
+
+class Encoders:
+    """The stock pipeline without its denoisers, loaded when it is first used."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load = load
+        self._pipe: Any = None
+
+    @property
+    def pipe(self) -> Any:
+        if self._pipe is None:
+            log.info("loading encoders")
+            self._pipe = self._load()
+        return self._pipe
+
+    def free(self) -> None:
+        """Give their memory back before the denoiser comes."""
+        if self._pipe is not None:
+            self._pipe = None
+            _release_memory()
+
+
+class Builder:
+    """Builds missing entries. All methods are collective."""
+
+    def __init__(
+        self, family: Family, encoders: Encoders, cache: Cache, *, ranks: Ranks, share: Share, dtype: torch.dtype,
+        report: Report, threads: int, limits: Limits,
+    ) -> None:
+        self._family = family
+        self._encoders = encoders
+        self._cache = cache
+        self._ranks = ranks
+        self._share = share
+        self._dtype = dtype
+        self._report = report
+        self._threads = threads
+        self._limits = limits
+        self._writer = ShardWriter(cache.folder)
+        self._committed_at = time.monotonic()
+        self._logged_at = 0.0
+
+    def captions(self, jobs: Sequence[TextJob]) -> None:
+        """Encode the captions that are not in the cache."""
+        budget = Budget(self._limits.batch_captions, self._limits.batch_captions)
+
+        def work(chunk: Sequence[TextJob]) -> tuple[int, list[tuple[bytes, str]]]:
+            for job, features in zip(chunk, budget.run(chunk, 1, self._encode_captions), strict=True):
+                self._writer.add(job.key, {name: self._stored(tensor) for name, tensor in features.items()})
+            return len(chunk), []
+
+        self._run("encoding captions", self._missing(jobs), self._limits.batch_captions, work)
+
+    def latents(self, jobs: Sequence[LatentJob], rule: ClipRule | None) -> dict[bytes, str]:
+        """Encode the files that are not in the cache, bucket by bucket. Gives keys that turned out unusable, with the reason."""
+        missing = self._missing(sorted(jobs, key=lambda job: (job.placement.bucket, job.key)))
+        largest = max((_pixels(job.placement.bucket) for job in missing), default=1)
+        size = max(1, min(self._limits.round_samples, self._limits.round_pixels // largest))
+        budget = Budget(self._limits.batch_pixels, self._limits.batch_samples)
+        with ThreadPoolExecutor(self._threads) as pool:
+
+            def work(chunk: Sequence[LatentJob]) -> tuple[int, list[tuple[bytes, str]]]:
+                rejected: list[tuple[bytes, str]] = []
+                for bucket, group in groupby(chunk, key=lambda job: job.placement.bucket):
+                    read = list(pool.map(lambda job: _read(job, rule), group))
+                    rejected += [(job.key, pixels) for job, pixels in read if isinstance(pixels, str)]
+                    usable = [(job, pixels) for job, pixels in read if not isinstance(pixels, str)]
+                    entries = budget.run(usable, _pixels(bucket), self._encode_pixels)
+                    rejected += self._keep([job for job, _ in usable], entries)
+                return len(chunk), rejected
+
+            return self._run("encoding pictures" if rule is None else "encoding clips", missing, size, work)
+
+    def _missing(self, jobs: Sequence[T]) -> list[T]:
+        """This rank's part of the jobs whose entries are missing. Split by position, so that ranks agree whatever each saw committed."""
+        return [job for job in jobs[self._share.index :: self._share.count] if self._cache.row(job.key) is None]  # type: ignore[attr-defined]
+
+    def _run(
+        self, what: str, jobs: Sequence[T], size: int, work: Callable[[Sequence[T]], tuple[int, list[tuple[bytes, str]]]]
+    ) -> dict[bytes, str]:
+        total = sum(gather(self._ranks, len(jobs)))
+        if total == 0:
+            return {}
+        done = 0
+        rejected: dict[bytes, str] = {}
+        self._tell(what, done, total)
+        try:
+            for answers in in_rounds(self._ranks, jobs, size, self._committing(work)):
+                done += sum(count for count, _ in answers)
+                rejected.update(pair for _, pairs in answers for pair in pairs)
+                self._tell(what, done, total)
+        finally:
+            self._writer.commit()
+        return rejected
+
+    def _committing(self, work: Callable[[Sequence[T]], R]) -> Callable[[Sequence[T]], R]:
+        def step(chunk: Sequence[T]) -> R:
+            result = work(chunk)
+            late = time.monotonic() - self._committed_at > self._limits.commit_seconds
+            if late or self._writer.size_bytes >= self._limits.shard_bytes:
+                self._writer.commit()
+                self._committed_at = time.monotonic()
+            return result
+
+        return step
+
+    def _tell(self, what: str, done: int, total: int) -> None:
+        if self._ranks.rank != 0:
+            return
+        self._report(stage="Caching", detail=f"{what} {done}/{total}", done=done, total=total)
+        if done in (0, total) or time.monotonic() - self._logged_at > _LOG_SECONDS:
+            self._logged_at = time.monotonic()
+            log.info(what, extra={"done": done, "total": total})
+
+    def _encode_captions(self, jobs: Sequence[TextJob]) -> list[dict[str, Tensor]]:
+        with torch.no_grad():
+            return self._family.encode_text(self._encoders.pipe, [job.caption for job in jobs])
+
+    def _encode_pixels(self, batch: Sequence[tuple[LatentJob, Tensor]]) -> list[dict[str, Tensor]]:
+        pipe = self._encoders.pipe
+        with torch.no_grad():
+            latents = self._family.encode_pixels(pipe, torch.stack([pixels for _, pixels in batch]).to(self._ranks.device))
+        columns = {"mean": latents.mean} | ({} if latents.std is None else {"std": latents.std})
+        return [{name: self._stored(tensor[i]) for name, tensor in columns.items()} for i in range(len(batch))]
+
+    def _keep(self, jobs: Sequence[LatentJob], entries: Sequence[dict[str, Tensor]]) -> list[tuple[bytes, str]]:
+        rejected = []
+        for job, entry in zip(jobs, entries, strict=True):
+            if all(bool(torch.isfinite(tensor).all()) for tensor in entry.values()):
+                self._writer.add(job.key, entry)
+            else:
+                rejected.append((job.key, "the autoencoder made values of it that are not finite"))
+        return rejected
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        """On the CPU, floating-point values in the run's precision."""
+        return tensor.to("cpu", self._dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+class Budget:
+    """How much fits on the device at once, found out by running out of memory."""
+
+    def __init__(self, units: int, most: int) -> None:
+        """`units` (pixels, captions) and `most` items in a batch to begin with."""
+        self._units = units
+        self._most = most
+
+    def run(self, items: Sequence[T], cost: int, encode: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
+        """`encode` over all items of `cost` units each, in batches. Raises torch's OutOfMemoryError when a single one does not fit."""
+        results: list[R] = []
+        while len(results) < len(items):
+            size = max(1, min(self._most, self._units // cost))
+            batch = items[len(results) : len(results) + size]
+            try:
+                results += encode(batch)
+                continue
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+            # Outside the handler, whose traceback keeps the tensors of the failed batch alive.
+            self._units = max(1, len(batch) // 2) * cost
+            _release_memory()
+            log.warning("out of memory while encoding, batch is halved", extra={"batch": len(batch)})
+        return results
+
+
+def _read(job: LatentJob, rule: ClipRule | None) -> tuple[LatentJob, Tensor | str]:
+    """Pixels of a file, or why there are none: it was readable before, but may have changed since."""
+    changed = "it changed while the cache was built"
+    try:
+        if rule is None:
+            data = Path(job.path).read_bytes()
+            if content_sha256(data) != job.content:
+                return job, changed
+            return job, fit(read_picture(data), job.placement)
+        if file_sha256(Path(job.path)) != job.content:
+            return job, changed
+        return job, read_clip(Path(job.path), rule.frames, rule.fps, job.placement)
+    except (UnreadableError, OSError) as error:
+        return job, str(error)
+
+
+def _pixels(bucket: Bucket) -> int:
+    return bucket.width * bucket.height * bucket.frames
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,146 @@
+"""Names of cache entries: digests of everything that an entry depends on, so that no edit is ever missed.
+
+Raise SCHEMA_VERSION when the same inputs would give other latents or features: a changed resize, decoding or `encode_text`.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atelier_runtime.data.buckets import Placement
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What all entries of a run share: the family, the identities of its encoders, the precision, and for clips the rate."""
+
+    family: str
+    autoencoder: str
+    text_encoders: str
+    precision: str
+    fps: float | None
+
+    def latent_key(self, content: str, placement: Placement) -> bytes:
+        """Key of the latents of a file with the SHA-256 `content`, placed so. 32 bytes."""
+        bucket = placement.bucket
+        return _digest(
+            "latents", self.family, self.autoencoder, self.precision, self.fps, content, placement.sizes, bucket.frames
+        )
+
+    def text_key(self, caption: str) -> bytes:
+        """Key of the text features of a caption. 32 bytes."""
+        return _digest("text", self.family, self.text_encoders, self.precision, caption)
+
+
+def crop_draw(seed: int, content: str) -> tuple[float, float]:
+    """Where a random crop lies, as fractions (down, right) in [0, 1) of what is left over: one draw per file from the seed."""
+    digest = _digest("crop", seed, content)
+    return int.from_bytes(digest[:6], "big") / 2**48, int.from_bytes(digest[6:12], "big") / 2**48
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def content_sha256(content: bytes) -> str:
+    """SHA-256 of the content of a file, in hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def text_components(pipeline_config: Mapping[str, Any], denoisers: Iterable[str]) -> tuple[str, ...]:
+    """Components of a checkpoint that text features can depend on: all that `model_index.json` names but the others' own."""
+    others = {*denoisers, "vae", "scheduler"}
+    return tuple(
+        sorted(
+            name
+            for name, value in pipeline_config.items()
+            if isinstance(value, list) and name not in others and any(part is not None for part in value)
+        )
+    )
+
+
+def pipeline_flags(pipeline_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain settings of `model_index.json`, which some pipelines' text encoding looks at."""
+    return {
+        name: value
+        for name, value in pipeline_config.items()
+        if not name.startswith("_") and not isinstance(value, list)
+    }
+
+
+class FolderHashes:
+    """Digests of folders of a checkpoint. A file's hash is remembered by path, size and time, so encoders are read only once."""
+
+    def __init__(self, memory: Path) -> None:
+        self._memory = memory
+        try:
+            self._known: dict[str, list[Any]] = json.loads(memory.read_text())
+        except (OSError, ValueError):
+            self._known = {}
+
+    def of(self, root: Path, folders: Sequence[str], extra: object = None) -> str:
+        """One digest over the names and contents of all files in `root`'s `folders`, and over `extra`."""
+        lines = [
+            (str(path.relative_to(root)), self._file(path))
+            for folder in folders
+            for path in sorted((root / folder).rglob("*"))
+            if path.is_file() and not path.name.startswith(".")
+        ]
+        return _digest(lines, extra).hex()
+
+    def save(self) -> None:
+        """Write what was learnt; a folder that cannot be written only costs time at the next start."""
+        try:
+            replace_file(self._memory, json.dumps(self._known).encode())
+        except OSError as error:
+            log.warning("hashes of the encoders were not kept", extra={"error": str(error)})
+
+    def _file(self, path: Path) -> str:
+        real = path.resolve()
+        stat = real.stat()
+        known = self._known.get(str(real))
+        if known is not None and known[:2] == [stat.st_size, stat.st_mtime_ns]:
+            return str(known[2])
+        value = file_sha256(real)
+        self._known[str(real)] = [stat.st_size, stat.st_mtime_ns, value]
+        return value
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file so that it is there whole or not at all, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(*parts: object) -> bytes:
+    return hashlib.sha256(json.dumps([SCHEMA_VERSION, *parts], separators=(",", ":")).encode()).digest()

@@ -1,0 +1,92 @@
+"""Micro-batches for one rank, read ahead by a thread.
+
+The slots of a global batch are dealt out in turns: of W ranks, rank r gets slots r, r + W, r + 2W … Its micro-batch j of size m
+thus lies in the stretch [j * m * W, (j + 1) * m * W) of the global batch, together with micro-batch j of all others. Fillings are
+at the end, so they are spread over the ranks, and a micro-batch that is all filling on all ranks is left out by all.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from atelier_api.errors import ConfigError
+from atelier_runtime.data.dataset import Dataset, MicroBatch
+from atelier_runtime.data.order import Slot, StepBatch
+
+READ_AHEAD = 2
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class _Error:
+    error: BaseException
+
+
+def rank_slots(batch: StepBatch, rank: int, world_size: int, micro_batch_size: int) -> list[tuple[Slot, ...]]:
+    """The slots of each micro-batch of a rank. Their number is the same on every rank, and at least one."""
+    stretch = micro_batch_size * world_size
+    starts = range(0, len(batch.slots), stretch)
+    stretches = [batch.slots[start : start + stretch] for start in starts]
+    return [slots[rank::world_size] for slots in stretches if any(slot.weight for slot in slots)]
+
+
+class Loader(Iterator[tuple[int, list[MicroBatch]]]):
+    """Gives (step, micro-batches) from `start_step` on, without end. Errors of the reading thread are raised by `next`."""
+
+    def __init__(self, dataset: Dataset, *, rank: int, world_size: int, micro_batch_size: int, start_step: int) -> None:
+        global_batch_size = len(dataset.order.batch(start_step).slots)
+        if global_batch_size % world_size:
+            raise ConfigError(
+                f"spec.hyperparameters.globalBatchSize is {global_batch_size}; it must be a multiple of the {world_size} processes of the run; "
+                "change it or spec.parallelism"
+            )
+        self.wait_seconds = 0.0
+        """Time that `next` has waited for data, in all."""
+        self._dataset = dataset
+        self._rank = rank
+        self._world_size = world_size
+        self._micro_batch_size = micro_batch_size
+        self._queue: queue.Queue[tuple[int, list[MicroBatch]] | _Error] = queue.Queue(READ_AHEAD)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read, args=(start_step,), name="data-loader", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> tuple[int, list[MicroBatch]]:
+        if self._closed.is_set():
+            raise StopIteration
+        started = time.perf_counter()
+        item = self._queue.get()
+        self.wait_seconds += time.perf_counter() - started
+        if isinstance(item, _Error):
+            self.close()
+            raise item.error
+        return item
+
+    def close(self) -> None:
+        """Stop reading. Safe to call twice."""
+        self._closed.set()
+        self._thread.join()
+
+    def _read(self, step: int) -> None:
+        try:
+            while not self._closed.is_set():
+                self._put((step, self._step(step)))
+                step += 1
+        except BaseException as error:
+            self._put(_Error(error))
+
+    def _step(self, step: int) -> list[MicroBatch]:
+        batch = self._dataset.order.batch(step)
+        slots = rank_slots(batch, self._rank, self._world_size, self._micro_batch_size)
+        loaded = [self._dataset.load(part, step=step, epoch=batch.epoch) for part in slots]
+        return [part.pinned() for part in loaded] if self._dataset.device.type == "cuda" else loaded
+
+    def _put(self, item: tuple[int, list[MicroBatch]] | _Error) -> None:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=_POLL_SECONDS)
+                return
+            except queue.Full:
+                continue

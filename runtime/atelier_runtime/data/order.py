@@ -1,0 +1,124 @@
+"""The order of samples: a pure function of the seed and the step, the same for every number of ranks.
+
+An epoch is cut into batches of one bucket each; every sample appears repeats + 1 times. Samples are shuffled inside their
+bucket, then the batches of all buckets are shuffled. The last batch of a bucket is filled up with slots of weight 0, so a
+batch always has the same number of slots and nothing is dropped, however small a bucket is.
+"""
+
+import hashlib
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_KEPT_EPOCHS = 2
+_KEPT_BATCHES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place in the global batch. `index` is its position, `weight` 0 marks a filling that must not count."""
+
+    sample: int
+    weight: float
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """The global batch of a step. `tokens` are the latent tokens of one of its samples."""
+
+    step: int
+    epoch: int
+    bucket: int
+    tokens: int
+    slots: tuple[Slot, ...]
+
+    @property
+    def total_weight(self) -> float:
+        """Sum of the slots' weights: how many samples really count."""
+        return sum(slot.weight for slot in self.slots)
+
+
+class SampleOrder:
+    """Which samples a step trains on. Memory: the permutations of at most two epochs."""
+
+    def __init__(
+        self,
+        buckets: NDArray[np.int32],
+        repeats: NDArray[np.int32],
+        *,
+        tokens: tuple[int, ...],
+        global_batch_size: int,
+        seed: int,
+    ) -> None:
+        """`buckets` [N] and `repeats` [N] per sample; `tokens` per bucket."""
+        if len(buckets) == 0:
+            raise ValueError("an order needs at least one sample")
+        self._seed = seed
+        self._size = global_batch_size
+        self._tokens = tokens
+        times = repeats.astype(np.int64) + 1
+        by_bucket = np.argsort(buckets, kind="stable")
+        ends = np.searchsorted(buckets[by_bucket], np.arange(len(tokens)), side="right")
+        # Each bucket's samples, every one as often as an epoch shows it.
+        self._items = [
+            np.repeat(members, times[members]).astype(np.int32) for members in np.split(by_bucket, ends[:-1])
+        ]
+        batches = [-(-len(items) // global_batch_size) for items in self._items]
+        self._starts = np.concatenate([[0], np.cumsum(batches)])
+        self._shuffled: dict[tuple[int, int], NDArray[np.int64]] = {}
+        self._batches: dict[int, StepBatch] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples an epoch shows, repeats counted, fillings not."""
+        return sum(len(items) for items in self._items)
+
+    def batch(self, step: int) -> StepBatch:
+        """The global batch of a step. Safe to call from several threads."""
+        with self._lock:
+            if step not in self._batches:
+                while len(self._batches) >= _KEPT_BATCHES:
+                    del self._batches[next(iter(self._batches))]
+                self._batches[step] = self._make(step)
+            return self._batches[step]
+
+    def _make(self, step: int) -> StepBatch:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        number = int(self._permutation(epoch, -1, self.steps_per_epoch)[position])
+        bucket = int(np.searchsorted(self._starts, number, side="right")) - 1
+        items = self._items[bucket]
+        permutation = self._permutation(epoch, bucket, len(items))
+        first = (number - int(self._starts[bucket])) * self._size
+        slots = tuple(
+            Slot(
+                sample=int(items[permutation[place % len(items)]]),
+                weight=1.0 if place < len(items) else 0.0,
+                index=place - first,
+            )
+            for place in range(first, first + self._size)
+        )
+        return StepBatch(step, epoch, bucket, self._tokens[bucket], slots)
+
+    def _permutation(self, epoch: int, bucket: int, length: int) -> NDArray[np.int64]:
+        """The order of a bucket's items in an epoch; of the epoch's batches for bucket -1."""
+        key = (epoch, bucket)
+        if key not in self._shuffled:
+            for old in [other for other in self._shuffled if abs(other[0] - epoch) >= _KEPT_EPOCHS]:
+                del self._shuffled[old]
+            self._shuffled[key] = _shuffle((self._seed, epoch, bucket), length)
+        return self._shuffled[key]
+
+
+def _shuffle(key: tuple[int, ...], length: int) -> NDArray[np.int64]:
+    """A random permutation. Sorts the generator's raw output: numpy promises that stream for ever, but not `permutation`'s."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    raw = np.random.Philox(key=int.from_bytes(digest, "big")).random_raw(length)
+    return np.argsort(raw, kind="stable")

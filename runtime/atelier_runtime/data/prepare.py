@@ -1,0 +1,186 @@
+"""From the run file to an encoded training set: list, look at, choose, encode, open. Every rank takes part."""
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from atelier_api.errors import ConfigError
+from atelier_api.families import FamilyFacts
+from atelier_api.run_file import RunFile
+from atelier_api.v1alpha1.data import Data
+from atelier_runtime.data.buckets import Placement, alignment, bucket_for, enlargement, place
+from atelier_runtime.data.captions import alternatives
+from atelier_runtime.data.collective import Ranks, Share, in_rounds, on_rank_zero
+from atelier_runtime.data.encode import Report
+from atelier_runtime.data.funnel import Fate, Funnel
+from atelier_runtime.data.keys import crop_draw
+from atelier_runtime.data.scan import CaptionText, ClipRule, Probe, ScanMemory, in_threads, probe, read_caption
+from atelier_runtime.data.source import CLIPS, PICTURES, Found, RemoteCopy, is_remote, list_folder, list_objects
+
+log = logging.getLogger(__name__)
+
+_SAVE_SECONDS = 30.0
+_ROUND_FILES_PER_THREAD = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Scanned:
+    """A file and what is in it. `caption` is None without a caption file."""
+
+    found: Found
+    probe: Probe
+    caption: CaptionText | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A kept sample: `content` is the file's SHA-256, `captions` the alternatives it trains on."""
+
+    name: str
+    path: str
+    content: str
+    placement: Placement
+    captions: tuple[str, ...]
+    repeats: int
+
+
+def clip_rule(data: Data, facts: FamilyFacts) -> ClipRule | None:
+    """How clips are cut; None for families of pictures. Raises ConfigError where no frame rate is known."""
+    if facts.modality == "image":
+        return None
+    fps = data.clip.fps or facts.frame_rate
+    if fps is None:
+        raise ConfigError(f"spec.data.clip.fps is not set and {facts.name} has no frame rate of its own; set it to the rate of your clips")
+    return ClipRule(data.clip.frames, fps)
+
+
+def extensions(rule: ClipRule | None) -> tuple[str, ...]:
+    """The kinds of file that are samples."""
+    return PICTURES if rule is None else CLIPS
+
+
+def reading_threads(run_file: RunFile) -> int:
+    """Threads of one process for decoding and hashing."""
+    plan = run_file.plan
+    fair = len(os.sched_getaffinity(0)) // plan.processes_per_node
+    return max(1, min(plan.threads_per_process or fair, 16))
+
+
+class Scan:
+    """Looks at all sources, with what is remembered from earlier scans. Collective."""
+
+    def __init__(self, run_file: RunFile, rule: ClipRule | None, ranks: Ranks, share: Share, report: Report) -> None:
+        self._run_file = run_file
+        self._rule = rule
+        self._ranks = ranks
+        self._share = share
+        self._report = report
+        self._cache = Path(run_file.cache_uri)
+        self._threads = reading_threads(run_file)
+
+    def all_sources(self) -> list[Scanned]:
+        """Every sample found, by source and name: the same list on every rank."""
+        uris = [source.uri for source in self._run_file.spec.data.sources]
+        return [scanned for number, uri in enumerate(uris) for scanned in self._source(number, uri)]
+
+    def _source(self, number: int, uri: str) -> list[Scanned]:
+        remote = self._fetched(uri) if is_remote(uri) else None
+        memory: ScanMemory | None = None
+
+        def look() -> list[tuple[Found, Probe | None, CaptionText | None]]:
+            nonlocal memory
+            kinds = extensions(self._rule)
+            found = list_folder(number, uri, kinds) if remote is None else remote.found(number, kinds)
+            memory = ScanMemory(self._cache, uri, self._rule)
+            return [(item, memory.probe_of(item.file), memory.caption_of(item.caption) if item.caption else None) for item in found]
+
+        known = on_rank_zero(self._ranks, look)
+        scanned = {
+            place: Scanned(item, probed, caption)
+            for place, (item, probed, caption) in enumerate(known)
+            if probed is not None and (caption is not None or item.caption is None)
+        }
+        todo = [place for place in range(len(known)) if place not in scanned]
+        saved_at = time.monotonic()
+        work = partial(in_threads, lambda place: (place, *_looked_at(known[place], self._rule)), threads=self._threads)
+        own = todo[self._ranks.rank :: self._ranks.world_size]
+        for answers in in_rounds(self._ranks, own, self._threads * _ROUND_FILES_PER_THREAD, work):
+            for place, probed, caption in (item for answer in answers for item in answer):
+                scanned[place] = Scanned(known[place][0], probed, caption)
+            self._tell("reading files", len(scanned) - (len(known) - len(todo)), len(todo))
+            if memory is not None and time.monotonic() - saved_at > _SAVE_SECONDS:
+                _remember(memory, scanned.values())
+                saved_at = time.monotonic()
+        if memory is not None:
+            _remember(memory, scanned.values())
+        return [scanned[place] for place in range(len(known))]
+
+    def _fetched(self, uri: str) -> RemoteCopy:
+        s3 = self._run_file.spec.storage.s3
+        objects = on_rank_zero(self._ranks, lambda: list_objects(uri, s3, extensions(self._rule)))
+        copy = RemoteCopy(uri, s3, objects, self._cache)
+        missing = copy.missing(self._share)
+        done = 0
+        for answers in in_rounds(self._ranks, missing, 64, copy.fetch):
+            done += sum(answers)
+            self._tell(f"fetching {uri}", done, len(objects))
+        return copy
+
+    def _tell(self, what: str, done: int, total: int) -> None:
+        if self._ranks.rank == 0:
+            self._report(stage="Caching", detail=f"{what} {done}/{total}", done=done, total=total)
+            log.info(what, extra={"done": done, "total": total})
+
+
+def select(scanned: Sequence[Scanned], run_file: RunFile, facts: FamilyFacts, funnel: Funnel) -> list[Sample]:
+    """The samples to train on, placed in their buckets; the others go to the funnel with a reason."""
+    data, seed = run_file.spec.data, run_file.spec.hyperparameters.seed
+    rule = clip_rule(data, facts)
+    align = alignment(data, facts)
+    samples = []
+    for item in scanned:
+        name, seen = item.found.name, item.probe
+        if seen.reason:
+            funnel.reject(name, Fate.UNREADABLE, seen.reason)
+            continue
+        if rule is not None and seen.frames < rule.frames:
+            reason = f"{seen.frames} frames at {rule.fps:g} per second; spec.data.clip.frames asks for {rule.frames}"
+            funnel.reject(name, Fate.TOO_SHORT, reason)
+            continue
+        bucket = bucket_for(seen.width, seen.height, data.resolution, align, frames=seen.frames)
+        factor = enlargement(seen.width, seen.height, bucket)
+        if factor > data.max_upscale:
+            reason = (
+                f"{seen.width} x {seen.height} would be enlarged {factor:.2f} times to cover {bucket.width} x {bucket.height}; "
+                f"spec.data.maxUpscale is {data.max_upscale:g}"
+            )
+            funnel.reject(name, Fate.TOO_SMALL, reason)
+            continue
+        captions = alternatives(item.caption.text if item.caption else None, data.captions)
+        if not captions:
+            unread = item.caption.reason if item.caption else ""
+            funnel.reject(name, Fate.NO_CAPTION, unread or "no caption file with text, and spec.data.captions.fallback is not set")
+            continue
+        draw = crop_draw(seed, seen.content) if data.crop == "random" else None
+        placement = place(seen.width, seen.height, bucket, draw)
+        repeats = data.sources[item.found.source].repeats
+        samples.append(Sample(name, item.found.file.path, seen.content, placement, captions, repeats))
+    return samples
+
+
+def _looked_at(known: tuple[Found, Probe | None, CaptionText | None], rule: ClipRule | None) -> tuple[Probe, CaptionText | None]:
+    found, probed, caption = known
+    if caption is None and found.caption is not None:
+        caption = read_caption(found.caption)
+    return probed or probe(found.file, rule), caption
+
+
+def _remember(memory: ScanMemory, scanned: Any) -> None:
+    probes = {item.found.file: item.probe for item in scanned}
+    captions = {item.found.caption: item.caption for item in scanned if item.found.caption is not None and item.caption is not None}
+    memory.replace(probes, captions)

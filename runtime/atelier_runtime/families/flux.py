@@ -1,0 +1,70 @@
+"""Flux.1: a flow transformer, first with two streams and then with one, distilled on guidance in most of its checkpoints.
+
+Latents [B, 16, H/8, W/8] enter as 2 x 2 patches, [B, HW/256, 64]; time is sigma itself. Text: T5 tokens, padded and without mask, so the
+length is part of the model, and CLIP's pooled vector. Source: diffusers' `pipeline_flux.py` and `transformer_flux.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, configuration
+
+TRAINING_GUIDANCE = 1.0
+"""A distilled checkpoint is trained as if it were asked for no guidance: the data holds none."""
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
+
+
+class Flux(Family):
+    name = "flux"
+    pipeline = "FluxPipeline"
+    lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
+    blocks = (Blocks("transformer_blocks", "text,tokens"), Blocks("single_transformer_blocks", "text,tokens"))
+
+    def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
+        """`embeds` [T5 tokens, 4096] and `pooled` [768]."""
+        embeds, pooled, _ = pipe.encode_prompt(list(prompts), None, max_sequence_length=_t5_tokens(pipe))
+        return [{"embeds": one, "pooled": vector} for one, vector in zip(embeds, pooled, strict=True)]
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
+        embeds = conditions.text["embeds"]
+        rows, columns = noisy.shape[-2] // 2, noisy.shape[-1] // 2
+        guidance = None
+        if configuration(denoiser).guidance_embeds:
+            value = TRAINING_GUIDANCE if conditions.guidance is None else conditions.guidance
+            guidance = torch.full_like(time, value)
+        tokens = denoiser(
+            hidden_states=F.pixel_unshuffle(noisy, 2).flatten(2).transpose(1, 2),
+            timestep=time,
+            guidance=guidance,
+            pooled_projections=conditions.text["pooled"],
+            encoder_hidden_states=embeds,
+            txt_ids=noisy.new_zeros(embeds.shape[1], 3),
+            img_ids=_positions(rows, columns, noisy),
+            return_dict=False,
+        )[0]
+        return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+
+    def sampling_arguments(self, pipe: Any, request: SampleRequest) -> dict[str, Any]:
+        """Guidance is the embedded one where the checkpoint is distilled on it, which knows no negative prompt; else it is real."""
+        arguments = super().sampling_arguments(pipe, request)
+        negative = arguments.pop("negative_prompt", "")
+        if not pipe.transformer.config.guidance_embeds and "guidance_scale" in arguments:
+            arguments |= {"true_cfg_scale": arguments.pop("guidance_scale"), "negative_prompt": negative}
+        return arguments | {"max_sequence_length": _t5_tokens(pipe)}
+
+
+def _positions(rows: int, columns: int, like: Tensor) -> Tensor:
+    """[rows * columns, 3]: (0, row, column) of every token."""
+    axes = [torch.arange(length, device=like.device) for length in (1, rows, columns)]
+    return torch.cartesian_prod(*axes).to(like.dtype)
+
+
+def _t5_tokens(pipe: Any) -> int:
+    """512, or 256 for the timestep-distilled checkpoint, which alone has a scheduler without dynamic shift; or what the tokenizer allows."""
+    trained = 512 if pipe.scheduler.config.get("use_dynamic_shifting") else 256
+    return min(trained, pipe.tokenizer_2.model_max_length)

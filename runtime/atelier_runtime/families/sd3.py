@@ -1,0 +1,66 @@
+"""Stable Diffusion 3 and 3.5: a flow transformer with a text and a picture stream in every block (arXiv:2403.03206).
+
+Latents [B, 16, H/8, W/8], time 0..1000 at the network's door. Text: two CLIP encoders and T5, one after the other along the
+sequence, padded and without mask, so the length is part of the model: 77 + 256. Source: diffusers' `pipeline_stable_diffusion_3.py`
+and `transformer_sd3.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, configuration
+
+T5_TOKENS = 256  # default of the pipeline's `max_sequence_length`
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+
+
+class StableDiffusion3(Family):
+    name = "sd3"
+    pipeline = "StableDiffusion3Pipeline"
+    lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
+    blocks = (Blocks("transformer_blocks", "text,tokens"),)
+
+    def dead_modules(self, denoiser: nn.Module) -> tuple[str, ...]:
+        """The last block drops its text stream, and with it what that stream's queries have gathered."""
+        last = len(denoiser.get_submodule("transformer_blocks")) - 1  # type: ignore[arg-type]
+        return (f"transformer_blocks.{last}.attn.add_q_proj",)
+
+    def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
+        """`embeds` [77 + T5 tokens, 4096] and `pooled` [2048]; `embeds` [77, 2048] where the checkpoint comes without T5."""
+        prompts = list(prompts)
+        if pipe.text_encoder_3 is None:
+            # `encode_prompt` asks the transformer for the width of its zeros, and no transformer is there while encoding: see
+            # `predict`.
+            encoded = [pipe._get_clip_prompt_embeds(prompts, clip_model_index=index) for index in (0, 1)]
+            embeds, pooled = (torch.cat(parts, dim=-1) for parts in zip(*encoded, strict=True))
+        else:
+            embeds, _, pooled, _ = pipe.encode_prompt(
+                prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=_t5_tokens(pipe)
+            )
+        return [{"embeds": one, "pooled": vector} for one, vector in zip(embeds, pooled, strict=True)]
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
+        embeds = conditions.text["embeds"]
+        missing_width = configuration(denoiser).joint_attention_dim - embeds.shape[-1]
+        if missing_width > 0:  # no T5: zeros in its place, as the pipeline has them
+            embeds = F.pad(embeds, (0, missing_width, 0, T5_TOKENS))
+        return denoiser(
+            hidden_states=noisy,
+            timestep=time * 1000,
+            encoder_hidden_states=embeds,
+            pooled_projections=conditions.text["pooled"],
+            return_dict=False,
+        )[0]
+
+    def sampling_arguments(self, pipe: Any, request: SampleRequest) -> dict[str, Any]:
+        return super().sampling_arguments(pipe, request) | {"max_sequence_length": _t5_tokens(pipe)}
+
+
+def _t5_tokens(pipe: Any) -> int:
+    """Length that T5's tokens are padded to: the pipeline's default, or less where the tokenizer allows no more."""
+    return T5_TOKENS if pipe.tokenizer_3 is None else min(T5_TOKENS, pipe.tokenizer_3.model_max_length)

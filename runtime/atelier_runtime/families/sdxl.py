@@ -1,0 +1,46 @@
+"""Stable Diffusion XL: a UNet that predicts epsilon (or v, by the checkpoint's scheduler) at DDPM steps (arXiv:2307.01952).
+
+Latents [B, 4, H/8, W/8]. Text: the penultimate layers of two CLIP encoders side by side, 77 tokens, and the second one's pooled
+vector; sizes and crop of the picture are conditions as well. Source: diffusers' `pipeline_stable_diffusion_xl.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from atelier_runtime.family import Blocks, Conditions, Family, Features
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+MLP = ("ff.net.0.proj", "ff.net.2")
+
+
+class StableDiffusionXL(Family):
+    name = "sdxl"
+    pipeline = "StableDiffusionXLPipeline"
+    denoisers = ("unet",)
+    lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": (*ATTENTION, *MLP, "proj_in", "proj_out")}  # noqa: RUF012
+    blocks = (Blocks("down_blocks", "maps"), Blocks("mid_block.attentions", "maps"), Blocks("up_blocks", "maps"))
+
+    def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
+        """`embeds` [77, 2048] and `pooled` [1280].
+
+        The empty caption is what the pipeline takes for "no prompt", and that is zeros in the published checkpoints
+        (`force_zeros_for_empty_prompt`), not the encoding of "".
+        """
+        embeds, null_embeds, pooled, null_pooled = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=True)
+        return [
+            {"embeds": embeds[i], "pooled": pooled[i]}
+            if prompt
+            else {"embeds": null_embeds[i], "pooled": null_pooled[i]}
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
+        return denoiser(
+            noisy,
+            time,
+            encoder_hidden_states=conditions.text["embeds"],
+            added_cond_kwargs={"text_embeds": conditions.text["pooled"], "time_ids": conditions.sizes},
+            return_dict=False,
+        )[0]

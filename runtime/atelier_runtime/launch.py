@@ -1,0 +1,204 @@
+"""Entry point of one rank: prepare, train, sample, publish. Started by torchrun, which the agent starts.
+
+python -m torch.distributed.run … -m atelier_runtime.launch --run-file run.json
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from atelier_api.errors import ConfigError
+from atelier_api.exit_codes import ExitCode
+from atelier_api.run_file import RunFile
+from atelier_runtime import parallel
+from atelier_runtime.checkpoint import Checkpointer, resume
+from atelier_runtime.data import build_dataset
+from atelier_runtime.families import get_family
+from atelier_runtime.family import Family
+from atelier_runtime.observe.failure import record_failure
+from atelier_runtime.observe.log import setup_logging
+from atelier_runtime.observe.metrics import TrainMetrics
+from atelier_runtime.observe.progress import ProgressWriter
+from atelier_runtime.observe.scratch import Scratch
+from atelier_runtime.parallel import Distributed
+from atelier_runtime.publishing import publish, write_report_of
+from atelier_runtime.reporter import Reporter
+from atelier_runtime.sampling import draw_samples, store_samples
+from atelier_runtime.store import Store, open_store
+from atelier_runtime.trainer import Denoisers, Parts, Trainer, build_run_objective, build_state, staging_folder
+
+log = logging.getLogger(__name__)
+
+
+class StopRequested(Exception):
+    """SIGTERM came before the loop, where there is nothing to save."""
+
+
+class StopFlag:
+    """Set by SIGTERM and SIGINT; the loop reads it between steps."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._set)
+
+    def _set(self, _number: int, _frame: FrameType | None) -> None:
+        self.is_set = True
+
+    def check(self) -> None:
+        """Raise StopRequested when a stop has been asked for."""
+        if self.is_set:
+            raise StopRequested
+
+
+@dataclass(frozen=True)
+class Session:
+    """What lasts from the start of a rank to its end."""
+
+    run_file: RunFile
+    family: Family
+    distributed: Distributed
+    store: Store
+    metrics: TrainMetrics
+    reporter: Reporter
+    stop: StopFlag
+
+
+def main() -> int:
+    """Run one rank; the exit code is the agent's to classify, with the failure file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run-file", type=Path, required=True)
+    run_file = RunFile.read(parser.parse_args().run_file)
+    stop = StopFlag()
+    rank = int(os.environ.get("RANK", "0"))
+    setup_logging(rank=rank)
+    if run_file.plan.threads_per_process:
+        torch.set_num_threads(run_file.plan.threads_per_process)
+    try:
+        distributed = parallel.start(run_file.plan)
+        session = open_session(run_file, distributed, stop)
+        finished = train(session)
+        parallel.stop()
+    except StopRequested:
+        return ExitCode.STOPPED
+    except BaseException as error:
+        record_failure(Scratch(Path(run_file.scratch)).failures(run_file.attempt), rank, error)
+        log.debug("rank failed", exc_info=True)
+        # Peers may be inside a collective: leave at once, torchrun ends them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ExitCode.INTERNAL)
+    return ExitCode.DONE if finished else ExitCode.STOPPED
+
+
+def open_session(run_file: RunFile, distributed: Distributed, stop: StopFlag) -> Session:
+    """Open the store and everything that reports."""
+    store = open_store(run_file.store_uri, run_file.spec.storage.s3)
+    metrics = TrainMetrics.from_environment(distributed.rank, os.environ)
+    progress = ProgressWriter(Scratch(Path(run_file.scratch)).progress if distributed.rank == 0 else None)
+    reporter = Reporter(run_file, store, progress, metrics)
+    return Session(run_file, get_family(run_file.spec.model.family), distributed, store, metrics, reporter, stop)
+
+
+def train(session: Session) -> bool:
+    """The whole run of one rank. False: stopped on request."""
+    parts = prepare(session)
+    total = session.run_file.spec.hyperparameters.steps
+    if parts.state.step == 0:
+        sample(session, parts, 0)
+    session.reporter.training(parts.state.step)
+    try:
+        with session.reporter.timed("training"):
+            finished = Trainer(parts, lambda: session.stop.is_set).run(lambda step: sample(session, parts, step))
+        if finished:
+            finish(session, parts)
+        else:
+            session.reporter.stage(
+                "Stopped", f"checkpoint at step {parts.state.step}", done=parts.state.step, total=total
+            )
+            if session.distributed.rank == 0:
+                write_report_of(parts, session.store, exports=[])
+    finally:
+        parts.checkpointer.close()
+    return finished
+
+
+def prepare(session: Session) -> Parts:
+    """Data, network, state, resume."""
+    run_file, family, distributed, reporter = session.run_file, session.family, session.distributed, session.reporter
+    reporter.stage("Preparing", "reading the data")
+    if distributed.rank == 0:
+        session.store.put_bytes("run.json", run_file.model_dump_json(by_alias=True, indent=2).encode())
+
+    def report(stage: str, detail: str, done: int, total: int) -> None:
+        session.stop.check()
+        reporter.stage("Caching", f"{stage} {detail}".strip(), done=done, total=total)
+
+    with reporter.timed("caching"):
+        dataset = build_dataset(run_file, family, distributed, report)
+    reporter.funnel(dataset.funnel)
+    reporter.stage("Preparing", "loading the model")
+    with reporter.timed("loading"):
+        denoisers = Denoisers.load(run_file, family, distributed)
+        objective = build_run_objective(run_file, family)
+        state = build_state(run_file, denoisers)
+        point = None
+        if run_file.spec.storage.resume.mode == "Auto":
+            template = state.tensors()
+            point = resume(run_file, distributed, session.store, template, staging_folder(run_file))
+            if point is not None:
+                state.restore(template)
+                reporter.resumed(state.step)
+                log.info("resumed", extra={"step": state.step, "manifest": point.manifest})
+    if state.step > run_file.spec.hyperparameters.steps:
+        raise ConfigError(
+            f"the newest checkpoint is of step {state.step}, spec.hyperparameters.steps is {run_file.spec.hyperparameters.steps}; "
+            "it must be at least the steps already trained"
+        )
+    checkpointer = Checkpointer(
+        run_file, distributed, session.store, staging_folder(run_file), dataset_hash=dataset.hash
+    )
+    return Parts(
+        run_file, family, distributed, denoisers, objective, dataset, state, checkpointer, session.metrics, reporter
+    )
+
+
+def sample(session: Session, parts: Parts, step: int) -> None:
+    """Draw and keep a round of samples. Collective."""
+    if not session.run_file.spec.validation.prompts:
+        return
+    session.reporter.stage("Sampling", f"step {step}", done=step, total=session.run_file.spec.hyperparameters.steps)
+    with session.metrics.sampling(), session.reporter.timed("sampling"):
+        ema = parts.state.ema
+        with ema.swapped() if ema is not None else nullcontext():
+            pictures = draw_samples(session.run_file, session.family, parts.denoisers.models, session.distributed)
+        store_samples(session.store, step, pictures, session.family.facts.modality)
+        torch.distributed.barrier()
+    suffix = "webp" if session.family.facts.modality == "video" else "png"
+    keys = [f"samples/{step:08d}/{i}.{suffix}" for i in range(len(session.run_file.spec.validation.prompts))]
+    session.reporter.samples_drawn(step, keys)
+    session.reporter.training(step)
+
+
+def finish(session: Session, parts: Parts) -> None:
+    """Last samples, exports, report."""
+    sample(session, parts, parts.state.step)
+    session.reporter.stage("Publishing", "exporting", done=parts.state.step, total=parts.state.step)
+    with session.reporter.timed("publishing"):
+        exports = publish(parts, session.store)
+    if session.distributed.rank == 0:
+        write_report_of(parts, session.store, exports)
+    session.reporter.stage("Succeeded", "", done=parts.state.step, total=parts.state.step)
+    torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""What every objective does: noisy input and target out of clean latents, and the loss of a prediction.
+
+Randomness comes only from the CPU generator of each sample, so a sample's draw does not depend on the batch, rank or world size it
+is drawn in. The order of draws is part of the contract (noise level, noise, offset): resuming and comparing runs rest on it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atelier_api.v1alpha1.objective import Objective as ObjectiveSpec
+from atelier_runtime.family import Stage
+from atelier_runtime.objectives.losses import pseudo_huber, squared_error
+from atelier_runtime.objectives.timesteps import no_mass
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One micro-batch, ready for `Family.predict`: everything but `time` of a diffusion family is fp32.
+
+    `noisy` and `target` have the shape of the clean latents; `time` is [B], sigma for flow and the DDPM step (long) for diffusion;
+    `weight` is [B].
+    """
+
+    noisy: Tensor
+    time: Tensor
+    target: Tensor
+    weight: Tensor
+
+
+class Objective(ABC):
+    """One training objective. `build_objective` makes it."""
+
+    def __init__(self, spec: ObjectiveSpec) -> None:
+        self.spec = spec
+
+    @abstractmethod
+    def prepare(self, clean: Tensor, generators: Sequence[torch.Generator], *, stage: Stage, tokens: int) -> Prepared:
+        """Noise `clean` [B, C, ...] with one CPU generator per sample, at times inside the stage's range.
+
+        `tokens` is the number of target tokens of a sample, for the dynamic shift.
+        """
+
+    @abstractmethod
+    def mass(self, stage: Stage, tokens: int) -> float:
+        """Probability in [0, 1] that a noise level drawn without stages lies in the stage's range."""
+
+    def pick_stage(self, stages: Sequence[Stage], generator: torch.Generator, *, tokens: int) -> Stage:
+        """A stage, in proportion to the mass of its range. A single stage is returned without a draw.
+
+        Raises ConfigError where no stage has any mass.
+        """
+        if len(stages) == 1:
+            return stages[0]
+        masses = torch.tensor([self.mass(stage, tokens) for stage in stages], dtype=torch.float64)
+        if not masses.sum() > 0:
+            raise no_mass(stages)
+        return stages[int(torch.multinomial(masses, 1, generator=generator))]
+
+    def loss(self, prediction: Tensor, prepared: Prepared) -> Tensor:
+        """[B] fp32: loss per element in fp32, mean over all but the batch, times the objective's weight."""
+        difference = prediction.float() - prepared.target
+        if self.spec.loss == "huber":
+            element = pseudo_huber(difference, self.spec.huber_c)
+        else:
+            element = squared_error(difference)
+        return element.flatten(1).mean(1) * prepared.weight
+
+
+def draw_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Standard normal fp32 noise of one sample, on the CPU whatever trains, so that every device sees the same."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, without waiting for the device: a copy from pageable memory would."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[B] as [B, 1, ...], to broadcast over `like`."""
+    return values.view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,151 @@
+"""The report of a run: one HTML file that needs nothing else, for a person to open.
+
+Pictures are embedded, the curve is drawn as SVG here, colours follow the reader's light or dark setting, and there is no script.
+"""
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from atelier_api.progress import FunnelReport
+from atelier_runtime.observe.curve import loss_curve
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1c1e21;--soft:#667;--line:#d5d9e0;--page:#fff;--card:#f6f7f9;--accent:#2563eb}
+@media (prefers-color-scheme:dark){:root{--ink:#e8eaed;--soft:#9aa3af;--line:#3a3f47;--page:#15171a;--card:#1d2024;--accent:#7aa2ff}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1080px;padding:32px 20px 64px;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
+h1{font-size:26px;margin:0 0 4px}h2{font-size:18px;margin:36px 0 12px}
+.soft{color:var(--soft)}table{border-collapse:collapse;width:100%}
+td,th{padding:5px 10px;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;font-variant-numeric:tabular-nums}
+th{font-weight:600;color:var(--soft)}
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:18px 0}
+.fact{background:var(--card);border-radius:8px;padding:10px 14px}.fact b{display:block;font-size:20px;font-variant-numeric:tabular-nums}
+.fact span{color:var(--soft);font-size:13px}
+.scroll{overflow-x:auto}.grid td,.grid th{border:0;padding:4px 6px;text-align:center}
+.grid img{min-width:96px;max-width:256px;image-rendering:auto;border-radius:4px;display:block}.grid .prompt{max-width:220px;text-align:left;font-size:13px}
+.grid img.small{image-rendering:pixelated}
+pre{background:var(--card);padding:12px 14px;border-radius:8px;overflow-x:auto;font-size:13px}
+svg text{fill:var(--soft);font-size:12px}svg .raw{stroke:var(--accent);opacity:.28}svg .mean{stroke:var(--accent);stroke-width:2}svg .axis{stroke:var(--line)}
+"""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded picture: PNG or WebP bytes, and its width in pixels."""
+
+    data: bytes
+    media_type: str
+    width: int
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything the report shows. `facts` are the tiles at the top, `rows` are (step, loss) of every step.
+
+    `samples` maps a step to its pictures, one per prompt, None where one is missing. `settings` is the run's YAML.
+    """
+
+    title: str
+    subtitle: str
+    facts: Sequence[tuple[str, str]]
+    rows: Sequence[tuple[int, float]]
+    prompts: Sequence[str]
+    samples: dict[int, Sequence[Picture | None]]
+    funnel: FunnelReport
+    seconds: dict[str, float]
+    settings: str
+    plan: Sequence[tuple[str, str]]
+    exports: Sequence[tuple[str, str, str]]
+    usage: str
+    events: Sequence[str] = field(default_factory=tuple)
+
+
+def render_report(data: ReportData) -> str:
+    """The HTML text."""
+    parts = [
+        f"<h1>{_text(data.title)}</h1><p class=soft>{_text(data.subtitle)}</p>",
+        "<div class=facts>"
+        + "".join(f"<div class=fact><b>{_text(v)}</b><span>{_text(k)}</span></div>" for k, v in data.facts)
+        + "</div>",
+        _section("Loss", loss_curve(data.rows)),
+        _section("Samples", _gallery(data.prompts, data.samples)) if data.samples else "",
+        _section("Data", _funnel(data.funnel)),
+        _section("Time", _times(data.seconds)),
+        _section("Result", _exports(data.exports) + f"<pre>{_text(data.usage)}</pre>") if data.exports else "",
+        _section("Plan", _table(("Choice", "Value"), data.plan)),
+        _section("Events", "<ul>" + "".join(f"<li>{_text(event)}</li>" for event in data.events) + "</ul>")
+        if data.events
+        else "",
+        _section("Settings", f"<pre>{_text(data.settings)}</pre>"),
+    ]
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_text(data.title)}</title>'
+    )
+    return (
+        f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _section(title: str, body: str) -> str:
+    return f"<h2>{_text(title)}</h2>{body}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    top = "".join(f"<th>{_text(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class=scroll><table><tr>{top}</tr>{body}</table></div>"
+
+
+def _gallery(prompts: Sequence[str], samples: dict[int, Sequence[Picture | None]]) -> str:
+    steps = sorted(samples)
+    head = (
+        "<tr><th></th>" + "".join(f"<th>{'before' if step == 0 else f'step {step}'}</th>" for step in steps) + "</tr>"
+    )
+    rows = []
+    for index, prompt in enumerate(prompts):
+        cells = "".join(f"<td>{_picture(samples[step], index, prompt)}</td>" for step in steps)
+        rows.append(f"<tr><td class=prompt>{_text(prompt)}</td>{cells}</tr>")
+    return f"<div class=scroll><table class=grid>{head}{''.join(rows)}</table></div>"
+
+
+def _picture(pictures: Sequence[Picture | None], index: int, prompt: str) -> str:
+    picture = pictures[index] if index < len(pictures) else None
+    if picture is None:
+        return "<span class=soft>missing</span>"
+    kind = " class=small" if picture.width < 128 else ""
+    data = base64.b64encode(picture.data).decode()
+    return f'<img{kind} alt="{html.escape(prompt, quote=True)}" width="{max(picture.width, 96)}" src="data:{picture.media_type};base64,{data}">'
+
+
+def _funnel(funnel: FunnelReport) -> str:
+    rows = [
+        ("found", funnel.found),
+        ("unreadable", funnel.unreadable),
+        ("too small", funnel.too_small),
+        ("too short", funnel.too_short),
+        ("no caption", funnel.no_caption),
+        ("kept", funnel.kept),
+    ]
+    body = _table(("Files", "Count"), rows)
+    if funnel.rejected:
+        body += "<p class=soft>Left out:</p>" + _table(("File", "Reason"), sorted(funnel.rejected.items()))
+    return body
+
+
+def _times(seconds: dict[str, float]) -> str:
+    total = sum(seconds.values()) or 1.0
+    rows = [
+        (phase, f"{spent:.1f} s", f"{100 * spent / total:.0f} %")
+        for phase, spent in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
+    return _table(("Phase", "Time", "Share"), rows)
+
+
+def _exports(exports: Sequence[tuple[str, str, str]]) -> str:
+    return _table(("Format", "File", "SHA-256"), exports)

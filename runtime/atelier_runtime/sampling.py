@@ -1,0 +1,115 @@
+"""Samples: pictures and clips drawn by the stock diffusers pipeline, so that others who load the result see the same."""
+
+import io
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from atelier_api.run_file import RunFile
+from atelier_api.v1alpha1.validation import ValidationPrompt
+from atelier_runtime import components
+from atelier_runtime.family import Family, SampleRequest
+from atelier_runtime.parallel import Distributed
+from atelier_runtime.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture in the store. `key` is relative to the run's root."""
+
+    step: int
+    prompt: int
+    key: str
+
+
+def draw_samples(
+    run_file: RunFile, family: Family, denoisers: dict[str, nn.Module], distributed: Distributed
+) -> dict[int, bytes]:
+    """Pictures of this rank's share of the prompts, by prompt index: PNG, or animated WebP for clips.
+
+    Collective under FSDP2, where every rank has to take part in every forward pass: there all ranks draw all prompts and rank 0
+    gives them. Otherwise prompts are dealt out over the ranks.
+    """
+    prompts = run_file.spec.validation.prompts
+    if not prompts:
+        return {}
+    sharded = run_file.plan.strategy == "fsdp2"
+    mine = range(len(prompts)) if sharded else range(distributed.rank, len(prompts), distributed.world_size)
+    if not mine:
+        return {}
+    dtype = torch.bfloat16 if run_file.spec.hyperparameters.precision == "bf16" else torch.float32
+    pipe = components.load_pipeline(family, run_file.model_folder, dtype, distributed.device, denoisers=denoisers)
+    pipe.set_progress_bar_config(disable=True)
+    modes = {name: module.training for name, module in denoisers.items()}
+    pictures = {}
+    try:
+        for module in denoisers.values():
+            module.eval()
+        for index in mine:
+            with (
+                torch.no_grad(),
+                torch.autocast(distributed.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
+            ):
+                pictures[index] = _draw(pipe, family, run_file, prompts[index])
+    finally:
+        for name, module in denoisers.items():
+            module.train(modes[name])
+    return pictures if not sharded or distributed.rank == 0 else {}
+
+
+def store_samples(store: Store, step: int, pictures: dict[int, bytes], modality: str) -> list[Sample]:
+    """Write pictures below `samples/<step>/`."""
+    suffix = "webp" if modality == "video" else "png"
+    samples = []
+    for index, data in sorted(pictures.items()):
+        key = f"samples/{step:08d}/{index}.{suffix}"
+        store.put_bytes(key, data)
+        samples.append(Sample(step, index, key))
+    return samples
+
+
+def _draw(pipe: Any, family: Family, run_file: RunFile, prompt: ValidationPrompt) -> bytes:
+    validation, data = run_file.spec.validation, run_file.spec.data
+    request = SampleRequest(
+        prompt=prompt.text,
+        negative=prompt.negative,
+        width=validation.width or data.resolution,
+        height=validation.height or data.resolution,
+        frames=validation.frames or data.clip.frames,
+        steps=validation.steps,
+        guidance=validation.guidance,
+        generator=torch.Generator("cpu").manual_seed(
+            prompt.seed
+        ),  # a CPU generator gives the same picture on any device
+    )
+    output = pipe(**family.sampling_arguments(pipe, request), output_type="pil")
+    if family.facts.modality == "video":
+        return _animated(output.frames[0], family.facts.frame_rate or 16.0)
+    return _still(output.images[0])
+
+
+def _still(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _animated(frames: Sequence[Image.Image], frame_rate: float) -> bytes:
+    buffer = io.BytesIO()
+    frames[0].save(
+        buffer,
+        format="WEBP",
+        save_all=True,
+        append_images=list(frames[1:]),
+        duration=round(1000 / frame_rate),
+        loop=0,
+        lossless=True,
+    )
+    return buffer.getvalue()

@@ -1,0 +1,65 @@
+"""One small collective per step, read one step later: the mean loss, and what all ranks must agree on.
+
+Reading a result in the step that made it would make the CPU wait for the device. The numbers of step n are asked for after the
+work of step n + 1 has been queued; before a checkpoint and at the end they are asked for at once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from atelier_runtime.parallel import Distributed
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What all ranks know of a step. `loss` and `gradient_norm` are over the global batch; either may be non-finite."""
+
+    step: int
+    loss: float
+    gradient_norm: float
+    stop: bool
+    checkpoint_due: bool
+
+
+@dataclass(frozen=True)
+class _Pending:
+    step: int
+    values: Tensor
+    work: "torch.distributed.Work | None"
+
+
+class StepAgreement:
+    """Sums a few numbers over the ranks without stalling the step that made them."""
+
+    def __init__(self, distributed: Distributed) -> None:
+        self._distributed = distributed
+        self._pending: _Pending | None = None
+
+    def submit(
+        self, step: int, loss: Tensor, gradient_norm: Tensor, *, stop: bool, checkpoint_due: bool
+    ) -> StepFacts | None:
+        """Queue the numbers of `step` and give those of the step before.
+
+        `loss` is this rank's share of the mean, so that the sum over ranks is the mean. `stop` on any rank stops all; only rank
+        0's clock counts for `checkpoint_due`.
+        """
+        flags = torch.tensor([float(stop), float(checkpoint_due)], device=loss.device)
+        values = torch.stack([loss.detach().float(), gradient_norm.detach().float() / self._distributed.world_size])
+        values = torch.cat([values, flags])
+        work = torch.distributed.all_reduce(values, async_op=True) if self._distributed.world_size > 1 else None
+        earlier = self.collect()
+        self._pending = _Pending(step, values, work)
+        return earlier
+
+    def collect(self) -> StepFacts | None:
+        """The numbers of the newest submitted step, waiting for them; None when they have been given already."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        if pending.work is not None:
+            pending.work.wait()
+        loss, norm, stop, due = pending.values.tolist()
+        return StepFacts(pending.step, loss, norm, stop > 0, due > 0)

@@ -1,0 +1,314 @@
+"""The training of one rank, from top to bottom: prepare, loop, finish.
+
+The trainer composes the parts (adapters, objectives, optimizers, data, parallel, checkpoint, observe); it knows no family and no
+technique by name. What differs between families is behind `Family`, what is predicted behind `Objective`.
+"""
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from atelier_api.errors import DivergedError
+from atelier_api.run_file import RunFile
+from atelier_runtime import adapters, components, parallel
+from atelier_runtime.checkpoint import Checkpointer
+from atelier_runtime.data import Dataset, Loader, MicroBatch
+from atelier_runtime.family import Conditions, Family, Stage
+from atelier_runtime.objectives import Objective, build_objective
+from atelier_runtime.observe.metrics import TrainMetrics
+from atelier_runtime.optimizers import Ema, build_optimizer, clip_gradients, learning_rate_at
+from atelier_runtime.parallel import Distributed
+from atelier_runtime.reporter import Reporter
+from atelier_runtime.step_agreement import StepAgreement, StepFacts
+from atelier_runtime.train_state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+def sample_generator(seed: int, step: int, slot: int) -> torch.Generator:
+    """The generator of one sample of one step. `slot` is its place in the global batch, so that draws do not depend on the ranks."""
+    digest = hashlib.blake2b(f"{seed}:{step}:{slot}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@dataclass
+class Denoisers:
+    """The denoisers of a run: `models` as diffusers has them, `wrapped` as the strategy calls them."""
+
+    models: dict[str, nn.Module]
+    wrapped: dict[str, nn.Module]
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def load(cls, run_file: RunFile, family: Family, distributed: Distributed) -> "Denoisers":
+        """Load, put the adapter on, and spread over the ranks. Raises ConfigError when nothing would be trained."""
+        hyperparameters, adapter = run_file.spec.hyperparameters, run_file.spec.adapter
+        base_dtype, trained_dtype = _dtypes(hyperparameters.precision, hyperparameters.optimizer.type, adapter.type)
+        names = components.denoiser_names(family, run_file.model_folder)
+        models: dict[str, nn.Module] = {}
+        wrapped: dict[str, nn.Module] = {}
+        for name in names:
+            model = components.load_denoiser(run_file.model_folder, name, base_dtype, distributed.device)
+            torch.manual_seed(hyperparameters.seed)
+            report = adapters.install(model, adapter, family, dtype=trained_dtype)
+            log.info(
+                "adapter installed",
+                extra={
+                    "denoiser": name,
+                    "trainable": report.trainable,
+                    "total": report.total,
+                    "modules": report.modules,
+                },
+            )
+            models[name] = model
+            wrapped[name] = parallel.wrap(model, run_file.plan, family, distributed)
+        return cls(models, wrapped, family.stages(components.read_pipeline_config(run_file.model_folder), names))
+
+    def trainable(self) -> dict[str, Parameter]:
+        """Trained parameters by `<denoiser>.<name>`, after sharding."""
+        return {
+            f"{name}.{key}": p for name, model in self.models.items() for key, p in adapters.trainable(model).items()
+        }
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop works with."""
+
+    run_file: RunFile
+    family: Family
+    distributed: Distributed
+    denoisers: Denoisers
+    objective: Objective
+    dataset: Dataset
+    state: TrainState
+    checkpointer: Checkpointer
+    metrics: TrainMetrics
+    reporter: Reporter
+
+
+def build_state(run_file: RunFile, denoisers: Denoisers) -> TrainState:
+    """Optimizer and moving average over the trained parameters, at step 0."""
+    parameters = denoisers.trainable()
+    hyperparameters = run_file.spec.hyperparameters
+    optimizer = build_optimizer(list(parameters.values()), hyperparameters, run_file.plan.learning_rate)
+    ema = Ema(parameters, hyperparameters.ema.decay) if hyperparameters.ema else None
+    return TrainState(parameters, optimizer, ema)
+
+
+def build_run_objective(run_file: RunFile, family: Family) -> Objective:
+    """The objective with the checkpoint's own scheduler as the source of its defaults."""
+    return build_objective(run_file.spec.objective, family.facts, components.scheduler_config(run_file.model_folder))
+
+
+class Trainer:
+    """The loop. `run` ends at the last step (True) or at a request to stop (False), in both cases with a committed checkpoint."""
+
+    def __init__(self, parts: Parts, stop_requested: Callable[[], bool]) -> None:
+        self._parts = parts
+        self._stop_requested = stop_requested
+        self._agreement = StepAgreement(parts.distributed)
+        self._last_checkpoint_time = time.monotonic()
+        self._last_saved_step = parts.state.step
+        self._names: dict[int, Sequence[str]] = {}
+
+    def run(self, on_sample_step: Callable[[int], None]) -> bool:
+        """Train up to `hyperparameters.steps`. `on_sample_step(step)` draws the samples; it is collective."""
+        parts, state = self._parts, self._parts.state
+        spec = parts.run_file.spec
+        checkpoint, every_samples = spec.storage.checkpoint, spec.validation.every_steps
+        loader = Loader(
+            parts.dataset,
+            rank=parts.distributed.rank,
+            world_size=parts.distributed.world_size,
+            micro_batch_size=parts.run_file.plan.micro_batch_size,
+            start_step=state.step,
+        )
+        stopped = False
+        with ExitStack() as stack:
+            stack.callback(loader.close)
+            while state.step < spec.hyperparameters.steps and not stopped:
+                started = time.perf_counter()
+                with parts.metrics.phase("data"):
+                    step, micro_batches = next(loader)
+                loss, norm = self._step(step, micro_batches)
+                state.step = step + 1
+                self._names[step] = [name for batch in micro_batches for name in batch.names]
+                facts = self._agreement.submit(
+                    step,
+                    loss,
+                    norm,
+                    stop=self._stop_requested(),
+                    checkpoint_due=self._time_for_checkpoint(checkpoint.every_seconds),
+                )
+                stopped, save_now = self._confirm(facts)
+                if stopped or save_now or self._is_boundary(state.step, checkpoint.every_steps, every_samples):
+                    # Nothing unconfirmed is ever saved: the facts of this very step are waited for.
+                    stop_too, save_too = self._confirm(self._agreement.collect())
+                    stopped, save_now = stopped or stop_too, save_now or save_too
+                parts.reporter.step_finished(
+                    state.step,
+                    time.perf_counter() - started,
+                    pixels=parts.dataset.order.batch(step).pixels,
+                    data_wait_seconds=loader.wait_seconds,
+                )
+                due = checkpoint.every_steps > 0 and state.step % checkpoint.every_steps == 0
+                if due or save_now or stopped:
+                    self._save()
+                if (
+                    every_samples > 0
+                    and state.step % every_samples == 0
+                    and state.step < spec.hyperparameters.steps
+                    and not stopped
+                ):
+                    on_sample_step(state.step)
+                parts.reporter.poll(parts.checkpointer)
+            if self._last_saved_step != state.step:
+                self._save()
+            parts.checkpointer.wait()
+            parts.reporter.poll(parts.checkpointer)
+        return not stopped
+
+    def _step(self, step: int, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """One optimizer step. Gives this rank's share of the mean loss, and the norm of the global gradient before clipping."""
+        parts, metrics = self._parts, self._parts.metrics
+        hyperparameters = parts.run_file.spec.hyperparameters
+        device, world = parts.distributed.device, parts.distributed.world_size
+        torch.manual_seed(_step_seed(hyperparameters.seed, step, parts.distributed.rank))
+        stage = self._pick_stage(step)
+        denoiser = parts.denoisers.wrapped[stage.denoiser]
+        optimizer = parts.state.optimizer
+        rate = learning_rate_at(step, hyperparameters, parts.run_file.plan.learning_rate)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        total_weight = parts.dataset.order.batch(step).total_weight
+        share = torch.zeros((), device=device)
+        for index, batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with nullcontext() if last else parallel.no_sync(denoiser):
+                with metrics.phase("forward"):
+                    loss = self._loss(denoiser, batch, step, stage) / total_weight
+                with metrics.phase("backward"):
+                    (
+                        loss * world
+                    ).backward()  # data-parallel gradients are averaged over the ranks; the loss is a sum over them
+            share += loss.detach()
+        with metrics.phase("optimizer"):
+            trained = [p for p in parts.state.parameters.values() if p.grad is not None]
+            norm = clip_gradients(trained, hyperparameters.gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if parts.state.ema is not None:
+                parts.state.ema.update()
+        parts.reporter.learning_rate = rate
+        return share, torch.as_tensor(norm, device=device)
+
+    def _loss(self, denoiser: nn.Module, batch: MicroBatch, step: int, stage: Stage) -> Tensor:
+        """Sum over the micro-batch of weight times loss."""
+        parts = self._parts
+        device = parts.distributed.device
+        seed = parts.run_file.spec.hyperparameters.seed
+        generators = [sample_generator(seed, step, slot) for slot in batch.slots]
+        clean = batch.latents.to(device, torch.float32, non_blocking=True)
+        if batch.std is not None:
+            draws = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators])
+            clean = clean + batch.std.to(device, torch.float32, non_blocking=True) * draws.to(device)
+        prepared = parts.objective.prepare(clean, generators, stage=stage, tokens=_tokens(parts.family, clean))
+        text = {
+            key: value.to(device, non_blocking=True) for key, value in parts.family.collate_text(batch.text).items()
+        }
+        conditions = Conditions(text=text, sizes=batch.sizes.to(device), frame_rate=parts.dataset.frame_rate)
+        precision = parts.run_file.spec.hyperparameters.precision
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            prediction = parts.family.predict(denoiser, prepared.noisy, prepared.time, conditions)
+        return (parts.objective.loss(prediction, prepared) * batch.weights.to(device)).sum()
+
+    def _pick_stage(self, step: int) -> Stage:
+        """The stage of this step, the same on all ranks: one optimizer step trains one denoiser."""
+        stages = self._parts.denoisers.stages
+        if len(stages) == 1:
+            return stages[0]
+        tokens = self._parts.dataset.order.batch(step).tokens
+        return self._parts.objective.pick_stage(
+            stages, sample_generator(self._parts.run_file.spec.hyperparameters.seed, step, -1), tokens=tokens
+        )
+
+    def _confirm(self, facts: StepFacts | None) -> tuple[bool, bool]:
+        """Report the numbers of a step; raise DivergedError when they are not finite. Gives (stop, checkpoint is due)."""
+        if facts is None:
+            return False, False
+        names = self._names.pop(facts.step, ())
+        if not (math.isfinite(facts.loss) and math.isfinite(facts.gradient_norm)):
+            self._parts.metrics.nonfinite()
+            raise DivergedError(
+                f"the loss of step {facts.step} is {facts.loss} and its gradient norm {facts.gradient_norm}; both must be finite. "
+                f"Samples of this process in that step: {', '.join(names) or 'none'}. The newest checkpoint, before this step, is kept; "
+                "lower spec.hyperparameters.learningRate or look at these samples"
+            )
+        self._parts.reporter.step_confirmed(facts)
+        return facts.stop, facts.checkpoint_due
+
+    def _save(self) -> None:
+        parts = self._parts
+        with parts.metrics.checkpoint_stall(), parts.reporter.timed("checkpoint"):
+            parts.checkpointer.save(parts.state.step, parts.state.tensors())
+            if parts.distributed.rank == 0:
+                parts.reporter.keep_history()
+        self._last_saved_step = parts.state.step
+        self._last_checkpoint_time = time.monotonic()
+
+    def _time_for_checkpoint(self, every_seconds: int) -> bool:
+        """Whether rank 0's clock asks for a checkpoint; other ranks never do, since clocks differ."""
+        return (
+            every_seconds > 0
+            and self._parts.distributed.rank == 0
+            and time.monotonic() - self._last_checkpoint_time >= every_seconds
+        )
+
+    def _is_boundary(self, step: int, every_steps: int, every_samples: int) -> bool:
+        last = step == self._parts.run_file.spec.hyperparameters.steps
+        return last or any(every > 0 and step % every == 0 for every in (every_steps, every_samples))
+
+
+def _dtypes(precision: str, optimizer: str, adapter: str) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype the base is loaded in, dtype of the trained weights). Full-rank trains the base itself, so both are one there."""
+    trained = torch.bfloat16 if optimizer == "adamw-bf16" else torch.float32
+    if adapter == "full":
+        return trained, trained
+    return (torch.bfloat16 if precision == "bf16" else torch.float32), trained
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of torch's own generator in one step of one rank: dropout and stochastic rounding draw from it."""
+    digest = hashlib.blake2b(f"rank:{seed}:{step}:{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _tokens(family: Family, latents: Tensor) -> int:
+    """Tokens of one sample of latents [B, C, H, W] or [B, C, F, H, W]."""
+    patch = family.facts.patch
+    frames = latents.shape[2] if latents.ndim == 5 else 1
+    return frames * (latents.shape[-2] // patch) * (latents.shape[-1] // patch)
+
+
+def staging_folder(run_file: RunFile) -> Path:
+    """Where checkpoints are written before they go to the store."""
+    return Path(run_file.scratch) / "staging"
+
+
+def gathered_weights(parts: Parts) -> dict[str, dict[str, Any]]:
+    """Trained weights by denoiser, whole and on the CPU, on rank 0 (empty elsewhere). Collective."""
+    return {
+        name: parallel.full_state(parts.denoisers.wrapped[name], list(adapters.trainable(model)))
+        for name, model in parts.denoisers.models.items()
+    }

@@ -1,0 +1,106 @@
+"""Whole runs for tests: a folder with a tiny base checkpoint, real pictures and a YAML, trained by the real command."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
+from tiny_families import save_tiny
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def write_digits(folder: Path, count: int, size: int = 32) -> Path:
+    """`count` real handwritten digits as PNG with sidecar captions of unequal length."""
+    folder.mkdir(parents=True, exist_ok=True)
+    digits = load_digits()
+    for index in range(count):
+        grey = Image.fromarray((255 - digits.images[index] * 15.9).astype("uint8"))
+        grey.convert("RGB").resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{index:04d}.png")
+        tail = " in black ink on paper" if index % 2 else ""
+        (folder / f"{index:04d}.txt").write_text(f"a handwritten {WORDS[digits.target[index]]}{tail}\n")
+    return folder
+
+
+def merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with nested `changes` laid over it."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(value, Mapping) and isinstance(old, dict) else value
+    return result
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """A run's YAML and where its results lie."""
+
+    path: Path
+    document: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder in a local store."""
+        return self.path.parent / "runs" / "default" / f"{self.document['metadata']['name']}-local"
+
+    @property
+    def scratch(self) -> Path:
+        return self.path.parent / "runs" / ".scratch" / f"default-{self.document['metadata']['name']}"
+
+    def changed(self, **spec: Any) -> "LocalRun":
+        """The same file with parts of the spec changed."""
+        return write_run(self.path, merged(self.document, {"spec": spec}))
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "atelier_cli.main", "run", str(self.path), *arguments]
+
+    def start(self, *arguments: str, environment: Mapping[str, str] | None = None) -> "subprocess.Popen[str]":
+        """Start the command in a process group of its own."""
+        return subprocess.Popen(
+            self.command(*arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env=dict(os.environ) | dict(environment or {}),
+        )
+
+    def train(self, *arguments: str, expect: int = 0, environment: Mapping[str, str] | None = None) -> str:
+        """Run to the end and check the exit code; gives the output."""
+        process = self.start(*arguments, environment=environment)
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == expect, f"exit code {process.returncode}, expected {expect}:\n{output[-6000:]}"
+        return output
+
+
+def write_run(path: Path, document: dict[str, Any]) -> LocalRun:
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return LocalRun(path, document)
+
+
+def tiny_run(folder: Path, family: str = "sd3", *, pictures: int = 8, name: str = "tiny", **spec: Any) -> LocalRun:
+    """A run of a tiny checkpoint on real digits, fp32 on the CPU with two processes; `spec` is laid over the defaults."""
+    if not (folder / "base" / "model_index.json").exists():
+        save_tiny(family, folder / "base")
+    if not (folder / "pictures").exists():
+        write_digits(folder / "pictures", pictures)
+    base = {
+        "apiVersion": "atelier.dev/v1alpha1",
+        "kind": "TrainingRun",
+        "metadata": {"name": name},
+        "spec": {
+            "model": {"family": family, "source": "base"},
+            "adapter": {"type": "lora", "rank": 4, "alpha": 8},
+            "data": {"sources": [{"uri": "pictures"}], "resolution": 32, "maxUpscale": "2"},
+            "hyperparameters": {"steps": 6, "globalBatchSize": 4, "learningRate": "1e-3", "precision": "fp32"},
+            "parallelism": {"gpusPerNode": 0, "processesPerNode": 2},
+            "storage": {"checkpoint": {"everySteps": 2, "everySeconds": 0}},
+        },
+    }
+    return write_run(folder / "run.yaml", merged(base, {"spec": spec}))
