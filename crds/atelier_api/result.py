@@ -13,10 +13,14 @@ class AgentResult(Block):
     reason: str = Field(description="From the closed set of reasons: the exit code's, or DeadlineExceeded.")
     message: str = Field(description="One sentence for people, at most 2000 bytes.")
     attempt: str
-    time: float = Field(description="Unix time of the cause, or of the end where nothing failed. Orders the results of several nodes.")
+    time: float = Field(
+        description="Unix time of the cause, or of the end where nothing failed. Orders the results of several nodes."
+    )
     step: int | None = None
     rank: int | None = Field(default=None, description="The rank whose failure decided; none when nothing failed.")
-    checkpoint_step: int | None = Field(default=None, description="Step of the newest committed checkpoint that is known.")
+    checkpoint_step: int | None = Field(
+        default=None, description="Step of the newest committed checkpoint that is known."
+    )
 
 
 def shorten(text: str, limit_bytes: int = 2000) -> str:

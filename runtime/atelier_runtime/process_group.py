@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 log = logging.getLogger(__name__)
 

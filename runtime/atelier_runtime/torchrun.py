@@ -34,7 +34,10 @@ def main() -> int:
     try:
         run.main(options.arguments[1:])
     except ChildFailedError as error:
-        endings = [Ending(rank=rank, status=failure.exitcode, time=failure.timestamp) for rank, failure in error.failures.items()]
+        endings = [
+            Ending(rank=rank, status=failure.exitcode, time=failure.timestamp)
+            for rank, failure in error.failures.items()
+        ]
         write_endings(options.endings, options.node_rank, endings)
         return 1
     except SignalException:

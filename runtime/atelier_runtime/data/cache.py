@@ -182,7 +182,9 @@ class Cache:
                 try:
                     file = safe_open(path, framework="pt")
                 except (OSError, SafetensorError) as error:
-                    raise StoreError(f"the cache file {path} cannot be read any more ({error}); it is built again at the next start") from error
+                    raise StoreError(
+                        f"the cache file {path} cannot be read any more ({error}); it is built again at the next start"
+                    ) from error
                 self._open[number] = file
                 if len(self._open) > _OPEN_SHARDS:
                     self._open.popitem(last=False)

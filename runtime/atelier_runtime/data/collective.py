@@ -5,7 +5,9 @@ still encodes. Long work is cut into rounds that end with an exchange, so that n
 have a time limit), progress is known everywhere, and an error on one rank is raised on all.
 """
 
+import logging
 import pickle
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,10 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed
+
+log = logging.getLogger(__name__)
+
+LOG_SECONDS = 10.0
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -28,6 +34,12 @@ class Ranks(Protocol):
     def world_size(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
+
+
+class Report(Protocol):
+    """Told how far the preparation is: `stage` is what is done, `detail` how much of it. May raise to stop the run."""
+
+    def __call__(self, stage: str, detail: str, done: int, total: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,21 @@ def on_rank_zero(ranks: Ranks, work: Callable[[], T]) -> T:
         raise box[0].error
     result: T = box[0]
     return result
+
+
+def together(ranks: Ranks, action: Callable[[], None]) -> None:
+    """Runs `action` on every rank; an error on any of them is raised on all."""
+    own: Exception | None = None
+    try:
+        action()
+    except Exception as error:
+        own = error
+    failures = gather(ranks, None if own is None else _Failure(_portable(own)))
+    if own is not None:
+        raise own
+    for failure in failures:
+        if failure is not None:
+            raise failure.error
 
 
 def in_rounds(ranks: Ranks, items: Sequence[T], size: int, work: Callable[[Sequence[T]], R]) -> Iterator[list[R]]:
@@ -128,3 +155,22 @@ def folder_share(ranks: Ranks, folder: Path) -> Share:
     gather(ranks, None)
     own.unlink(missing_ok=True)
     return Share(seen.index(ranks.rank), len(seen))
+
+
+class Announcer:
+    """Tells of progress: the caller's report on every rank, a log line on rank 0 now and then."""
+
+    def __init__(self, ranks: Ranks, report: Report) -> None:
+        self._ranks = ranks
+        self._report = report
+        self._logged: tuple[str, float] = ("", 0.0)
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        """Collective, so that a report that raises (a stop was asked for) ends all ranks alike."""
+        together(self._ranks, lambda: self._report(stage=stage, detail=f"{done}/{total}", done=done, total=total))
+        last_stage, last_time = self._logged
+        if self._ranks.rank == 0 and (
+            stage != last_stage or done == total or time.monotonic() - last_time > LOG_SECONDS
+        ):
+            self._logged = (stage, time.monotonic())
+            log.info("preparing data", extra={"stage": stage, "done": done, "total": total})

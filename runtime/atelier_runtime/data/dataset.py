@@ -68,8 +68,16 @@ class Dataset:
     """Encoded samples, their order, and the funnel they came through."""
 
     def __init__(
-        self, columns: Columns, cache: Cache, order: SampleOrder, draws: CaptionDraws,
-        *, funnel: FunnelReport, fingerprint: str, frame_rate: float | None, device: torch.device,
+        self,
+        columns: Columns,
+        cache: Cache,
+        order: SampleOrder,
+        draws: CaptionDraws,
+        *,
+        funnel: FunnelReport,
+        fingerprint: str,
+        frame_rate: float | None,
+        device: torch.device,
     ) -> None:
         self.order = order
         self.funnel = funnel

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from atelier_runtime.data.buckets import Bucket, Placement
 from atelier_runtime.data.cache import Cache, ShardWriter
-from atelier_runtime.data.collective import Ranks, Share, gather, in_rounds
+from atelier_runtime.data.collective import Announcer, Ranks, Share, gather, in_rounds
 from atelier_runtime.data.image import UnreadableError, fit, read_picture
 from atelier_runtime.data.keys import content_sha256, file_sha256
 from atelier_runtime.data.scan import ClipRule
@@ -30,10 +30,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
-Report = Callable[..., None]
-"""Takes the fields of `Progress` by name."""
-
-_LOG_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +89,17 @@ class Builder:
     """Builds missing entries. All methods are collective."""
 
     def __init__(
-        self, family: Family, encoders: Encoders, cache: Cache, *, ranks: Ranks, share: Share, dtype: torch.dtype,
-        report: Report, threads: int, limits: Limits,
+        self,
+        family: Family,
+        encoders: Encoders,
+        cache: Cache,
+        *,
+        ranks: Ranks,
+        share: Share,
+        announcer: Announcer,
+        dtype: torch.dtype,
+        threads: int,
+        limits: Limits,
     ) -> None:
         self._family = family
         self._encoders = encoders
@@ -102,12 +107,11 @@ class Builder:
         self._ranks = ranks
         self._share = share
         self._dtype = dtype
-        self._report = report
+        self._announcer = announcer
         self._threads = threads
         self._limits = limits
         self._writer = ShardWriter(cache.folder)
         self._committed_at = time.monotonic()
-        self._logged_at = 0.0
 
     def captions(self, jobs: Sequence[TextJob]) -> None:
         """Encode the captions that are not in the cache."""
@@ -145,19 +149,23 @@ class Builder:
         return [job for job in jobs[self._share.index :: self._share.count] if self._cache.row(job.key) is None]  # type: ignore[attr-defined]
 
     def _run(
-        self, what: str, jobs: Sequence[T], size: int, work: Callable[[Sequence[T]], tuple[int, list[tuple[bytes, str]]]]
+        self,
+        what: str,
+        jobs: Sequence[T],
+        size: int,
+        work: Callable[[Sequence[T]], tuple[int, list[tuple[bytes, str]]]],
     ) -> dict[bytes, str]:
         total = sum(gather(self._ranks, len(jobs)))
         if total == 0:
             return {}
         done = 0
         rejected: dict[bytes, str] = {}
-        self._tell(what, done, total)
+        self._announcer.tell(what, done, total)
         try:
             for answers in in_rounds(self._ranks, jobs, size, self._committing(work)):
                 done += sum(count for count, _ in answers)
                 rejected.update(pair for _, pairs in answers for pair in pairs)
-                self._tell(what, done, total)
+                self._announcer.tell(what, done, total)
         finally:
             self._writer.commit()
         return rejected
@@ -173,14 +181,6 @@ class Builder:
 
         return step
 
-    def _tell(self, what: str, done: int, total: int) -> None:
-        if self._ranks.rank != 0:
-            return
-        self._report(stage="Caching", detail=f"{what} {done}/{total}", done=done, total=total)
-        if done in (0, total) or time.monotonic() - self._logged_at > _LOG_SECONDS:
-            self._logged_at = time.monotonic()
-            log.info(what, extra={"done": done, "total": total})
-
     def _encode_captions(self, jobs: Sequence[TextJob]) -> list[dict[str, Tensor]]:
         with torch.no_grad():
             return self._family.encode_text(self._encoders.pipe, [job.caption for job in jobs])
@@ -188,7 +188,9 @@ class Builder:
     def _encode_pixels(self, batch: Sequence[tuple[LatentJob, Tensor]]) -> list[dict[str, Tensor]]:
         pipe = self._encoders.pipe
         with torch.no_grad():
-            latents = self._family.encode_pixels(pipe, torch.stack([pixels for _, pixels in batch]).to(self._ranks.device))
+            latents = self._family.encode_pixels(
+                pipe, torch.stack([pixels for _, pixels in batch]).to(self._ranks.device)
+            )
         columns = {"mean": latents.mean} | ({} if latents.std is None else {"std": latents.std})
         return [{name: self._stored(tensor[i]) for name, tensor in columns.items()} for i in range(len(batch))]
 

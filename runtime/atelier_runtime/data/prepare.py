@@ -15,8 +15,7 @@ from atelier_api.run_file import RunFile
 from atelier_api.v1alpha1.data import Data
 from atelier_runtime.data.buckets import Placement, alignment, bucket_for, enlargement, place
 from atelier_runtime.data.captions import alternatives
-from atelier_runtime.data.collective import Ranks, Share, in_rounds, on_rank_zero
-from atelier_runtime.data.encode import Report
+from atelier_runtime.data.collective import Announcer, Ranks, Share, in_rounds, on_rank_zero
 from atelier_runtime.data.funnel import Fate, Funnel
 from atelier_runtime.data.keys import crop_draw
 from atelier_runtime.data.scan import CaptionText, ClipRule, Probe, ScanMemory, in_threads, probe, read_caption
@@ -55,7 +54,9 @@ def clip_rule(data: Data, facts: FamilyFacts) -> ClipRule | None:
         return None
     fps = data.clip.fps or facts.frame_rate
     if fps is None:
-        raise ConfigError(f"spec.data.clip.fps is not set and {facts.name} has no frame rate of its own; set it to the rate of your clips")
+        raise ConfigError(
+            f"spec.data.clip.fps is not set and {facts.name} has no frame rate of its own; set it to the rate of your clips"
+        )
     return ClipRule(data.clip.frames, fps)
 
 
@@ -74,12 +75,14 @@ def reading_threads(run_file: RunFile) -> int:
 class Scan:
     """Looks at all sources, with what is remembered from earlier scans. Collective."""
 
-    def __init__(self, run_file: RunFile, rule: ClipRule | None, ranks: Ranks, share: Share, report: Report) -> None:
+    def __init__(
+        self, run_file: RunFile, rule: ClipRule | None, ranks: Ranks, share: Share, announcer: Announcer
+    ) -> None:
         self._run_file = run_file
         self._rule = rule
         self._ranks = ranks
         self._share = share
-        self._report = report
+        self._announcer = announcer
         self._cache = Path(run_file.cache_uri)
         self._threads = reading_threads(run_file)
 
@@ -97,7 +100,10 @@ class Scan:
             kinds = extensions(self._rule)
             found = list_folder(number, uri, kinds) if remote is None else remote.found(number, kinds)
             memory = ScanMemory(self._cache, uri, self._rule)
-            return [(item, memory.probe_of(item.file), memory.caption_of(item.caption) if item.caption else None) for item in found]
+            return [
+                (item, memory.probe_of(item.file), memory.caption_of(item.caption) if item.caption else None)
+                for item in found
+            ]
 
         known = on_rank_zero(self._ranks, look)
         scanned = {
@@ -112,7 +118,7 @@ class Scan:
         for answers in in_rounds(self._ranks, own, self._threads * _ROUND_FILES_PER_THREAD, work):
             for place, probed, caption in (item for answer in answers for item in answer):
                 scanned[place] = Scanned(known[place][0], probed, caption)
-            self._tell("reading files", len(scanned) - (len(known) - len(todo)), len(todo))
+            self._announcer.tell("reading files", len(scanned) - (len(known) - len(todo)), len(todo))
             if memory is not None and time.monotonic() - saved_at > _SAVE_SECONDS:
                 _remember(memory, scanned.values())
                 saved_at = time.monotonic()
@@ -128,13 +134,8 @@ class Scan:
         done = 0
         for answers in in_rounds(self._ranks, missing, 64, copy.fetch):
             done += sum(answers)
-            self._tell(f"fetching {uri}", done, len(objects))
+            self._announcer.tell(f"fetching {uri}", done, len(objects))
         return copy
-
-    def _tell(self, what: str, done: int, total: int) -> None:
-        if self._ranks.rank == 0:
-            self._report(stage="Caching", detail=f"{what} {done}/{total}", done=done, total=total)
-            log.info(what, extra={"done": done, "total": total})
 
 
 def select(scanned: Sequence[Scanned], run_file: RunFile, facts: FamilyFacts, funnel: Funnel) -> list[Sample]:
@@ -164,7 +165,9 @@ def select(scanned: Sequence[Scanned], run_file: RunFile, facts: FamilyFacts, fu
         captions = alternatives(item.caption.text if item.caption else None, data.captions)
         if not captions:
             unread = item.caption.reason if item.caption else ""
-            funnel.reject(name, Fate.NO_CAPTION, unread or "no caption file with text, and spec.data.captions.fallback is not set")
+            funnel.reject(
+                name, Fate.NO_CAPTION, unread or "no caption file with text, and spec.data.captions.fallback is not set"
+            )
             continue
         draw = crop_draw(seed, seen.content) if data.crop == "random" else None
         placement = place(seen.width, seen.height, bucket, draw)
@@ -173,7 +176,9 @@ def select(scanned: Sequence[Scanned], run_file: RunFile, facts: FamilyFacts, fu
     return samples
 
 
-def _looked_at(known: tuple[Found, Probe | None, CaptionText | None], rule: ClipRule | None) -> tuple[Probe, CaptionText | None]:
+def _looked_at(
+    known: tuple[Found, Probe | None, CaptionText | None], rule: ClipRule | None
+) -> tuple[Probe, CaptionText | None]:
     found, probed, caption = known
     if caption is None and found.caption is not None:
         caption = read_caption(found.caption)
@@ -182,5 +187,9 @@ def _looked_at(known: tuple[Found, Probe | None, CaptionText | None], rule: Clip
 
 def _remember(memory: ScanMemory, scanned: Any) -> None:
     probes = {item.found.file: item.probe for item in scanned}
-    captions = {item.found.caption: item.caption for item in scanned if item.found.caption is not None and item.caption is not None}
+    captions = {
+        item.found.caption: item.caption
+        for item in scanned
+        if item.found.caption is not None and item.caption is not None
+    }
     memory.replace(probes, captions)

@@ -1,4 +1,7 @@
-"""Options that do not fit the kind of the family, or each other: refused by name, never ignored. Pure: needs no torch."""
+"""Options of the other kind of family: refused by name, never ignored.
+
+`atelier_api.rules` refuses them before a run is queued; this is the same law for whoever builds an objective without a whole run.
+"""
 
 from atelier_api.errors import ConfigError
 from atelier_api.families import FamilyFacts
@@ -6,20 +9,19 @@ from atelier_api.v1alpha1.objective import Objective, Timesteps
 
 
 def check_objective(spec: Objective, facts: FamilyFacts) -> None:
-    """Raise ConfigError for the first option of `spec.objective` that would do nothing for this family.
+    """Raise ConfigError for the first option of `spec.objective` that means nothing to a family of this kind.
 
     An option at its default counts as not given: a resolved run spells out every default.
     """
-    if facts.objective == "flow":
-        _refuse_changed(_diffusion_options(spec), facts, "diffusion")
-        _check_sampling(spec.timesteps)
-    else:
-        _refuse_changed(_flow_options(spec), facts, "flow")
-    if spec.loss != "huber" and spec.huber_c != Objective().huber_c:
-        raise ConfigError(
-            f"spec.objective.huberC is {spec.huber_c:g} and the loss is {spec.loss}; it is the c of the pseudo-Huber loss: "
-            "remove it, or set spec.objective.loss to huber"
-        )
+    kind, options = (
+        ("diffusion", _diffusion_options(spec)) if facts.objective == "flow" else ("flow", _flow_options(spec))
+    )
+    for option, (value, default) in options.items():
+        if value != default:
+            raise ConfigError(
+                f"spec.objective.{option} is {value}; it is an option of {kind} families, and {facts.name} is a "
+                f"{facts.objective} family; remove it (its default is {default})"
+            )
 
 
 def _diffusion_options(spec: Objective) -> dict[str, tuple[object, object]]:
@@ -42,28 +44,3 @@ def _flow_options(spec: Objective) -> dict[str, tuple[object, object]]:
         "timesteps.betaB": (given.beta_b, default.beta_b),
         "timesteps.shift": (given.shift, default.shift),
     }
-
-
-def _refuse_changed(options: dict[str, tuple[object, object]], facts: FamilyFacts, kind: str) -> None:
-    for option, (value, default) in options.items():
-        if value != default:
-            raise ConfigError(
-                f"spec.objective.{option} is {value}; it is an option of {kind} families, and {facts.name} is a {facts.objective} "
-                f"family; remove it (its default is {default})"
-            )
-
-
-def _check_sampling(timesteps: Timesteps) -> None:
-    default = Timesteps()
-    owners = {
-        "logitMean": ("logit-normal", timesteps.logit_mean, default.logit_mean),
-        "logitScale": ("logit-normal", timesteps.logit_scale, default.logit_scale),
-        "betaA": ("beta", timesteps.beta_a, default.beta_a),
-        "betaB": ("beta", timesteps.beta_b, default.beta_b),
-    }
-    for option, (sampling, value, standard) in owners.items():
-        if timesteps.sampling != sampling and value != standard:
-            raise ConfigError(
-                f"spec.objective.timesteps.{option} is {value:g} and the sampling is {timesteps.sampling}; it belongs to the "
-                f"{sampling} density: remove it, or set spec.objective.timesteps.sampling to {sampling}"
-            )

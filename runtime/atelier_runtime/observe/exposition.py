@@ -1,4 +1,4 @@
-"""The node's HTTP endpoint: `/metrics` for Prometheus, `/progress` for the operator and the command line, `/healthz` for the kubelet."""
+"""The node's HTTP endpoint: `/metrics` for Prometheus, `/progress` for operator and command line, `/healthz` for the kubelet."""
 
 import logging
 import shutil
@@ -37,7 +37,8 @@ class NodeCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """One pass over the files."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        for metric in [*MultiProcessCollector(None, path=str(self._folder)).collect(), self._free_space()]:
+        ranks = MultiProcessCollector(None, path=str(self._folder))  # type: ignore[no-untyped-call]
+        for metric in [*ranks.collect(), self._free_space()]:  # type: ignore[no-untyped-call]
             metric.samples = [sample._replace(labels={**sample.labels, **self._labels}) for sample in metric.samples]
             yield metric
 
@@ -59,7 +60,9 @@ class Endpoint:
 
         self._server = ThreadingHTTPServer(("127.0.0.1" if port == 0 else "", port), Handler)
         self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, name="endpoint", daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, name="endpoint", daemon=True
+        ).start()
 
     @property
     def port(self) -> int:

@@ -56,7 +56,12 @@ def human_line(time: datetime, message: str, fields: Mapping[str, Any]) -> str:
 
 
 def setup_logging(
-    *, rank: int | None = None, run: str | None = None, attempt: str | None = None, stream: TextIO | None = None, level: int = logging.INFO
+    *,
+    rank: int | None = None,
+    run: str | None = None,
+    attempt: str | None = None,
+    stream: TextIO | None = None,
+    level: int = logging.INFO,
 ) -> None:
     """Send our records from `level` on, and the warnings of libraries, to `stream` (default: stderr); earlier handlers go.
 

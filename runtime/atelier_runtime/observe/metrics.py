@@ -8,8 +8,8 @@ in the given registry.
 import os
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from pathlib import Path
+from types import TracebackType
 from typing import TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
@@ -24,12 +24,12 @@ RECOVER_UNTIL = "ATELIER_RECOVER_UNTIL_STEP"
 # A step that takes longer than this is time lost, not time trained.
 STALL_SECONDS = 300.0
 
-# Size that prometheus_client gives a new file of numbers.
-_FILE_BYTES = 1 << 20
+# Room for a few hundred series of one kind.
+_FILE_BYTES = 1 << 17
 
 Metric: TypeAlias = Counter | Gauge | Histogram
 
-disable_created_metrics()  # its `_created` gauges would double the series of every counter
+disable_created_metrics()  # type: ignore[no-untyped-call]  # its `_created` gauges would double the series of every counter
 
 
 class MetricSet:

@@ -1,0 +1,105 @@
+"""The flow objective: its numbers, its refusals, and draws that depend on nothing but a sample's own generator."""
+
+import pytest
+import torch
+from atelier_api.errors import ConfigError
+from atelier_api.families import FamilyFacts
+from atelier_api.v1alpha1.objective import Noise, Objective, Timesteps
+from atelier_runtime.family import Stage
+from atelier_runtime.objectives import build_objective
+from atelier_runtime.objectives.timesteps import LogitNormal, shift_sigma
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+FLOW = FamilyFacts(
+    name="tiny_flow", title="", modality="image", objective="flow", pixel_multiple=16, latent_channels=4,
+    latent_factor=8, patch=2, shift=3.0, licence="", flavours=(),
+)  # fmt: skip
+WHOLE = Stage("transformer")
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_noisy_is_the_straight_line_from_clean_to_noise_and_the_target_is_its_velocity() -> None:
+    clean = torch.randn(3, 4, 8, 8)
+    made = build_objective(Objective(), FLOW, {}).prepare(clean, generators(1, 2, 3), stage=WHOLE, tokens=16)
+    level = made.time.view(3, 1, 1, 1)
+    noise = clean + made.target
+    torch.testing.assert_close(made.noisy, (1 - level) * clean + level * noise)
+    assert torch.equal(made.weight, torch.ones(3))
+    assert made.time.dtype == made.noisy.dtype == made.target.dtype == torch.float32
+
+
+def test_a_sample_draws_sigma_first_and_then_its_noise() -> None:
+    clean, generator = torch.randn(1, 4, 8, 8), torch.Generator().manual_seed(5)
+    uniform = 1 - float(torch.rand((), generator=generator, dtype=torch.float64))
+    noise = torch.randn(4, 8, 8, generator=generator)
+    sigma = torch.tensor(shift_sigma(LogitNormal(0, 1).quantile(uniform), 3.0), dtype=torch.float32)
+    made = build_objective(Objective(), FLOW, {}).prepare(clean, generators(5), stage=WHOLE, tokens=16)
+    assert torch.equal(made.time[0], sigma)
+    assert torch.equal(made.target[0], noise - clean[0])
+    assert torch.equal(made.noisy[0], (1 - sigma) * clean[0] + sigma * noise)
+
+
+@given(st.lists(st.integers(0, 2**62), min_size=1, max_size=4), st.sampled_from(["logit-normal", "uniform", "beta"]))
+@settings(max_examples=25, deadline=None)
+def test_a_sample_draws_the_same_alone_and_in_a_batch(seeds: list[int], sampling: str) -> None:
+    objective = build_objective(Objective(timesteps=Timesteps(sampling=sampling)), FLOW, {})
+    clean = torch.linspace(-1, 1, len(seeds) * 4 * 6).reshape(len(seeds), 4, 2, 3)
+    batch = objective.prepare(clean, generators(*seeds), stage=WHOLE, tokens=16)
+    for index, seed in enumerate(seeds):
+        alone = objective.prepare(clean[index : index + 1], generators(seed), stage=WHOLE, tokens=16)
+        assert torch.equal(alone.time[0], batch.time[index])
+        assert torch.equal(alone.noisy[0], batch.noisy[index])
+        assert torch.equal(alone.target[0], batch.target[index])
+
+
+def test_the_global_generator_is_neither_read_nor_moved() -> None:
+    clean = torch.ones(2, 4, 8, 8)
+    objective = build_objective(Objective(), FLOW, {})
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = objective.prepare(clean, generators(1, 2), stage=WHOLE, tokens=16)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert torch.equal(first.noisy, objective.prepare(clean, generators(1, 2), stage=WHOLE, tokens=16).noisy)
+
+
+def test_bf16_latents_of_a_clip_are_noised_in_fp32() -> None:
+    clean = torch.randn(2, 4, 3, 8, 8).bfloat16()
+    made = build_objective(Objective(), FLOW, {}).prepare(clean, generators(1, 2), stage=WHOLE, tokens=48)
+    whole = build_objective(Objective(), FLOW, {}).prepare(clean.float(), generators(1, 2), stage=WHOLE, tokens=48)
+    assert made.noisy.shape == clean.shape
+    assert torch.equal(made.noisy, whole.noisy)
+
+
+def test_the_dynamic_shift_follows_the_number_of_tokens() -> None:
+    objective = build_objective(Objective(timesteps=Timesteps(shift="dynamic")), FLOW, {})
+    clean = torch.zeros(1, 4, 8, 8)
+    few = objective.prepare(clean, generators(3), stage=WHOLE, tokens=256).time
+    many = objective.prepare(clean, generators(3), stage=WHOLE, tokens=4096).time
+    expected = shift_sigma(float(few), torch.tensor(1.15 - 0.5).exp().item())
+    assert float(many) == pytest.approx(expected, rel=1e-5)
+
+
+def test_all_samples_of_a_stage_lie_in_its_range() -> None:
+    objective = build_objective(Objective(), FLOW, {})
+    made = objective.prepare(torch.zeros(64, 1, 1, 1), generators(*range(64)), stage=Stage("low", 0.2, 0.6), tokens=16)
+    assert made.time.min() >= 0.2
+    assert made.time.max() <= 0.6
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        (Objective(min_snr_gamma=5.0), "spec.objective.minSnrGamma is 5.0"),
+        (Objective(prediction="epsilon"), "spec.objective.prediction is epsilon"),
+        (Objective(noise=Noise(offset=0.1)), "spec.objective.noise.offset is 0.1"),
+        (Objective(noise=Noise(zero_terminal_snr=True)), "spec.objective.noise.zeroTerminalSnr is True"),
+    ],
+)
+def test_an_option_of_diffusion_families_is_refused_by_name(spec: Objective, field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{field}.*tiny_flow is a flow family"):
+        build_objective(spec, FLOW, {})

@@ -1,0 +1,146 @@
+"""What the conformance suite asks of every tiny pipeline: its family, its denoisers, samples of data, and the stock pipeline's own steps."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from tiny_families import TINY, tiny_pipeline
+from torch import Tensor, nn
+
+from atelier_runtime.families import FAMILIES
+from atelier_runtime.family import Conditions, Family, SampleRequest
+
+WIDTH, HEIGHT, FRAMES = 64, 32, 5  # not square, so that swapped axes show
+PROMPTS = ("a fox", "a lighthouse in the fog at dawn")
+
+FAMILY_OF = {"wan22": "wan"}
+"""Tiny pipelines that are not called after their family."""
+
+Grid = Callable[[Any, Tensor], Tensor]
+TO_GRID: dict[str, Grid] = {"flux": lambda pipe, packed: FluxPipeline._unpack_latents(packed, HEIGHT, WIDTH, pipe.vae_scale_factor)}
+"""From the pipeline's own layout of latents to ours, where they differ."""
+FROM_GRID: dict[str, Grid] = {"flux": lambda _, grid: FluxPipeline._pack_latents(grid, *grid.shape)}
+
+GUIDANCE_OFF = {"flux": 3.5, "z_image": 0.0}
+"""`guidance_scale` without classifier-free guidance: 1 unless the pipeline counts otherwise or embeds it."""
+GUIDED_CALL: dict[str, dict[str, Any]] = {"flux": {"true_cfg_scale": 3.0, "negative_prompt": ""}}
+"""Arguments that switch real guidance of 3 on, where it is not `guidance_scale`."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tiny pipeline and the family that trains it."""
+
+    name: str
+    pipe: Any
+    family: Family
+
+    @property
+    def denoisers(self) -> dict[str, nn.Module]:
+        present = {name: getattr(self.pipe, name, None) for name in self.family.denoisers}
+        return {name: module for name, module in present.items() if module is not None}
+
+    def denoiser_at(self, sigma: float) -> nn.Module:
+        """The denoiser that trains this noise level; at a boundary the one of higher noise, as the pipelines have it."""
+        stages = self.family.stages(dict(self.pipe.config), tuple(self.denoisers))
+        stage = max((stage for stage in stages if stage.low <= sigma <= stage.high), key=lambda stage: stage.high)
+        return self.denoisers[stage.denoiser]
+
+    def conditions(self, prompts: Sequence[str], guidance: float | None = None) -> Conditions:
+        with torch.no_grad():
+            features = self.family.encode_text(self.pipe, prompts)
+        sizes = torch.tensor([[HEIGHT, WIDTH, 0, 0, HEIGHT, WIDTH]] * len(prompts))
+        return Conditions(text=self.family.collate_text(features), sizes=sizes, guidance=guidance)
+
+    def pixels(self, count: int) -> Tensor:
+        return real_clips(count) if self.family.facts.modality == "video" else real_clips(count)[:, :, 0]
+
+    def latents(self, count: int) -> Tensor:
+        with torch.no_grad():
+            return self.family.encode_pixels(self.pipe, self.pixels(count)).mean.float()
+
+    def noised(self, clean: Tensor, levels: Sequence[float], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """(noisy, time, target) for noise levels in (0, 1), in the convention of the family module."""
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+        level = torch.tensor(levels).view(-1, *[1] * (clean.ndim - 1))
+        if self.family.facts.objective == "flow":
+            return (1 - level) * clean + level * noise, torch.tensor(levels), noise - clean
+        step = (torch.tensor(levels) * 1000).long()
+        kept = self.pipe.scheduler.alphas_cumprod[step].view_as(level)
+        return kept.sqrt() * clean + (1 - kept).sqrt() * noise, step, noise
+
+    def request(self, guidance: float | None, steps: int = 4) -> SampleRequest:
+        return SampleRequest(
+            prompt=PROMPTS[0],
+            negative=None,
+            width=WIDTH,
+            height=HEIGHT,
+            frames=FRAMES,
+            steps=steps,
+            guidance=guidance,
+            generator=torch.Generator().manual_seed(3),
+        )
+
+
+def make_case(name: str) -> Case:
+    return Case(name, tiny_pipeline(name), FAMILIES[FAMILY_OF.get(name, name)])
+
+
+CASES = tuple(TINY)
+
+
+def real_clips(count: int) -> Tensor:
+    """[count, 3, FRAMES, HEIGHT, WIDTH] in [-1, 1]: a camera that pans over the two photographs of scikit-learn."""
+    photographs = [
+        np.asarray(Image.fromarray(image).resize((160, 106))) for image in load_sample_images().images
+    ]
+    clips = []
+    for number in range(count):
+        picture, left, top = photographs[number % 2], 11 * number, 7 * number
+        frames = [picture[top : top + HEIGHT, left + 2 * shift : left + 2 * shift + WIDTH] for shift in range(FRAMES)]
+        clips.append(torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2) / 127.5 - 1)
+    return torch.stack(clips)
+
+
+@dataclass
+class Recording:
+    """The stock pipeline's run: the scheduler's setting, the latents it started from, and those after every step."""
+
+    set_timesteps: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    start: Tensor | None = None
+    after: list[Tensor] = field(default_factory=list)
+
+
+def record(pipe: Any, arguments: dict[str, Any]) -> Recording:
+    """Runs the pipeline and keeps what is needed to walk the same path."""
+    recording = Recording()
+    scheduler = pipe.scheduler
+    set_timesteps, step = scheduler.set_timesteps, scheduler.step
+
+    def spy_set(*args: Any, **kwargs: Any) -> Any:
+        recording.set_timesteps = (args, kwargs)
+        return set_timesteps(*args, **kwargs)
+
+    def spy_step(output: Tensor, t: Tensor, sample: Tensor, **kwargs: Any) -> Any:
+        if recording.start is None:
+            recording.start = sample.clone()
+        return step(output, t, sample, **kwargs)
+
+    # The pipelines look at the signatures to decide what to pass.
+    spy_set.__wrapped__, spy_step.__wrapped__ = set_timesteps, step  # type: ignore[attr-defined]
+
+    def on_step_end(_: Any, number: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        recording.after.append(tensors["latents"].clone())
+        return {}
+
+    scheduler.set_timesteps, scheduler.step = spy_set, spy_step
+    try:
+        pipe(**arguments, output_type="latent", callback_on_step_end=on_step_end)
+    finally:
+        del scheduler.set_timesteps, scheduler.step
+    return recording
