@@ -11,16 +11,14 @@ import argparse
 import logging
 import os
 import shutil
-import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
-from atelier_api.errors import RunError
+from atelier_api.errors import ConfigError, RunError
 from atelier_api.exit_codes import MEANINGS, ExitCode
-from atelier_api.progress import Stage
+from atelier_api.progress import Progress, Stage
 from atelier_api.result import AgentResult, shorten
 from atelier_api.run_file import RunFile
 from atelier_runtime.node import Attempt, hold_lock, kill_descendants
@@ -30,6 +28,7 @@ from atelier_runtime.observe.log import setup_logging
 from atelier_runtime.observe.progress import read_progress, write_progress
 from atelier_runtime.observe.scratch import Scratch
 from atelier_runtime.process_group import adopt_orphans
+from atelier_runtime.stop_request import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -50,55 +49,26 @@ class Options:
     termination_message: Path | None
 
 
-class StopRequest:
-    """The first SIGTERM or SIGINT, the end of the process that started the agent, or the deadline: each asks for a stop, once."""
-
-    def __init__(self, deadline_seconds: int | None) -> None:
-        self._parent = os.getppid()
-        self._deadline = None if deadline_seconds is None else time.monotonic() + deadline_seconds
-        self.at: float | None = None
-        self.since: float | None = None
-        self.reason = MEANINGS[ExitCode.STOPPED].reason
-        self.text = ""
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
-
-    def check(self) -> bool:
-        """Whether a stop has been asked for by now."""
-        if self.at is None and os.getppid() != self._parent:
-            self._ask("the process that started the agent has ended")
-        elif self.at is None and self._deadline is not None and time.monotonic() >= self._deadline:
-            self._ask("spec.schedule.activeDeadlineSeconds is over")
-            self.reason = "DeadlineExceeded"
-        return self.at is not None
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.at is None:
-            self._ask(f"stopped by {signal.Signals(number).name}")
-
-    def _ask(self, text: str) -> None:
-        self.at, self.since, self.text = time.time(), time.monotonic(), text
-
-
 class Agent:
     """One node of a run, from its first attempt to its exit code."""
 
-    def __init__(self, options: Options, run_file: RunFile) -> None:
+    def __init__(self, options: Options, run_file: RunFile, stop: StopRequest) -> None:
         self._options = options
         self._run_file = run_file
         self._scratch = Scratch(Path(run_file.scratch))
-        self._stop = StopRequest(run_file.spec.schedule.active_deadline_seconds)
+        self._stop = stop
         self._reached_step = 0
 
     def run(self) -> AgentResult:
         """Attempts until one is done, cannot be cured, or the restarts are used up."""
+        self._stop.not_after(self._run_file.spec.schedule.active_deadline_seconds)
         retry = self._run_file.spec.retry
         restarts_allowed = retry.max_restarts if self._run_file.plan.nodes == 1 else 0
         pause = float(retry.backoff_seconds)
         restarts = 0
         while True:
             result = self._attempt(restarts)
-            if not MEANINGS[result.exit_code].restart or self._stop.check():
+            if not MEANINGS[result.exit_code].restart or self._stop.wanted():
                 return result
             if restarts == restarts_allowed:
                 return self._give_up(result, restarts)
@@ -140,14 +110,14 @@ class Agent:
         """Until the group has ended. True: it had to be killed."""
         passed_on = False
         while attempt.group.poll() is None:
-            if self._stop.check():
+            if self._stop.wanted():
                 if not passed_on:
                     log.info(
                         "stopping the ranks", extra={"cause": self._stop.text, "grace_seconds": self._grace_seconds()}
                     )
                     attempt.group.terminate()
                     passed_on = True
-                elif self._stop.since is not None and time.monotonic() - self._stop.since > self._grace_seconds():
+                elif self._stop.seconds_ago > self._grace_seconds():
                     log.warning("killing the ranks", extra={"grace_seconds": self._grace_seconds()})
                     attempt.group.kill()
                     return True
@@ -163,10 +133,10 @@ class Agent:
         """Wait; True as soon as a stop is asked for."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if self._stop.check():
+            if self._stop.wanted():
                 return True
             time.sleep(POLL_SECONDS)
-        return self._stop.check()
+        return self._stop.wanted()
 
     def _failed(self, attempt: str, failure: Failure) -> AgentResult:
         log.error(
@@ -256,14 +226,18 @@ def parse(arguments: list[str] | None = None) -> Options:
     return options
 
 
-def run_node(options: Options, run_file: RunFile) -> AgentResult:
+def run_node(options: Options, run_file: RunFile, stop: StopRequest) -> AgentResult:
     """Serve and train until the end. Raises ConfigError when another agent works on the run."""
     scratch = Scratch(Path(run_file.scratch))
     scratch.root.mkdir(parents=True, exist_ok=True)
     with hold_lock(scratch.lock(options.node_rank), f"run {run_file.identity.name}"):
         scratch.result(options.node_rank).unlink(missing_ok=True)
         shutil.rmtree(scratch.metrics(options.node_rank), ignore_errors=True)
-        agent = Agent(options, run_file)
+        if options.node_rank == 0:
+            write_progress(
+                scratch.progress, Progress(detail="starting")
+            )  # what an earlier run of the name left is not true any more
+        agent = Agent(options, run_file, stop)
         adopt_orphans()
         identity = run_file.identity
         # In a cluster the scrape target's relabelling names the run.
@@ -293,11 +267,12 @@ def read_run_file(path: Path) -> RunFile:
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
     options = parse(arguments)
+    stop = StopRequest()  # first of all: the kernel drops a signal that PID 1 has no handler for
     setup_logging()
     try:
         run_file = read_run_file(options.run_file)
         setup_logging(run=run_file.identity.name)
-        result = run_node(options, run_file)
+        result = run_node(options, run_file, stop)
     except Exception as error:
         log.error("the agent failed", exc_info=not isinstance(error, RunError))
         code = exit_code_of(error)

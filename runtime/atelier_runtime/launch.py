@@ -21,6 +21,7 @@ from atelier_api.run_file import RunFile
 from atelier_runtime import parallel
 from atelier_runtime.checkpoint import Checkpointer, resume
 from atelier_runtime.data import build_dataset
+from atelier_runtime.denoisers import Denoisers
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Family
 from atelier_runtime.observe.failure import record_failure
@@ -29,11 +30,11 @@ from atelier_runtime.observe.metrics import TrainMetrics
 from atelier_runtime.observe.progress import ProgressWriter
 from atelier_runtime.observe.scratch import Scratch
 from atelier_runtime.parallel import Distributed
-from atelier_runtime.publishing import publish, write_report_of
+from atelier_runtime.publishing import publish, write_report
 from atelier_runtime.reporter import Reporter
 from atelier_runtime.sampling import draw_samples, store_samples
 from atelier_runtime.store import Store, open_store
-from atelier_runtime.trainer import Denoisers, Parts, Trainer, build_run_objective, build_state, staging_folder
+from atelier_runtime.trainer import Parts, Trainer, build_run_objective, build_state, staging_folder
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def train(session: Session) -> bool:
                 "Stopped", f"checkpoint at step {parts.state.step}", done=parts.state.step, total=total
             )
             if session.distributed.rank == 0:
-                write_report_of(parts, session.store, exports=[])
+                write_report(parts, session.store, exports=[])
     finally:
         parts.checkpointer.close()
     return finished
@@ -155,7 +156,7 @@ def prepare(session: Session) -> Parts:
             template = state.tensors()
             point = resume(run_file, distributed, session.store, template, staging_folder(run_file))
             if point is not None:
-                state.restore(template)
+                state.restored(template)
                 reporter.resumed(state.step)
                 log.info("resumed", extra={"step": state.step, "manifest": point.manifest})
     if state.step > run_file.spec.hyperparameters.steps:
@@ -195,7 +196,7 @@ def finish(session: Session, parts: Parts) -> None:
     with session.reporter.timed("publishing"):
         exports = publish(parts, session.store)
     if session.distributed.rank == 0:
-        write_report_of(parts, session.store, exports)
+        write_report(parts, session.store, exports)
     session.reporter.stage("Succeeded", "", done=parts.state.step, total=parts.state.step)
     torch.distributed.barrier()
 

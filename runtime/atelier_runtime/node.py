@@ -93,8 +93,11 @@ class Attempt:
 
     def cause(self, stopped_at: float | None) -> Failure | None:
         """Why the attempt failed; None when it was done, or left as it was asked to."""
+        status = self.group.poll()
+        if status == 0 and stopped_at is None:
+            return None
         failure = cause(read_failures(self._failures), read_endings(self._failures), stopped_at=stopped_at)
-        if failure is None and stopped_at is None and (status := self.group.poll()) != 0:
+        if failure is None and stopped_at is None:
             how = f"killed by signal {-status}" if status is not None and status < 0 else f"exit status {status}"
             message = f"torchrun ended ({how}) without a reason; its log tells more"
             return Failure(

@@ -12,17 +12,16 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from atelier_api.errors import DivergedError
 from atelier_api.run_file import RunFile
-from atelier_runtime import adapters, components, parallel
+from atelier_runtime import components, parallel
 from atelier_runtime.checkpoint import Checkpointer
 from atelier_runtime.data import Dataset, Loader, MicroBatch
+from atelier_runtime.denoisers import Denoisers
 from atelier_runtime.family import Conditions, Family, Stage
 from atelier_runtime.objectives import Objective, build_objective
 from atelier_runtime.observe.metrics import TrainMetrics
@@ -39,46 +38,6 @@ def sample_generator(seed: int, step: int, slot: int) -> torch.Generator:
     """The generator of one sample of one step. `slot` is its place in the global batch, so that draws do not depend on the ranks."""
     digest = hashlib.blake2b(f"{seed}:{step}:{slot}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-@dataclass
-class Denoisers:
-    """The denoisers of a run: `models` as diffusers has them, `wrapped` as the strategy calls them."""
-
-    models: dict[str, nn.Module]
-    wrapped: dict[str, nn.Module]
-    stages: tuple[Stage, ...]
-
-    @classmethod
-    def load(cls, run_file: RunFile, family: Family, distributed: Distributed) -> "Denoisers":
-        """Load, put the adapter on, and spread over the ranks. Raises ConfigError when nothing would be trained."""
-        hyperparameters, adapter = run_file.spec.hyperparameters, run_file.spec.adapter
-        base_dtype, trained_dtype = _dtypes(hyperparameters.precision, hyperparameters.optimizer.type, adapter.type)
-        names = components.denoiser_names(family, run_file.model_folder)
-        models: dict[str, nn.Module] = {}
-        wrapped: dict[str, nn.Module] = {}
-        for name in names:
-            model = components.load_denoiser(run_file.model_folder, name, base_dtype, distributed.device)
-            torch.manual_seed(hyperparameters.seed)
-            report = adapters.install(model, adapter, family, dtype=trained_dtype)
-            log.info(
-                "adapter installed",
-                extra={
-                    "denoiser": name,
-                    "trainable": report.trainable,
-                    "total": report.total,
-                    "modules": report.modules,
-                },
-            )
-            models[name] = model
-            wrapped[name] = parallel.wrap(model, run_file.plan, family, distributed)
-        return cls(models, wrapped, family.stages(components.read_pipeline_config(run_file.model_folder), names))
-
-    def trainable(self) -> dict[str, Parameter]:
-        """Trained parameters by `<denoiser>.<name>`, after sharding."""
-        return {
-            f"{name}.{key}": p for name, model in self.models.items() for key, p in adapters.trainable(model).items()
-        }
 
 
 @dataclass(frozen=True)
@@ -159,7 +118,7 @@ class Trainer:
                 parts.reporter.step_finished(
                     state.step,
                     time.perf_counter() - started,
-                    pixels=parts.dataset.order.batch(step).pixels,
+                    pixels=_pixels(micro_batches[0], parts.dataset.order.batch(step).total_weight),
                     data_wait_seconds=loader.wait_seconds,
                 )
                 due = checkpoint.every_steps > 0 and state.step % checkpoint.every_steps == 0
@@ -211,7 +170,7 @@ class Trainer:
             if parts.state.ema is not None:
                 parts.state.ema.update()
         parts.reporter.learning_rate = rate
-        return share, torch.as_tensor(norm, device=device)
+        return share, norm
 
     def _loss(self, denoiser: nn.Module, batch: MicroBatch, step: int, stage: Stage) -> Tensor:
         """Sum over the micro-batch of weight times loss."""
@@ -252,7 +211,7 @@ class Trainer:
             self._parts.metrics.nonfinite()
             raise DivergedError(
                 f"the loss of step {facts.step} is {facts.loss} and its gradient norm {facts.gradient_norm}; both must be finite. "
-                f"Samples of this process in that step: {', '.join(names) or 'none'}. The newest checkpoint, before this step, is kept; "
+                f"Samples of this process in that step: {', '.join(names) or 'none'}. The newest checkpoint is from before it; "
                 "lower spec.hyperparameters.learningRate or look at these samples"
             )
         self._parts.reporter.step_confirmed(facts)
@@ -280,14 +239,6 @@ class Trainer:
         return last or any(every > 0 and step % every == 0 for every in (every_steps, every_samples))
 
 
-def _dtypes(precision: str, optimizer: str, adapter: str) -> tuple[torch.dtype, torch.dtype]:
-    """(dtype the base is loaded in, dtype of the trained weights). Full-rank trains the base itself, so both are one there."""
-    trained = torch.bfloat16 if optimizer == "adamw-bf16" else torch.float32
-    if adapter == "full":
-        return trained, trained
-    return (torch.bfloat16 if precision == "bf16" else torch.float32), trained
-
-
 def _step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of torch's own generator in one step of one rank: dropout and stochastic rounding draw from it."""
     digest = hashlib.blake2b(f"rank:{seed}:{step}:{rank}".encode(), digest_size=8).digest()
@@ -301,14 +252,11 @@ def _tokens(family: Family, latents: Tensor) -> int:
     return frames * (latents.shape[-2] // patch) * (latents.shape[-1] // patch)
 
 
+def _pixels(batch: MicroBatch, samples: float) -> float:
+    """Pixels of a global batch of `samples` samples, all of one bucket (frames of a clip are not counted)."""
+    return float(batch.sizes[0, 4] * batch.sizes[0, 5]) * samples
+
+
 def staging_folder(run_file: RunFile) -> Path:
     """Where checkpoints are written before they go to the store."""
     return Path(run_file.scratch) / "staging"
-
-
-def gathered_weights(parts: Parts) -> dict[str, dict[str, Any]]:
-    """Trained weights by denoiser, whole and on the CPU, on rank 0 (empty elsewhere). Collective."""
-    return {
-        name: parallel.full_state(parts.denoisers.wrapped[name], list(adapters.trainable(model)))
-        for name, model in parts.denoisers.models.items()
-    }

@@ -1,4 +1,4 @@
-"""Tiny pipelines of more families; `tiny_families` adds them to its own. Its helpers are imported late, since it imports this module."""
+"""Tiny pipelines of more families, which `tiny_families` adds to its own and whose helpers are imported late for that reason."""
 
 from collections.abc import Callable
 from typing import Any

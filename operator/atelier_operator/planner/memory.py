@@ -1,7 +1,10 @@
-"""Predicted peak memory of one device, by parts. Pure arithmetic on sizes; the formulas are in `predict`.
+"""Predicted peak memory of one device, by parts. Pure arithmetic on sizes.
 
 A run has phases with different residents: *encode* (text encoders and autoencoder, before the denoiser is loaded), *train*, and
-*sample* (the stock pipeline beside the training state). The peak is the largest of them.
+*sample* (the stock pipeline beside the training state, when there are prompts). The peak is the largest of them.
+
+Bytes per trained weight are those of the runtime: `adamw` keeps weight, gradient and two moments in fp32 (16), and autocast holds
+a bf16 copy of full-rank weights (2 more); `adamw-bf16` keeps all four in bf16 (8). The moving average is fp32 (4).
 """
 
 from dataclasses import dataclass, fields
@@ -18,27 +21,36 @@ GIB = 1 << 30
 FIXED_OVERHEAD = {"cuda": GIB, "cpu": GIB * 3 // 4}
 """Bytes of a process before it holds a model: CUDA context, cuBLAS and NCCL buffers; on the CPU the libraries themselves."""
 
-ATTENTION_STREAMS = 2
-"""Attention layers of a block that LoRA reaches: self and cross, or picture and text. One-stream blocks have fewer."""
+ATTENTION_LAYERS = 2
+"""Attention layers of a block that LoRA reaches: self and cross, or picture and text. Blocks of one stream have fewer."""
+
+WIDE_TARGETS = 1.25
+"""Linears of the feed-forward keep their inputs too once they carry an adapter (measured 1.09 to 1.33 times as many bytes)."""
+
+BLOCKS_IN_BACKWARD = 2
+"""With recompute, the backward pass of a block holds what it keeps and gradients of about the same size."""
+
+LARGEST_INPUT = 8
+"""A block's input is at most this fraction (one eighth) of what it keeps: a UNet's deep levels have fewer tokens than its rows say."""
 
 GATHERED_BLOCKS = 2
 """Blocks that FSDP2 holds unsharded at once: the one that computes and the one that is fetched."""
 
-PIXEL_CHANNELS = 128
-"""Channels of an autoencoder at full resolution."""
+AUTOENCODER_BYTES_PER_PIXEL = 128 * 6
+"""Values an autoencoder holds per pixel while it works: about six tensors of its 128 channels at full resolution."""
 
-PIXEL_TENSORS = 6
-"""Tensors of that width alive at once while it decodes."""
+AUTOENCODER_FRAMES = 4
+"""Frames that a causal video autoencoder works on at once."""
 
-CLIP_CHUNK_FRAMES = 4
-"""Frames that a causal video autoencoder holds at full resolution at once."""
+GUIDED_SAMPLES = 2
+"""Samples in a forward pass with classifier-free guidance."""
 
 Strategy = Literal["single", "ddp", "fsdp2"]
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Sizes of one base model. Counts of parameters, not bytes; `parameters`, `layers` and `block_parameters` are of one denoiser."""
+    """Sizes of one base model, as numbers of parameters. `parameters`, `layers` and `largest_block` are of one denoiser."""
 
     family: FamilyFacts
     origin: str
@@ -50,17 +62,13 @@ class ModelFacts:
     encoder_parameters: int
     vae_parameters: int
     activation_bytes_per_token: int
+    largest_block: int
     experts: int = 1
-
-    @property
-    def block_parameters(self) -> int:
-        """Parameters of one block, taking all for equal."""
-        return -(-self.parameters // self.layers)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the planner may choose and the memory depends on."""
+    """What the planner may choose and the memory depends on. `processes` are those of the whole run."""
 
     strategy: Strategy
     processes: int
@@ -70,14 +78,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes on one device in the training phase."""
+    """Bytes on one device while training. `copies` are unsharded blocks of FSDP2, or bf16 copies of fp32 weights."""
 
     base_weights: int
     trained_weights: int
     gradients: int
     optimizer: int
     ema: int
-    gathered: int
+    copies: int
     activations: int
     overhead: int
 
@@ -88,7 +96,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes on one device: the parts of training, and the totals of the phases around it."""
+    """Bytes on one device: the parts of training, and the totals of the phases around it. `sample` is 0 without prompts."""
 
     train: Parts
     encode: int
@@ -97,6 +105,13 @@ class Prediction:
     @property
     def peak(self) -> int:
         return max(self.train.total, self.encode, self.sample)
+
+    @property
+    def phase(self) -> Literal["encode", "train", "sample"]:
+        """The phase that has the peak."""
+        if self.peak == self.train.total:
+            return "train"
+        return "encode" if self.peak == self.encode else "sample"
 
 
 def flavour_facts(family: FamilyFacts, flavour: Flavour) -> ModelFacts:
@@ -112,6 +127,7 @@ def flavour_facts(family: FamilyFacts, flavour: Flavour) -> ModelFacts:
         encoder_parameters=flavour.encoder_parameters,
         vae_parameters=flavour.vae_parameters,
         activation_bytes_per_token=flavour.activation_bytes_per_token,
+        largest_block=flavour.largest_block or -(-flavour.parameters // flavour.layers),
         experts=flavour.experts,
     )
 
@@ -121,3 +137,104 @@ def table_facts(model: ModelSpec) -> ModelFacts:
     family = FAMILIES[model.family]
     named = [flavour for flavour in family.flavours if flavour.name == model.flavour]
     return flavour_facts(family, named[0] if named else family.flavours[0])
+
+
+def predict(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, device: Literal["cpu", "cuda"]) -> Prediction:
+    """The peak of each phase for one choice."""
+    train = _train_parts(spec, model, choice, device)
+    precision = _precision_bytes(spec)
+    frozen = (model.encoder_parameters + model.vae_parameters) * precision
+    size = bucket_size(spec, model.family)
+    frames = spec.data.clip.frames if model.family.modality == "video" else 1
+    encode = frozen + _autoencoder(size, size, frames, precision) + train.overhead
+    return Prediction(train, encode, _sample_phase(spec, model, train, frozen) if spec.validation.prompts else 0)
+
+
+def trained_parameters(spec: TrainingRunSpec, model: ModelFacts) -> int:
+    """Parameters that are trained in one denoiser. For LoRA an estimate from the sizes of the blocks, rather too high."""
+    if isinstance(spec.adapter, FullAdapter):
+        return model.parameters
+    attention = ATTENTION_LAYERS * 4 * 2 * model.width
+    mlp = ATTENTION_LAYERS * 2 * (model.width + model.mlp_width)
+    per_rank = 0
+    if not _only(spec.adapter, "mlp"):
+        per_rank += attention
+    if not _only(spec.adapter, "attention"):
+        per_rank += mlp
+    return model.layers * spec.adapter.rank * per_rank
+
+
+def bucket_size(spec: TrainingRunSpec, family: FamilyFacts) -> int:
+    """Edge in pixels of the square bucket, rounded up: no bucket is much larger than this square."""
+    align = bucket_alignment(spec, family)
+    return -(-spec.data.resolution // align) * align
+
+
+def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, device: Literal["cpu", "cuda"]) -> Parts:
+    numbers, full = spec.hyperparameters, isinstance(spec.adapter, FullAdapter)
+    trained = trained_parameters(spec, model)
+    trained_bytes = 2 if numbers.optimizer.type == "adamw-bf16" else 4
+    shards = choice.processes if choice.strategy == "fsdp2" else 1
+    compute_bytes = _precision_bytes(spec)
+    copies = 0
+    if choice.strategy == "fsdp2":
+        copies = GATHERED_BLOCKS * model.largest_block * compute_bytes
+    elif full and trained_bytes > compute_bytes:
+        copies = model.parameters * compute_bytes
+    # Of several experts one is trained in a step: the others have weights and moments, but no gradient.
+    return Parts(
+        base_weights=0 if full else _share(model.experts * model.parameters * compute_bytes, shards),
+        trained_weights=_share(model.experts * trained * trained_bytes, shards),
+        gradients=_share(trained * trained_bytes, shards),
+        optimizer=_share(model.experts * trained * 2 * trained_bytes, shards),
+        ema=_share(model.experts * trained * 4, shards) if numbers.ema else 0,
+        copies=copies,
+        activations=_activations(spec, model, choice),
+        overhead=FIXED_OVERHEAD[device],
+    )
+
+
+def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> int:
+    """What the forward pass keeps, and the largest block's temporaries in the backward pass."""
+    size = bucket_size(spec, model.family)
+    frames = spec.data.clip.frames if model.family.modality == "video" else 1
+    tokens = choice.micro_batch_size * (model.family.latent_tokens(size, size, frames) + model.text_tokens)
+    kept = model.activation_bytes_per_token * _precision_bytes(spec) // 2
+    if isinstance(spec.adapter, FullAdapter) or not _only(spec.adapter, "attention"):
+        kept = int(kept * WIDE_TARGETS)
+    if not choice.gradient_checkpointing:
+        return tokens * kept * (model.layers + 1)
+    block_input = min(model.width * _precision_bytes(spec), kept // LARGEST_INPUT)
+    return tokens * (block_input * model.layers + kept * BLOCKS_IN_BACKWARD)
+
+
+def _sample_phase(spec: TrainingRunSpec, model: ModelFacts, train: Parts, frozen: int) -> int:
+    """Training state without gradients and activations, the stock pipeline's other models, and the larger of its two steps."""
+    validation, family = spec.validation, model.family
+    width, height = validation.width or spec.data.resolution, validation.height or spec.data.resolution
+    frames = (validation.frames or spec.data.clip.frames) if family.modality == "video" else 1
+    precision = _precision_bytes(spec)
+    tokens = GUIDED_SAMPLES * (family.latent_tokens(width, height, frames) + model.text_tokens)
+    denoise = tokens * model.activation_bytes_per_token * precision // 2
+    working = max(denoise, _autoencoder(width, height, frames, precision))
+    # The averages are swapped in while sampling, and the weights kept aside.
+    state = train.base_weights + train.trained_weights + train.optimizer + train.ema + train.copies
+    aside = train.trained_weights if train.ema else 0
+    return state + aside + frozen + working + train.overhead
+
+
+def _autoencoder(width: int, height: int, frames: int, precision_bytes: int) -> int:
+    return width * height * min(frames, AUTOENCODER_FRAMES) * AUTOENCODER_BYTES_PER_PIXEL * precision_bytes
+
+
+def _only(adapter: LoraAdapter, preset: str) -> bool:
+    """Whether the preset is all that is targeted. Regular expressions count as everything: they may match any module."""
+    return set(adapter.targets) == {preset}
+
+
+def _precision_bytes(spec: TrainingRunSpec) -> int:
+    return 2 if spec.hyperparameters.precision == "bf16" else 4
+
+
+def _share(size: int, shards: int) -> int:
+    return -(-size // shards)

@@ -14,7 +14,9 @@ from atelier_runtime.family import Family
 __all__ = ["ADAPTER_NAME", "AdapterReport", "install", "resolve_targets", "trainable"]
 
 
-def install(denoiser: nn.Module, adapter: Adapter, family: Family, *, dtype: torch.dtype = torch.float32) -> AdapterReport:
+def install(
+    denoiser: nn.Module, adapter: Adapter, family: Family, *, dtype: torch.dtype = torch.float32
+) -> AdapterReport:
     """Make `denoiser` trainable as `adapter` says, and put it in training mode. To be called once, before sharding.
 
     `dtype` is that of the adapter's weights; full-rank weights keep theirs. Raises ConfigError where nothing would be trained.

@@ -22,9 +22,8 @@ def install_lora(denoiser: nn.Module, adapter: LoraAdapter, family: Family, *, d
     the magnitude of DoRA at the norm of the weight. Raises ConfigError where a target matches nothing.
     """
     modules = resolve_targets(denoiser, adapter.targets, family)
-    everything = [name for name, _ in denoiser.named_modules() if name]
     mixin: Any = denoiser  # diffusers' PeftAdapterMixin
-    mixin.add_adapter(lora_config(adapter, matching_expression(modules, everything)), adapter_name=ADAPTER_NAME)
+    mixin.add_adapter(lora_config(adapter, matching_expression(modules)), adapter_name=ADAPTER_NAME)
     for name, parameter in denoiser.named_parameters():
         trained = f".{ADAPTER_NAME}." in f"{name}."
         parameter.requires_grad_(trained)

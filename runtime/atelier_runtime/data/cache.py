@@ -234,18 +234,21 @@ def _load(path: Path) -> tuple[_Shard, list[bytes]] | None:
     try:
         content = path.read_bytes()
         if path.name.split(".")[1] != _content_name(content):
-            return _discard(path, data, "its index is damaged")
+            _discard(path, data, "its index is damaged")
+            return None
         facts = json.loads(_metadata(content)["facts"])
         if facts["format"] != _FORMAT:
             return None
         reason = _fault(data, facts)
         if reason:
-            return _discard(path, data, reason)
+            _discard(path, data, reason)
+            return None
         arrays = safetensors.numpy.load(content)
     except FileNotFoundError:  # removed by another process meanwhile
         return None
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        return _discard(path, data, str(error))
+        _discard(path, data, str(error))
+        return None
     columns = tuple(
         _Column(column, name, arrays[f"offsets/{column}"], arrays[f"shapes/{column}"])
         for column, name in facts["columns"].items()

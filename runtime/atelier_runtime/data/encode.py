@@ -64,6 +64,9 @@ class Limits:
     """A killed build loses at most this much work of each rank."""
 
 
+J = TypeVar("J", LatentJob, TextJob)
+
+
 class Encoders:
     """The stock pipeline without its denoisers, loaded when it is first used."""
 
@@ -144,9 +147,12 @@ class Builder:
 
             return self._run("encoding pictures" if rule is None else "encoding clips", missing, size, work)
 
-    def _missing(self, jobs: Sequence[T]) -> list[T]:
-        """This rank's part of the jobs whose entries are missing. Split by position, so that ranks agree whatever each saw committed."""
-        return [job for job in jobs[self._share.index :: self._share.count] if self._cache.row(job.key) is None]  # type: ignore[attr-defined]
+    def _missing(self, jobs: Sequence[J]) -> list[J]:
+        """What is missing of this rank's part of the jobs.
+
+        The part goes by position among all jobs, not among the missing ones: ranks may have seen different shards committed.
+        """
+        return [job for job in jobs[self._share.index :: self._share.count] if self._cache.row(job.key) is None]
 
     def _run(
         self,

@@ -45,7 +45,8 @@ def refuse_empty(report: FunnelReport, looked_for: str) -> NoReturn:
     """Raises the DataError of a run that has nothing to train on; `looked_for` names the kinds of file."""
     if report.found == 0:
         raise DataError(
-            f"spec.data.sources has 0 files to train on; at least one of type {looked_for} is needed; look at the uris of spec.data.sources"
+            f"spec.data.sources has 0 files to train on; at least one of type {looked_for} is needed; "
+            "look at the uris of spec.data.sources"
         )
     counts = [(getattr(report, fate.value), fate.value.replace("_", " ")) for fate in Fate]
     left_out = ", ".join(f"{count} {what}" for count, what in counts if count)

@@ -17,7 +17,6 @@ from atelier_runtime.data.buckets import Placement
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,8 @@ def crop_draw(seed: int, content: str) -> tuple[float, float]:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_sha256(content: bytes) -> str:

@@ -39,8 +39,8 @@ class Loader(Iterator[tuple[int, list[MicroBatch]]]):
         global_batch_size = len(dataset.order.batch(start_step).slots)
         if global_batch_size % world_size:
             raise ConfigError(
-                f"spec.hyperparameters.globalBatchSize is {global_batch_size}; it must be a multiple of the {world_size} processes of the run; "
-                "change it or spec.parallelism"
+                f"spec.hyperparameters.globalBatchSize is {global_batch_size}; it must be a multiple of the "
+                f"{world_size} processes of the run; change it or spec.parallelism"
             )
         self.wait_seconds = 0.0
         """Time that `next` has waited for data, in all."""

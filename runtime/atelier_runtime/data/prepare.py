@@ -3,11 +3,10 @@
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from atelier_api.errors import ConfigError
 from atelier_api.families import FamilyFacts
@@ -72,6 +71,31 @@ def reading_threads(run_file: RunFile) -> int:
     return max(1, min(plan.threads_per_process or fair, 16))
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A file, and what an earlier scan saw in it and in its caption file."""
+
+    found: Found
+    probe: Probe | None
+    caption: CaptionText | None
+
+    @property
+    def is_complete(self) -> bool:
+        return self.probe is not None and (self.caption is not None or self.found.caption is None)
+
+    def scanned(self) -> Scanned:
+        """Only for a complete one."""
+        assert self.probe is not None
+        return Scanned(self.found, self.probe, self.caption)
+
+    def looked_at(self, rule: ClipRule | None) -> Scanned:
+        """Reads what is not known yet."""
+        caption = self.caption
+        if caption is None and self.found.caption is not None:
+            caption = read_caption(self.found.caption)
+        return Scanned(self.found, self.probe or probe(self.found.file, rule), caption)
+
+
 class Scan:
     """Looks at all sources, with what is remembered from earlier scans. Collective."""
 
@@ -93,38 +117,33 @@ class Scan:
 
     def _source(self, number: int, uri: str) -> list[Scanned]:
         remote = self._fetched(uri) if is_remote(uri) else None
-        memory: ScanMemory | None = None
+        kinds = extensions(self._rule)
+        memory = ScanMemory(self._cache, uri, self._rule) if self._ranks.rank == 0 else None
 
-        def look() -> list[tuple[Found, Probe | None, CaptionText | None]]:
-            nonlocal memory
-            kinds = extensions(self._rule)
+        def known_to_rank_zero() -> list[_Known]:
+            assert memory is not None
             found = list_folder(number, uri, kinds) if remote is None else remote.found(number, kinds)
-            memory = ScanMemory(self._cache, uri, self._rule)
             return [
-                (item, memory.probe_of(item.file), memory.caption_of(item.caption) if item.caption else None)
+                _Known(item, memory.probe_of(item.file), memory.caption_of(item.caption) if item.caption else None)
                 for item in found
             ]
 
-        known = on_rank_zero(self._ranks, look)
-        scanned = {
-            place: Scanned(item, probed, caption)
-            for place, (item, probed, caption) in enumerate(known)
-            if probed is not None and (caption is not None or item.caption is None)
-        }
-        todo = [place for place in range(len(known)) if place not in scanned]
-        saved_at = time.monotonic()
-        work = partial(in_threads, lambda place: (place, *_looked_at(known[place], self._rule)), threads=self._threads)
+        known = on_rank_zero(self._ranks, known_to_rank_zero)
+        scanned = {index: item.scanned() for index, item in enumerate(known) if item.is_complete}
+        remembered = len(scanned)
+        todo = [index for index in range(len(known)) if index not in scanned]
         own = todo[self._ranks.rank :: self._ranks.world_size]
+        work = partial(in_threads, lambda index: (index, known[index].looked_at(self._rule)), threads=self._threads)
+        saved_at = time.monotonic()
         for answers in in_rounds(self._ranks, own, self._threads * _ROUND_FILES_PER_THREAD, work):
-            for place, probed, caption in (item for answer in answers for item in answer):
-                scanned[place] = Scanned(known[place][0], probed, caption)
-            self._announcer.tell("reading files", len(scanned) - (len(known) - len(todo)), len(todo))
+            scanned.update(pair for answer in answers for pair in answer)
+            self._announcer.tell("reading files", len(scanned) - remembered, len(todo))
             if memory is not None and time.monotonic() - saved_at > _SAVE_SECONDS:
                 _remember(memory, scanned.values())
                 saved_at = time.monotonic()
         if memory is not None:
             _remember(memory, scanned.values())
-        return [scanned[place] for place in range(len(known))]
+        return [scanned[index] for index in range(len(known))]
 
     def _fetched(self, uri: str) -> RemoteCopy:
         s3 = self._run_file.spec.storage.s3
@@ -176,16 +195,7 @@ def select(scanned: Sequence[Scanned], run_file: RunFile, facts: FamilyFacts, fu
     return samples
 
 
-def _looked_at(
-    known: tuple[Found, Probe | None, CaptionText | None], rule: ClipRule | None
-) -> tuple[Probe, CaptionText | None]:
-    found, probed, caption = known
-    if caption is None and found.caption is not None:
-        caption = read_caption(found.caption)
-    return probed or probe(found.file, rule), caption
-
-
-def _remember(memory: ScanMemory, scanned: Any) -> None:
+def _remember(memory: ScanMemory, scanned: Collection[Scanned]) -> None:
     probes = {item.found.file: item.probe for item in scanned}
     captions = {
         item.found.caption: item.caption

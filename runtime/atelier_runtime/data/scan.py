@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from atelier_runtime.data.image import UnreadableError, read_picture
 from atelier_runtime.data.keys import content_sha256, file_sha256, replace_file
-from atelier_runtime.data.source import FileFacts, Found
+from atelier_runtime.data.source import FileFacts
 from atelier_runtime.data.video import probe_clip
 
 log = logging.getLogger(__name__)

@@ -105,16 +105,12 @@ class RemoteCopy:
 
     def _fetch_one(self, info: ObjectInfo) -> None:
         target = self._paths[info.key]
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}")
-        try:
-            self._store.get_file(info.key, temporary)
-            if not _is_here(temporary, info.size):
-                raise StoreError(
-                    f"{info.key} arrived with another size than the {info.size} bytes it was listed with; it is being written to"
-                )
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        self._store.get_file(info.key, target)
+        if not _is_here(target, info.size):
+            target.unlink(missing_ok=True)
+            raise StoreError(
+                f"{info.key} arrived with another size than the {info.size} bytes it was listed with; it is being written to"
+            )
 
 
 def _is_here(path: Path, size: int) -> bool:

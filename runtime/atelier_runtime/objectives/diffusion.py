@@ -51,7 +51,7 @@ class DiffusionObjective(Objective):
                 "allowed is spec.objective.prediction v"
             )
         self.scheduler = DDPMScheduler(**schedule)
-        self.steps = int(self.scheduler.config.num_train_timesteps)
+        self.steps = len(self.scheduler.alphas_cumprod)  # `trained_betas` need not be num_train_timesteps long
 
     def prepare(self, clean: Tensor, generators: Sequence[torch.Generator], *, stage: Stage, tokens: int) -> Prepared:
         first, end = self._steps_of(stage)

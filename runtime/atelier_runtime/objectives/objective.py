@@ -14,7 +14,7 @@ from torch import Tensor
 from atelier_api.v1alpha1.objective import Objective as ObjectiveSpec
 from atelier_runtime.family import Stage
 from atelier_runtime.objectives.losses import pseudo_huber, squared_error
-from atelier_runtime.objectives.timesteps import no_mass
+from atelier_runtime.objectives.timesteps import SMALLEST_MASS, no_mass
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Objective(ABC):
         if len(stages) == 1:
             return stages[0]
         masses = torch.tensor([self.mass(stage, tokens) for stage in stages], dtype=torch.float64)
-        if not masses.sum() > 0:
+        masses[masses < SMALLEST_MASS] = 0
+        if not masses.any():
             raise no_mass(stages)
         return stages[int(torch.multinomial(masses, 1, generator=generator))]
 

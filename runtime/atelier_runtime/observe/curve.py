@@ -67,5 +67,5 @@ def _horizontal(at: str, value: float) -> str:
 
 
 def _step_label(at: str, step: int) -> str:
-    x = at.split(",")[0]
+    x = at.split(",", maxsplit=1)[0]
     return f'<text x="{x}" y="{HEIGHT - 10}" text-anchor="middle">{step}</text>'

@@ -10,7 +10,8 @@ from typing import Any, TextIO
 # Attributes that every LogRecord has; all others came through `extra={...}` and are fields of the line.
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
 _COLOURS = {"WARNING": "\033[33m", "ERROR": "\033[31m", "CRITICAL": "\033[31m"}
-_PACKAGES = ("atelier_api", "atelier_operator", "atelier_runtime", "atelier_cli")
+# `__main__` is the logger of a module started with `python -m`.
+_OURS = ("__main__", "atelier_api", "atelier_operator", "atelier_runtime", "atelier_cli")
 
 
 class JsonLines(logging.Formatter):
@@ -65,7 +66,8 @@ def setup_logging(
 ) -> None:
     """Send our records from `level` on, and the warnings of libraries, to `stream` (default: stderr); earlier handlers go.
 
-    The given names become fields of every JSON line.
+    The given names become fields of every JSON line. Libraries that were imported before and brought handlers of their own
+    (torch, transformers) write through ours.
     """
     stream = stream or sys.stderr
     fields = {key: value for key, value in (("run", run), ("attempt", attempt), ("rank", rank)) if value is not None}
@@ -74,6 +76,10 @@ def setup_logging(
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    for package in _PACKAGES:
-        logging.getLogger(package).setLevel(level)
+    for logger in root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger) and logger.handlers:
+            logger.handlers.clear()
+            logger.propagate = True
+    for name in _OURS:
+        logging.getLogger(name).setLevel(level)
     logging.captureWarnings(True)

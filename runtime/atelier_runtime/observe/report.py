@@ -120,7 +120,8 @@ def _picture(pictures: Sequence[Picture | None], index: int, prompt: str) -> str
         return "<span class=soft>missing</span>"
     kind = " class=small" if picture.width < 128 else ""
     data = base64.b64encode(picture.data).decode()
-    return f'<img{kind} alt="{html.escape(prompt, quote=True)}" width="{max(picture.width, 96)}" src="data:{picture.media_type};base64,{data}">'
+    size = f'width="{max(picture.width, 96)}"'
+    return f'<img{kind} alt="{html.escape(prompt, quote=True)}" {size} src="data:{picture.media_type};base64,{data}">'
 
 
 def _funnel(funnel: FunnelReport) -> str:

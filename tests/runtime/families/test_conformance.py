@@ -63,7 +63,7 @@ def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Te
             model_input, time = latents, (t / 1000).float()
         else:
             model_input, time = scheduler.scale_model_input(latents, t), t.long()
-        denoiser = case.denoiser_at(float(time))
+        denoiser = case.denoiser_at(float(t) / 1000)
         prediction = family.predict(denoiser, model_input.expand(len(prompts), *latents.shape[1:]), time.expand(len(prompts)), conditions)
         output = guide(case, prediction[:1], prediction[1:]) if guided else prediction
         latents = scheduler.step(output, t, latents, return_dict=False)[0]

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from atelier_api.errors import ConfigError
-from tiny_families import tiny_pipeline
 
+from atelier_api.errors import ConfigError
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Conditions, Stage
+from tiny_families import tiny_pipeline
 
 FAMILY = get_family("wan")
 SIZES = torch.tensor([[32, 32, 0, 0, 32, 32]])
@@ -36,7 +36,16 @@ def test_a_prediction_of_the_stage_is_what_the_stock_pipeline_gives_its_schedule
 
     monkeypatch.setattr(pipe.scheduler, "step", record)
     generator = torch.Generator().manual_seed(3)
-    pipe("a fox", height=32, width=48, num_frames=5, num_inference_steps=5, guidance_scale=1, generator=generator, output_type="latent")
+    pipe(
+        "a fox",
+        height=32,
+        width=48,
+        num_frames=5,
+        num_inference_steps=5,
+        guidance_scale=1,
+        generator=generator,
+        output_type="latent",
+    )
 
     present = [name for name in FAMILY.denoisers if getattr(pipe, name) is not None]
     stages = FAMILY.stages(dict(pipe.config), present)
@@ -46,7 +55,9 @@ def test_a_prediction_of_the_stage_is_what_the_stock_pipeline_gives_its_schedule
         # The pipeline gives the boundary itself to the first expert; above it stages are disjoint.
         stage = next(stage for stage in stages if stage.low <= sigma <= stage.high)
         used.add(stage.denoiser)
-        prediction = FAMILY.predict(getattr(pipe, stage.denoiser), sample, t.expand(1) / 1000, conditions(pipe, "a fox"))
+        prediction = FAMILY.predict(
+            getattr(pipe, stage.denoiser), sample, t.expand(1) / 1000, conditions(pipe, "a fox")
+        )
         torch.testing.assert_close(prediction, output, atol=1e-5, rtol=1e-5)
     assert len(steps) == 5
     assert used == set(present)
@@ -76,7 +87,9 @@ def test_latents_of_a_clip_decode_as_the_pipeline_decodes(pipe: Any) -> None:
 def test_every_parameter_gets_a_gradient(pipe: Any) -> None:
     transformer = tiny_pipeline("wan").transformer
     noisy = torch.randn(2, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    FAMILY.predict(transformer, noisy, torch.tensor([0.2, 0.9]), conditions(pipe, "a", "longer")).square().sum().backward()
+    FAMILY.predict(
+        transformer, noisy, torch.tensor([0.2, 0.9]), conditions(pipe, "a", "longer")
+    ).square().sum().backward()
     assert [name for name, p in transformer.named_parameters() if p.grad is None] == []
 
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from atelier_runtime.family import Conditions
-from tiny_families import tiny_pipeline
 
 from atelier_runtime.families import get_family
+from atelier_runtime.family import Conditions
+from tiny_families import tiny_pipeline
 
 FAMILY = get_family("z_image")
 SIZES = torch.tensor([[32, 32, 0, 0, 32, 32]])
@@ -23,7 +23,9 @@ def conditions(pipe: Any, *prompts: str) -> Conditions:
 
 
 @torch.no_grad()
-def test_a_prediction_is_what_the_stock_pipeline_gives_its_scheduler(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prediction_is_what_the_stock_pipeline_gives_its_scheduler(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps = []
     original = pipe.scheduler.step
 
@@ -33,7 +35,15 @@ def test_a_prediction_is_what_the_stock_pipeline_gives_its_scheduler(pipe: Any, 
 
     monkeypatch.setattr(pipe.scheduler, "step", record)
     generator = torch.Generator().manual_seed(3)
-    pipe("a red fox", height=32, width=48, num_inference_steps=3, guidance_scale=0, generator=generator, output_type="latent")
+    pipe(
+        "a red fox",
+        height=32,
+        width=48,
+        num_inference_steps=3,
+        guidance_scale=0,
+        generator=generator,
+        output_type="latent",
+    )
 
     assert len(steps) == 3
     for output, t, sample in steps:
@@ -66,7 +76,9 @@ def test_text_is_stored_at_its_true_length_and_as_the_pipeline_encodes_it(pipe: 
 def test_every_parameter_gets_a_gradient(pipe: Any) -> None:
     transformer = tiny_pipeline("z_image").transformer
     noisy = torch.randn(2, 16, 6, 6, generator=torch.Generator().manual_seed(0))
-    FAMILY.predict(transformer, noisy, torch.tensor([0.2, 0.9]), conditions(pipe, "a", "longer text")).square().sum().backward()
+    FAMILY.predict(
+        transformer, noisy, torch.tensor([0.2, 0.9]), conditions(pipe, "a", "longer text")
+    ).square().sum().backward()
     assert [name for name, p in transformer.named_parameters() if p.grad is None] == []
 
 

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from atelier_api.errors import ConfigError
 from atelier_api.families import FamilyFacts
 from atelier_api.v1alpha1.objective import Noise, Objective, Timesteps
 from atelier_runtime.family import Stage
 from atelier_runtime.objectives import build_objective
 from atelier_runtime.objectives.timesteps import LogitNormal, shift_sigma
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 FLOW = FamilyFacts(
     name="tiny_flow", title="", modality="image", objective="flow", pixel_multiple=16, latent_channels=4,

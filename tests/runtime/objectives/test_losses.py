@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from atelier_api.v1alpha1.objective import Objective
 from atelier_runtime.objectives import Prepared
 from atelier_runtime.objectives.flow import FlowObjective

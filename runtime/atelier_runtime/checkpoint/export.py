@@ -1,0 +1,301 @@
+"""Results in the layouts that others load: LoRA files of diffusers and of ComfyUI and kohya's scripts, full-rank model folders.
+
+Below the folder that is given:
+
+    diffusers/pytorch_lora_weights.safetensors   `pipe.load_lora_weights(folder / "diffusers")`
+    kohya/<run>.safetensors                      ComfyUI, kohya's scripts; `families/lora_layouts.py` says where diffusers reads it
+    diffusers/<component>/                       full-rank: `Pipeline.from_pretrained(base, <component>=Model.from_pretrained(...))`
+
+A checkpoint with two experts gives two LoRA files: the first expert's under the names above (kohya: `<run>_high_noise`), the second's
+with the ending `_low_noise`, which diffusers loads by `weight_name=..., load_into_transformer_2=True`.
+
+A fused layer of the kohya layout holds the LoRAs of its parts block by block and a multiple of their rank. Its alpha is that multiple
+as well, so that alpha / rank stays. DoRA is not written in that layout: diffusers drops its magnitudes, and ComfyUI divides by the
+norm of the base weight where DoRA divides by that of the sum.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from atelier_api.errors import ConfigError, StoreError
+from atelier_api.run_file import RunFile
+from atelier_api.v1alpha1.adapter import LoraAdapter
+from atelier_runtime import components
+from atelier_runtime.families.lora_layouts import LORA_LAYOUTS, LoraKey, LoraLayout
+from atelier_runtime.family import Family
+from atelier_runtime.module_names import matching_expression
+
+_PARAMETER = re.compile(r"(?P<module>.+)\.(?P<matrix>lora_A|lora_B|lora_magnitude_vector)\.[^.]+\.weight")
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """One file of a result, read back and found equal. `format` is `diffusers` or `kohya`."""
+
+    path: Path
+    format: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What is written into the files besides the weights: where they come from. `date` is that of the export."""
+
+    step: int
+    date: datetime
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """The matrices of one module: `down` [rank, in], `up` [out, rank], and the magnitude [out] of DoRA."""
+
+    down: Tensor
+    up: Tensor
+    magnitude: Tensor | None
+
+
+def check_formats(run_file: RunFile, family: Family, modules: Iterable[str]) -> None:
+    """Raise ConfigError where `spec.publish.formats` has a layout that cannot hold this LoRA. To be asked before training.
+
+    `modules` are the full names of the trained modules.
+    """
+    adapter = run_file.spec.adapter
+    if "kohya" not in run_file.spec.publish.formats or adapter.type != "lora":
+        return
+    if adapter.dora:
+        raise ConfigError(
+            "spec.publish.formats has 'kohya' and spec.adapter.dora is true; the programs that read this layout drop or misread "
+            "DoRA's magnitudes: set spec.publish.formats to [diffusers]"
+        )
+    layout = LORA_LAYOUTS.get(family.name)
+    unnamed = [module for module in modules if layout is None or layout.key(module) is None]
+    if unnamed:
+        raise ConfigError(
+            f"spec.publish.formats has 'kohya', which has no name for {len(unnamed)} trained modules, such as {unnamed[0]}; "
+            "set spec.publish.formats to [diffusers] or spec.adapter.targets to attention or mlp"
+        )
+
+
+def export_lora(
+    weights: Mapping[str, State], run_file: RunFile, family: Family, folder: Path, *, provenance: Provenance
+) -> list[ExportedFile]:
+    """Write the LoRA in all `spec.publish.formats`.
+
+    `weights` are the adapter's whole tensors on the CPU by component and parameter name, in the dtype to be saved. Raises
+    ConfigError as `check_formats` does, and StoreError where a file reads back different.
+    """
+    adapter = run_file.spec.adapter
+    if adapter.type != "lora":
+        raise ValueError(f"a LoRA cannot be made of an adapter of type {adapter.type}")
+    loras = {component: lora_weights(state) for component, state in weights.items()}
+    for modules in loras.values():
+        check_formats(run_file, family, modules)
+    exported = []
+    for index, (component, modules) in enumerate(loras.items()):
+        noise = _noise_range(run_file, family, list(loras), component)
+        details = _details(run_file, family, component, provenance)
+        if "diffusers" in run_file.spec.publish.formats:
+            ending = "" if index == 0 else f"_{noise}"
+            path = folder / "diffusers" / f"pytorch_lora_weights{ending}.safetensors"
+            _write_diffusers(path, modules, family, adapter)
+            exported.append(_complete(path, "diffusers", details))
+        if "kohya" in run_file.spec.publish.formats:
+            path = folder / "kohya" / f"{run_file.identity.name}{f'_{noise}' if noise else ''}.safetensors"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(kohya_tensors(modules, LORA_LAYOUTS[family.name], _reader_alpha(adapter)), path)
+            exported.append(_complete(path, "kohya", details))
+    return exported
+
+
+def export_full(
+    weights: Mapping[str, State], run_file: RunFile, family: Family, folder: Path, *, provenance: Provenance
+) -> list[ExportedFile]:
+    """Write each trained component as a model folder in `hyperparameters.precision`, with `atelier.json` beside the weights.
+
+    `weights` are the trained parameters; what was frozen comes from the base checkpoint. Raises StoreError where a file reads
+    back different.
+    """
+    dtype = torch.bfloat16 if run_file.spec.hyperparameters.precision == "bf16" else torch.float32
+    exported = []
+    for component, state in weights.items():
+        model: Any = components.load_denoiser(run_file.model_folder, component, dtype, torch.device("cpu"))
+        unexpected = model.load_state_dict(state, strict=False).unexpected_keys
+        if unexpected:
+            raise ValueError(f"the base checkpoint's {component} has no parameters {', '.join(unexpected[:5])}")
+        target = folder / "diffusers" / component
+        model.save_pretrained(target)
+        details = _details(run_file, family, component, provenance)
+        (target / "atelier.json").write_text(json.dumps(details, indent=2) + "\n")
+        _compare(target, sorted(target.glob("*.safetensors")), model.state_dict())
+        exported += [_exported(path, "diffusers") for path in sorted(target.iterdir())]
+    return exported
+
+
+def lora_weights(state: State) -> dict[str, LoraWeights]:
+    """The matrices by module, from peft's parameters by name (`<module>.lora_A.<adapter>.weight` ...)."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        match = _PARAMETER.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name} is no parameter of a LoRA")
+        modules.setdefault(match["module"], {})[match["matrix"]] = tensor.contiguous()
+    return {
+        module: LoraWeights(matrices["lora_A"], matrices["lora_B"], matrices.get("lora_magnitude_vector"))
+        for module, matrices in modules.items()
+    }
+
+
+def kohya_tensors(modules: Mapping[str, LoraWeights], layout: LoraLayout, alpha: float) -> dict[str, Tensor]:
+    """`<layer>.lora_down.weight`, `.lora_up.weight` and `.alpha` of every layer; the update is up @ down * alpha / rank."""
+    layers: dict[str, list[tuple[LoraKey, LoraWeights]]] = {}
+    for module, matrices in modules.items():
+        key = layout.key(module)
+        if key is None:
+            raise ValueError(f"the layout has no name for {module}")
+        layers.setdefault(key.name, []).append((key, matrices))
+    tensors = {}
+    for name, parts in layers.items():
+        count = len(parts[0][0].heights)
+        down, up = (parts[0][1].down, parts[0][1].up) if count == 1 else _fused(parts)
+        tensors[f"{name}.lora_down.weight"] = down
+        tensors[f"{name}.lora_up.weight"] = up
+        tensors[f"{name}.alpha"] = torch.tensor(alpha * count)
+    return tensors
+
+
+def _fused(parts: Sequence[tuple[LoraKey, LoraWeights]]) -> tuple[Tensor, Tensor]:
+    """One LoRA of `len(heights)` times the rank: each part's matrices in a block of their own, zeros for parts not trained."""
+    heights = parts[0][0].heights
+    trained = {key.part: matrices for key, matrices in parts}
+    like = parts[0][1].down
+    rank, width = like.shape
+    rows = [len(trained[part].up) if part in trained else height * width for part, height in enumerate(heights)]
+    down = like.new_zeros(len(heights) * rank, width)
+    up = like.new_zeros(sum(rows), len(heights) * rank)
+    for part, matrices in trained.items():
+        start, block = sum(rows[:part]), slice(part * rank, (part + 1) * rank)
+        down[block] = matrices.down
+        up[start : start + rows[part], block] = matrices.up
+    return down, up
+
+
+def _reader_alpha(adapter: LoraAdapter) -> float:
+    """The alpha with which alpha / rank is the scale of training, also for rank-stabilised LoRA, which readers do not know."""
+    alpha = float(adapter.rank if adapter.alpha is None else adapter.alpha)
+    return alpha * math.sqrt(adapter.rank) if adapter.rslora else alpha
+
+
+def _write_diffusers(path: Path, modules: Mapping[str, LoraWeights], family: Family, adapter: LoraAdapter) -> None:
+    """The file as the pipeline class writes it. Every component goes under the name of the first: that is what the loader reads."""
+    layers = {}
+    for module, matrices in modules.items():
+        layers[f"{module}.lora_A.weight"] = matrices.down
+        layers[f"{module}.lora_B.weight"] = matrices.up
+        if matrices.magnitude is not None:
+            layers[f"{module}.lora_magnitude_vector"] = matrices.magnitude
+    # The fields that every version of peft knows: one that is unknown to a reader makes it fail.
+    config = {
+        "r": adapter.rank,
+        "lora_alpha": adapter.rank if adapter.alpha is None else adapter.alpha,
+        "target_modules": matching_expression(modules),
+        "use_rslora": adapter.rslora,
+        "use_dora": adapter.dora,
+    }
+    component = family.denoisers[0]
+    save: Callable[..., None] = getattr(diffusers, family.pipeline).save_lora_weights
+    save(
+        path.parent,
+        weight_name=path.name,
+        **{f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": config},
+    )
+
+
+def _complete(path: Path, layout: str, details: Mapping[str, str]) -> ExportedFile:
+    """Add `details` and the hash of the tensors to the header of a file, and read it back."""
+    with safe_open(path, framework="pt") as file:
+        header = dict(file.metadata() or {})
+    tensors = load_file(path)
+    header |= {**details, "format": "pt", "modelspec.hash_sha256": f"0x{_tensors_sha256(path)}"}
+    save_file(tensors, path, metadata=header)
+    _compare(path, [path], tensors)
+    return _exported(path, layout)
+
+
+def _tensors_sha256(path: Path) -> str:
+    """SHA-256 of a safetensors file without its header, so that it does not depend on the metadata (modelspec 1.0.0)."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        file.seek(8 + length)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _compare(what: Path, paths: Sequence[Path], expected: State) -> None:
+    found = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+    different = [name for name, tensor in expected.items() if name not in found or not torch.equal(found[name], tensor)]
+    if different or len(found) != len(expected):
+        raise StoreError(
+            f"{what} reads back different from what was written, at {', '.join(different[:3]) or 'extra names'}"
+        )
+
+
+def _exported(path: Path, layout: str) -> ExportedFile:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return ExportedFile(path, layout, digest, path.stat().st_size)
+
+
+def _noise_range(run_file: RunFile, family: Family, names: Sequence[str], component: str) -> str:
+    """`high_noise` or `low_noise` where experts share the range of sigma; empty where there is one denoiser."""
+    if len(names) == 1:
+        return ""
+    stages = family.stages(components.read_pipeline_config(run_file.model_folder), names)
+    return "high_noise" if next(stage for stage in stages if stage.denoiser == component).high >= 1 else "low_noise"
+
+
+def _details(run_file: RunFile, family: Family, component: str, provenance: Provenance) -> dict[str, str]:
+    """The `modelspec.*` header (sai_model_spec 1.0.0) and where the weights come from."""
+    spec, adapter = run_file.spec, run_file.spec.adapter
+    layout = LORA_LAYOUTS.get(family.name)
+    architecture = family.name if layout is None else layout.architecture
+    details: dict[str, str | int | float | bool | None] = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture if adapter.type == "full" else f"{architecture}/lora",
+        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.title": run_file.identity.name,
+        "modelspec.date": provenance.date.isoformat(timespec="seconds"),
+        "modelspec.resolution": f"{spec.data.resolution}x{spec.data.resolution}",
+        "modelspec.trigger_phrase": spec.data.captions.trigger,
+        "atelier.version": version("atelier-training"),
+        "atelier.family": family.name,
+        "atelier.component": component,
+        "atelier.base_model": spec.model.source,
+        "atelier.base_revision": spec.model.revision,
+        "atelier.step": provenance.step,
+        "atelier.precision": spec.hyperparameters.precision,
+        "atelier.trigger": spec.data.captions.trigger,
+        "atelier.adapter": adapter.type,
+    }
+    if adapter.type == "lora":
+        details |= {
+            "atelier.rank": adapter.rank,
+            "atelier.alpha": adapter.rank if adapter.alpha is None else adapter.alpha,
+            "atelier.dora": adapter.dora,
+            "atelier.rslora": adapter.rslora,
+        }
+    return {key: str(value) for key, value in details.items() if value is not None}

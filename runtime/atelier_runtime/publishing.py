@@ -1,0 +1,137 @@
+"""What comes out of a run: exports in the layouts that others load, and the report."""
+
+import io
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+from PIL import Image
+
+from atelier_api.errors import RunError
+from atelier_api.run_file import RunFile
+from atelier_runtime.checkpoint.export import ExportedFile, Provenance, export_full, export_lora
+from atelier_runtime.denoisers import gathered_weights
+from atelier_runtime.observe.report import Picture, ReportData, render_report
+from atelier_runtime.reporter import History, peak_memory_bytes
+from atelier_runtime.store import Store
+from atelier_runtime.trainer import Parts
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPES = {"png": "image/png", "webp": "image/webp"}
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """One file below `exports/` of the run's folder."""
+
+    format: str
+    key: str
+    sha256: str
+    size_bytes: int
+
+
+def publish(parts: Parts, store: Store) -> list[PublishedFile]:
+    """Export the trained weights (their moving average where there is one) and store them. Collective; files on rank 0 only."""
+    ema = parts.state.ema
+    with ema.swapped() if ema is not None else nullcontext():
+        weights = gathered_weights(parts.denoisers)
+    if parts.distributed.rank != 0:
+        return []
+    folder = Path(parts.run_file.scratch) / "exports"
+    provenance = Provenance(step=parts.state.step, date=datetime.now(UTC))
+    export = export_lora if parts.run_file.spec.adapter.type == "lora" else export_full
+    files = export(weights, parts.run_file, parts.family, folder, provenance=provenance)
+    return [_store(store, folder, file) for file in files]
+
+
+def _store(store: Store, folder: Path, file: ExportedFile) -> PublishedFile:
+    key = f"exports/{file.path.relative_to(folder).as_posix()}"
+    store.put_file(key, file.path, file.sha256)
+    log.info("exported", extra={"key": key, "bytes": file.size_bytes})
+    return PublishedFile(file.format, key, file.sha256, file.size_bytes)
+
+
+def write_report(parts: Parts, store: Store, exports: Sequence[PublishedFile]) -> None:
+    """Write `report.html`. A report that cannot be made is logged; it never fails a run that trained."""
+    try:
+        store.put_bytes("report.html", render_report(_report_data(parts, store, exports)).encode())
+    except (OSError, RunError, ValueError):
+        log.exception("the report could not be written")
+
+
+def _report_data(parts: Parts, store: Store, exports: Sequence[PublishedFile]) -> ReportData:
+    run_file, history = parts.run_file, parts.reporter.history
+    spec, plan = run_file.spec, run_file.plan
+    trained = sum(parameter.numel() for parameter in parts.state.parameters.values())
+    losses = [row[1] for row in history.rows[-20:]]
+    seconds = history.seconds.get("training", 0.0)
+    memory = peak_memory_bytes()
+    return ReportData(
+        title=run_file.identity.name,
+        subtitle=f"{parts.family.facts.title}, {spec.adapter.type}, written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        facts=[
+            ("steps", f"{parts.state.step} of {spec.hyperparameters.steps}"),
+            ("loss, last 20 steps", f"{sum(losses) / len(losses):.4f}" if losses else "–"),
+            ("trained parameters", f"{trained:,}"),
+            ("samples kept", f"{parts.dataset.funnel.kept} of {parts.dataset.funnel.found}"),
+            ("training, this attempt", f"{seconds:.0f} s"),
+            ("peak memory, rank 0", f"{memory / 2**30:.2f} GiB"),
+        ],
+        rows=[(row[0], row[1]) for row in history.rows],
+        prompts=[prompt.text for prompt in spec.validation.prompts],
+        samples=_pictures(store, history),
+        funnel=parts.dataset.funnel,
+        seconds=history.seconds,
+        settings=yaml.safe_dump(json.loads(spec.model_dump_json(by_alias=True, exclude_none=True)), sort_keys=False),
+        plan=[
+            ("strategy", plan.strategy),
+            ("processes", f"{plan.nodes} x {plan.processes_per_node} on {plan.device}"),
+            ("micro-batch x accumulation", f"{plan.micro_batch_size} x {plan.gradient_accumulation}"),
+            ("gradient checkpointing", "on" if plan.gradient_checkpointing else "off"),
+            ("learning rate", f"{plan.learning_rate:g}"),
+            ("predicted peak memory", f"{plan.predicted_peak_memory_bytes / 2**30:.2f} GiB per process"),
+            ("observed peak memory, rank 0", f"{memory / 2**30:.2f} GiB"),
+        ],
+        exports=[(file.format, file.key, file.sha256) for file in exports],
+        usage=usage(run_file, parts.family.pipeline, exports),
+        events=history.events,
+    )
+
+
+def _pictures(store: Store, history: History) -> dict[int, Sequence[Picture | None]]:
+    return {step: [_picture(store, key) for key in keys] for step, keys in sorted(history.samples.items())}
+
+
+def _picture(store: Store, key: str) -> Picture | None:
+    try:
+        data = store.get_bytes(key)
+    except (OSError, RunError):
+        return None
+    return Picture(data, MEDIA_TYPES[key.rsplit(".", 1)[1]], Image.open(io.BytesIO(data)).width)
+
+
+def usage(run_file: RunFile, pipeline: str, exports: Sequence[PublishedFile]) -> str:
+    """Lines of Python that use the result."""
+    base = run_file.spec.model.source.removeprefix("hf://")
+    lines = [f"from diffusers import {pipeline}", ""]
+    if run_file.spec.adapter.type == "lora":
+        lines.append(f'pipe = {pipeline}.from_pretrained("{base}")')
+        for file in exports:
+            if file.format == "diffusers":
+                folder, name = file.key.rsplit("/", 1)
+                second = ", load_into_transformer_2=True" if name.endswith("_low_noise.safetensors") else ""
+                lines.append(f'pipe.load_lora_weights("{folder}", weight_name="{name}"{second})')
+    else:
+        for component in sorted({file.key.split("/")[2] for file in exports}):
+            lines.append(
+                f'# replace the pipeline\'s {component} by the folder "exports/diffusers/{component}" (from_pretrained)'
+            )
+        lines.append(f'pipe = {pipeline}.from_pretrained("{base}")')
+    lines.append('pipe("your prompt").images[0].save("picture.png")')
+    return "\n".join(lines)
