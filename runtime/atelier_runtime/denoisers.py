@@ -30,6 +30,7 @@ class Denoisers:
         """Load, put the adapter on, and spread over the ranks. Raises ConfigError when nothing would be trained."""
         hyperparameters, adapter = run_file.spec.hyperparameters, run_file.spec.adapter
         base_dtype, trained_dtype = _dtypes(hyperparameters.precision, hyperparameters.optimizer.type, adapter.type)
+        compute_dtype = torch.bfloat16 if hyperparameters.precision == "bf16" else None
         names = components.denoiser_names(family, run_file.model_folder)
         models: dict[str, nn.Module] = {}
         wrapped: dict[str, nn.Module] = {}
@@ -49,7 +50,7 @@ class Denoisers:
                 },
             )
             models[name] = model
-            wrapped[name] = parallel.wrap(model, run_file.plan, family, distributed)
+            wrapped[name] = parallel.wrap(model, run_file.plan, family, distributed, compute_dtype=compute_dtype)
         return cls(models, wrapped, family.stages(components.read_pipeline_config(run_file.model_folder), names))
 
     def trainable(self) -> dict[str, Parameter]:

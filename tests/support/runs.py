@@ -1,16 +1,26 @@
 """Whole runs for tests: a folder with a tiny base checkpoint, real pictures and a YAML, trained by the real command."""
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+from atelier_api.progress import Progress
+from atelier_runtime.observe.progress import read_progress
+from atelier_runtime.observe.scratch import Scratch
 from tiny_families import save_tiny
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -90,7 +100,7 @@ def tiny_run(folder: Path, family: str = "sd3", *, pictures: int = 8, name: str 
         save_tiny(family, folder / "base")
     if not (folder / "pictures").exists():
         write_digits(folder / "pictures", pictures)
-    base = {
+    base: dict[str, Any] = {
         "apiVersion": "atelier.dev/v1alpha1",
         "kind": "TrainingRun",
         "metadata": {"name": name},
@@ -103,4 +113,59 @@ def tiny_run(folder: Path, family: str = "sd3", *, pictures: int = 8, name: str 
             "storage": {"checkpoint": {"everySteps": 2, "everySeconds": 0}},
         },
     }
+    if "type" in spec.get("adapter", {}):
+        base["spec"]["adapter"] = {}  # another kind of adapter takes nothing over
     return write_run(folder / "run.yaml", merged(base, {"spec": spec}))
+
+
+def kill_tree(process: "subprocess.Popen[str]") -> None:
+    """SIGKILL to a process and everything below it, at once: a machine that loses power."""
+    parent = psutil.Process(process.pid)
+    victims = [*parent.children(recursive=True), parent]
+    for victim in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.suspend()  # nobody gets to see another one die
+    for victim in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
+    psutil.wait_procs(victims, timeout=30)
+    process.communicate()
+
+
+def wait_for(
+    run: LocalRun, condition: Callable[[Progress], bool], process: "subprocess.Popen[str]", seconds: float = 300
+) -> Progress:
+    """Poll the run's progress until `condition`; fails with the output when the process ends before."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        progress = read_progress(Scratch(run.scratch).progress)
+        if progress is not None and condition(progress):
+            return progress
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended with {process.returncode}:\n{process.communicate()[0][-6000:]}")
+        time.sleep(0.02)
+    kill_tree(process)
+    raise AssertionError(f"not reached in {seconds} s; last progress: {progress}")
+
+
+def history(run: LocalRun) -> dict[int, float]:
+    """Loss by step, as the run kept it."""
+    lines = (run.folder / "logs" / "history.jsonl").read_text().splitlines()[1:]
+    return {int(row[0]): float(row[1]) for row in map(json.loads, lines)}
+
+
+def checkpoint_state(run: LocalRun, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint of a step, by its path in the saved state."""
+    manifest = sorted((run.folder / "manifests").glob(f"{step:08d}-*.json"))[-1]
+    folder = sorted((run.folder / "checkpoints").glob(f"{manifest.stem}-*"))[-1]
+    flat: dict[str, torch.Tensor] = {}
+
+    def collect(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                collect(f"{prefix}/{key}", inner)
+        else:
+            flat[prefix] = torch.as_tensor(value)
+
+    collect("", _load_state_dict_from_keys(checkpoint_id=folder))
+    return flat

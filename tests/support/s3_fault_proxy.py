@@ -63,7 +63,7 @@ class FaultProxy:
     seen: list[Seen] = field(default_factory=list)
     broken: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
-    random: random.Random = field(default_factory=lambda: random.Random(0))
+    draws: random.Random = field(default_factory=lambda: random.Random(0))
 
     def fault(self, do: Fault, **settings: object) -> Rule:
         """Add a rule."""
@@ -83,7 +83,7 @@ class FaultProxy:
                     continue
                 if rule.skip > 0:
                     rule.skip -= 1
-                elif rule.share >= 1.0 or self.random.random() < rule.share:
+                elif rule.share >= 1.0 or self.draws.random() < rule.share:
                     rule.times -= 1
                     self.broken += 1
                     return rule

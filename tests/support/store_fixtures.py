@@ -5,20 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from s3_fault_proxy import FaultProxy, fault_proxy
-from s3_server import BUCKET, S3Server, make_certificate, running_server
 
 from atelier_api.v1alpha1.storage import S3Settings
 from atelier_runtime.store import Store, open_store
-from atelier_runtime.store.retry import RetryPolicy
 from atelier_runtime.store.s3 import S3Store
-
-FAST = RetryPolicy(base_seconds=0.01, cap_seconds=0.05)
-
-
-def s3_settings(server: S3Server, endpoint: str | None = None) -> S3Settings:
-    """Connection to a server, or to a proxy before it."""
-    return S3Settings(endpoint=endpoint or server.url, ca_bundle=server.ca_bundle)
+from s3_fault_proxy import FaultProxy, fault_proxy
+from s3_server import BUCKET, S3Server, make_certificate, running_server
+from s3_settings import FAST, s3_settings
 
 
 @pytest.fixture(scope="session")

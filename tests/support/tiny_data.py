@@ -6,10 +6,10 @@ from typing import Any
 
 import av
 import numpy as np
-from atelier_api.run_file import ExecutionPlan, RunFile, RunIdentity
-from atelier_api.v1alpha1.training_run import TrainingRunSpec
+from atelier_api.run_file import RunFile
 from numpy.typing import NDArray
 from PIL import Image
+from run_files import run_file
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -48,29 +48,10 @@ def grey_frames(values: list[int], width: int = 64, height: int = 48) -> list[ND
     return [np.full((height, width, 3), value, np.uint8) for value in values]
 
 
-def make_run_file(
-    tmp: Path, sources: list[Path], *, family: str = "sd3", model_folder: Path | None = None, world_size: int = 1, **spec: Any
-) -> RunFile:
-    """A run file over these source folders. `spec` holds the blocks `data` and `hyperparameters` to add to, in snake case."""
+def training_run_file(folder: Path, sources: list[Path], model_folder: Path, family: str = "sd3", **spec: Any) -> RunFile:
+    """A run over these sources in fp32, with its cache below `folder`. `spec` has the blocks `data` and `hyperparameters`."""
     data = {"sources": [{"uri": str(source)} for source in sources], "resolution": 32, **spec.get("data", {})}
     hyperparameters = {"steps": 4, "precision": "fp32", **spec.get("hyperparameters", {})}
-    model = {"family": family, "source": str(model_folder or tmp)}
-    return RunFile(
-        identity=RunIdentity(namespace="default", name="tiny", uid="local"),
-        spec=TrainingRunSpec.model_validate({"model": model, "data": data, "hyperparameters": hyperparameters}),
-        plan=ExecutionPlan(
-            strategy="single" if world_size == 1 else "ddp",
-            device="cpu",
-            nodes=1,
-            processes_per_node=world_size,
-            micro_batch_size=1,
-            gradient_accumulation=1,
-            gradient_checkpointing=False,
-            learning_rate=1e-4,
-            threads_per_process=1,
-            predicted_peak_memory_bytes=0,
-        ),
-        model_folder=str(model_folder or tmp),
-        scratch=str(tmp / "scratch"),
-        cache_uri=str(tmp / "cache"),
-    )
+    model = {"family": family, "source": str(model_folder)}
+    resolved = run_file(folder, model=model, data=data, hyperparameters=hyperparameters)
+    return resolved.model_copy(update={"model_folder": str(model_folder)})

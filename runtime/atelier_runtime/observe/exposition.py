@@ -97,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 self._answer(200, CONTENT_TYPE_LATEST, generate_latest(self.collectors))
                 return
-            except (ValueError, KeyError, OSError) as problem:
+            except Exception as problem:  # whatever a torn file makes prometheus_client raise
                 if tries_left == 0:
                     log.warning("metrics cannot be read", extra={"error": str(problem)})
                     self._answer(500, "text/plain", b"the files of the ranks cannot be read\n")

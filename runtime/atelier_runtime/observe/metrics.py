@@ -5,6 +5,7 @@ A rank never waits for a scrape: counting is a write to its own file, and only t
 in the given registry.
 """
 
+import atexit
 import math
 import os
 import time
@@ -192,7 +193,9 @@ class TrainMetrics:
         recover_until = int(environment.get(RECOVER_UNTIL, 0))
         if folder := environment.get("PROMETHEUS_MULTIPROC_DIR"):
             reserve_files(Path(folder))
-        return cls(rank, age_seconds=max(0.0, time.time() - started_at), recover_until=recover_until)
+        metrics = cls(rank, age_seconds=max(0.0, time.time() - started_at), recover_until=recover_until)
+        atexit.register(metrics._metrics.flush)
+        return metrics
 
     @property
     def registry(self) -> CollectorRegistry:

@@ -7,28 +7,12 @@ import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 
 from atelier_api.progress import FunnelReport
 from atelier_runtime.observe.curve import loss_curve
 
-STYLE = """
-:root{color-scheme:light dark;--ink:#1c1e21;--soft:#667;--line:#d5d9e0;--page:#fff;--card:#f6f7f9;--accent:#2563eb}
-@media (prefers-color-scheme:dark){:root{--ink:#e8eaed;--soft:#9aa3af;--line:#3a3f47;--page:#15171a;--card:#1d2024;--accent:#7aa2ff}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1080px;padding:32px 20px 64px;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
-h1{font-size:26px;margin:0 0 4px}h2{font-size:18px;margin:36px 0 12px}
-.soft{color:var(--soft)}table{border-collapse:collapse;width:100%}
-td,th{padding:5px 10px;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;font-variant-numeric:tabular-nums}
-th{font-weight:600;color:var(--soft)}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:18px 0}
-.fact{background:var(--card);border-radius:8px;padding:10px 14px}.fact b{display:block;font-size:20px;font-variant-numeric:tabular-nums}
-.fact span{color:var(--soft);font-size:13px}
-.scroll{overflow-x:auto}.grid td,.grid th{border:0;padding:4px 6px;text-align:center}
-.grid img{min-width:96px;max-width:256px;image-rendering:auto;border-radius:4px;display:block}.grid .prompt{max-width:220px;text-align:left;font-size:13px}
-.grid img.small{image-rendering:pixelated}
-pre{background:var(--card);padding:12px 14px;border-radius:8px;overflow-x:auto;font-size:13px}
-svg text{fill:var(--soft);font-size:12px}svg .raw{stroke:var(--accent);opacity:.28}svg .mean{stroke:var(--accent);stroke-width:2}svg .axis{stroke:var(--line)}
-"""
+STYLE = files("atelier_runtime.observe").joinpath("report.css").read_text()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,14 @@ from s3transfer.exceptions import RetriesExceededError
 from atelier_api.errors import ConfigError, CredentialsError, RunError, StoreError
 from atelier_runtime.store.protocol import ObjectMissing
 
-RENEWABLE = {"ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken", "TokenRefreshRequired"}
+RENEWABLE = {
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "TokenRefreshRequired",
+    "XAdminUserNotFound",  # versitygw's InvalidAccessKeyId
+}
 """Codes after which credentials are read again once: they may have been rotated since this process read them."""
 
 _REFUSED = RENEWABLE | {

@@ -1,0 +1,167 @@
+"""A denoiser spread over the ranks, and what has to be undone to look inside.
+
+Which weights are sharded (FSDP2) and which replicated (DDP):
+
+* ddp: everything is replicated, gradients of trained parameters are averaged.
+* fsdp2, few weights trained (an adapter): the frozen base is sharded, the adapter is replicated. An adapter's layers are tiny, and
+  lie in another dtype inside the base's blocks, where a sharded group wants one dtype for all that it trains.
+* fsdp2, most weights trained: these are sharded, but for what has another dtype than the bulk (modules kept in fp32, a few vectors).
+
+So a sharded denoiser may also be inside DDP, which then knows the replicated parameters only.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
+
+from atelier_api.run_file import ExecutionPlan
+from atelier_runtime.family import Family
+from atelier_runtime.parallel.distributed import Distributed
+
+
+class Replicated(DistributedDataParallel):
+    """DDP that shows the attributes of what it wraps (`config`, `dtype`, `add_adapter` …), so that a family need not know."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+def wrap(
+    denoiser: nn.Module,
+    plan: ExecutionPlan,
+    family: Family,
+    distributed: Distributed,
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The denoiser as the plan's strategy calls it. Call it after the adapter is on and before the optimizer is built.
+
+    Parameters are sharded in place: those of the denoiser are DTensors afterwards. Trained parameters are made those of rank 0.
+    `compute_dtype` is the autocast dtype: sharded weights that are stored in fp32 then travel and compute in it, which halves the
+    traffic; their gradients are summed in fp32. Collective.
+    """
+    if plan.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # before sharding: recomputation gathers weights again
+    if plan.strategy == "single":
+        return denoiser
+    if plan.strategy == "ddp":
+        return _replicate(denoiser, {id(p) for p in denoiser.parameters() if p.requires_grad})
+    replicated = _replicated_under_sharding(denoiser, compute_dtype)
+    _shard(denoiser, family, replicated, distributed, _policy(denoiser, compute_dtype))
+    return _replicate(denoiser, {id(p) for p in replicated}) if replicated else denoiser
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The diffusers model inside, which is the one that was given to `wrap`."""
+    return module.module if isinstance(module, Replicated) else module
+
+
+@contextmanager
+def no_sync(module: nn.Module) -> Iterator[None]:
+    """Backward passes inside keep the gradients of replicated parameters to this rank; the next one outside sums them up.
+
+    Gradients of sharded parameters are summed in every pass all the same: kept back, each rank would hold the gradient of the whole
+    model, which did not fit in the first place.
+    """
+    with module.no_sync() if isinstance(module, Replicated) else nullcontext():
+        yield
+
+
+def full_state(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Copies of the parameters and buffers `names` of the unwrapped module, whole and on the CPU; empty but on rank 0.
+
+    Collective: all ranks give the same names in the same order. One tensor at a time is whole on the device.
+    """
+    model = unwrap(module)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    first = torch.distributed.get_rank() == 0
+    state: dict[str, Tensor] = {}
+    for name in names:
+        tensor = tensors[name].detach()
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if first:
+            state[name] = whole.to("cpu", copy=True)
+    return state
+
+
+def blocks_of(denoiser: nn.Module, family: Family) -> list[nn.Module]:
+    """The family's repeated blocks, in order, whatever lists they lie in. A path that this checkpoint lacks has none."""
+    found: list[nn.Module] = []
+    for blocks in family.blocks:
+        found.extend(_flatten(denoiser.get_submodule(blocks.attribute)))
+    return found
+
+
+def _flatten(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, nn.ModuleList):
+        for child in module:
+            yield from _flatten(child)
+    else:
+        yield module
+
+
+def _trains_adapter(denoiser: nn.Module) -> bool:
+    """Whether few of the weights are trained. Otherwise the model itself is, perhaps but for a few dead layers."""
+    sizes = [(p.numel(), p.requires_grad) for p in denoiser.parameters()]
+    return sum(size for size, trained in sizes if trained) < sum(size for size, _ in sizes) / 2
+
+
+def _replicated_under_sharding(denoiser: nn.Module, compute_dtype: torch.dtype | None) -> list[Parameter]:
+    """The trained parameters that FSDP leaves alone."""
+    trained = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+    if _trains_adapter(denoiser):
+        return list(trained.values())
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in trained.values():
+        sizes[parameter.dtype] += parameter.numel()
+    bulk = sizes.most_common(1)[0][0]
+    kept_in_fp32 = set(getattr(denoiser, "_keep_in_fp32_modules", None) or ()) if compute_dtype else set()
+    return [p for name, p in trained.items() if p.dtype != bulk or kept_in_fp32 & set(name.split("."))]
+
+
+def _policy(denoiser: nn.Module, compute_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+    """What sharded weights travel and compute in. A frozen base stays in the dtype it was loaded in.
+
+    Inputs are never cast: rotary tables and time embeddings are fp32 on purpose, and autocast casts what it should.
+    """
+    if compute_dtype is None or _trains_adapter(denoiser):
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    return MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+
+
+def _shard(
+    denoiser: nn.Module,
+    family: Family,
+    replicated: Sequence[Parameter],
+    distributed: Distributed,
+    policy: MixedPrecisionPolicy,
+) -> None:
+    mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
+    # The root, too, gives its weights back after the forward pass: kept whole through sampling, they would hide what is written to
+    # the shards in the meantime (a moving average put in, the weights put back).
+    for module in [*blocks_of(denoiser, family), denoiser]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=set(replicated), reshard_after_forward=True)
+
+
+def _replicate(denoiser: nn.Module, reduced: set[int]) -> Replicated:
+    """DDP over the parameters with these ids. Everything else is the checkpoint's, equal on all ranks, and is not even broadcast.
+
+    No static graph and no search for unused parameters: a trained parameter without a gradient is a mistake of the family's list of
+    dead modules, and fails loudly in the second step.
+    """
+    ignored = [name for name, parameter in denoiser.named_parameters() if id(parameter) not in reduced]
+    ignored += [name for name, _ in denoiser.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, ignored)  # type: ignore[no-untyped-call]
+    return Replicated(denoiser, forward_sync_buffers=False, gradient_as_bucket_view=True)

@@ -1,0 +1,195 @@
+"""Whole runs on this machine, by the command that users type: two processes, real pictures, a real checkpoint."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+
+from runs import LocalRun, checkpoint_state, history, kill_tree, tiny_run, wait_for
+
+pytestmark = pytest.mark.processes
+
+PROMPTS = [{"text": "a handwritten three", "seed": 5}, {"text": "a handwritten seven in black ink on paper", "seed": 6}]
+
+DRAW = """
+import sys, json, torch
+from diffusers import StableDiffusion3Pipeline
+base, lora, out, prompts = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+pipe = StableDiffusion3Pipeline.from_pretrained(base, torch_dtype=torch.float32)
+pipe.set_progress_bar_config(disable=True)
+for kind in ("base", "lora"):
+    if kind == "lora":
+        pipe.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
+    for index, prompt in enumerate(prompts):
+        picture = pipe(
+            prompt["text"], width=32, height=32, num_inference_steps=4, guidance_scale=3.0, max_sequence_length=16,
+            generator=torch.Generator("cpu").manual_seed(prompt["seed"]),
+        ).images[0]
+        picture.save(f"{out}/{kind}-{index}.png")
+"""
+
+
+def same_pixels(one: Path, other: Path, tolerance: int = 0) -> bool:
+    difference = ImageChops.difference(Image.open(one).convert("RGB"), Image.open(other).convert("RGB"))
+    return max(high for _, high in difference.getextrema()) <= tolerance
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalRun, str]:
+    """A LoRA run of 12 steps with samples, one truncated picture among good ones."""
+    folder = tmp_path_factory.mktemp("run")
+    run = tiny_run(
+        folder,
+        name="finished",
+        hyperparameters={"steps": 12, "learningRate": "3e-2", "ema": {"decay": "0.5"}},
+        validation={"everySteps": 6, "prompts": PROMPTS, "steps": 4, "guidance": "3"},
+        storage={"checkpoint": {"everySteps": 4, "everySeconds": 0, "keepLast": 2}},
+    )
+    (folder / "pictures" / "0001.png").write_bytes((folder / "pictures" / "0002.png").read_bytes()[:200])
+    return run, run.train()
+
+
+def test_a_run_leaves_everything_that_users_expect(finished: tuple[LocalRun, str]) -> None:
+    run, output = finished
+    assert (run.folder / "run.json").exists()
+    assert (run.folder / "report.html").exists()
+    assert (run.folder / "exports/diffusers/pytorch_lora_weights.safetensors").exists()
+    assert (run.folder / "exports/kohya/finished.safetensors").exists()
+    assert sorted(path.name for path in (run.folder / "samples").iterdir()) == ["00000000", "00000006", "00000012"]
+    assert sorted(history(run)) == list(range(12))
+    assert "report.html" in output
+
+
+def test_retention_keeps_the_newest_checkpoints_only(finished: tuple[LocalRun, str]) -> None:
+    run, _ = finished
+    steps = [int(path.name[:8]) for path in sorted((run.folder / "manifests").glob("*.json"))]
+    assert steps == [8, 12]
+    assert sorted(int(path.name[:8]) for path in (run.folder / "checkpoints").iterdir()) == [8, 12]
+
+
+def test_an_unreadable_picture_is_listed_and_the_run_goes_on(finished: tuple[LocalRun, str]) -> None:
+    run, output = finished
+    report = (run.folder / "report.html").read_text()
+    assert "0001.png" in report
+    assert re.search(r"unreadable\D+1", output)
+    assert re.search(r"kept\D+7", output)
+
+
+def test_the_exported_lora_in_a_new_process_draws_what_the_training_process_drew(
+    finished: tuple[LocalRun, str], tmp_path: Path
+) -> None:
+    run, _ = finished
+    base = run.path.parent / "base"
+    lora = run.folder / "exports" / "diffusers"
+    subprocess.run([sys.executable, "-c", DRAW, str(base), str(lora), str(tmp_path), json.dumps(PROMPTS)], check=True)
+    for index in range(len(PROMPTS)):
+        drawn = run.folder / "samples" / "00000012" / f"{index}.png"
+        untrained = run.folder / "samples" / "00000000" / f"{index}.png"
+        assert same_pixels(tmp_path / f"lora-{index}.png", drawn, tolerance=1)
+        assert same_pixels(tmp_path / f"base-{index}.png", untrained, tolerance=1)
+        assert not same_pixels(drawn, untrained, tolerance=8)
+
+
+def test_a_finished_run_is_not_trained_again_and_can_be_made_longer(finished: tuple[LocalRun, str]) -> None:
+    run, _ = finished
+    longer = run.changed(hyperparameters={"steps": 14})
+    longer.train()
+    assert sorted(history(longer)) == list(range(14))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_twenty_steps_a_kill_and_twenty_more_equal_forty(adapter: str, tmp_path: Path) -> None:
+    lora = {"type": "lora", "rank": 4, "alpha": 8, "dropout": "0.1"}
+    straight = tiny_run(
+        tmp_path,
+        name="straight",
+        adapter=lora if adapter == "lora" else {"type": "full"},
+        hyperparameters={
+            "steps": 40,
+            "ema": {"decay": "0.9"},
+            "optimizer": {"type": "adamw-bf16" if adapter == "lora" else "adamw"},
+        },
+        storage={"checkpoint": {"everySteps": 20}},
+    )
+    straight.train()
+    document = dict(straight.document) | {"metadata": {"name": "broken"}}
+    broken = LocalRun(tmp_path / "broken.yaml", document).changed()
+    process = broken.start()
+    wait_for(broken, lambda progress: progress.checkpoint is not None and progress.step >= 23, process)
+    kill_tree(process)
+    assert max(history(broken)) < 39
+    broken.train()
+    expected, got = checkpoint_state(straight, 40), checkpoint_state(broken, 40)
+    assert expected.keys() == got.keys()
+    assert any("ema" in key for key in expected)
+    different = [key for key in expected if not expected[key].equal(got[key])]
+    assert different == []
+    assert history(broken) == history(straight)
+
+
+def test_two_then_one_then_two_processes_train_the_same_samples(tmp_path: Path) -> None:
+    straight = tiny_run(tmp_path, name="straight", hyperparameters={"steps": 9})
+    straight.train()
+    document = dict(straight.document) | {"metadata": {"name": "changing"}}
+    changing = LocalRun(tmp_path / "changing.yaml", document)
+    for steps, processes in ((3, 2), (6, 1), (9, 2)):
+        changing = changing.changed(hyperparameters={"steps": steps}, parallelism={"processesPerNode": processes})
+        changing.train()
+    assert history(changing) == pytest.approx(history(straight), rel=1e-4)
+
+
+def test_sigterm_commits_a_checkpoint_and_the_next_run_goes_on_from_it(tmp_path: Path) -> None:
+    run = tiny_run(
+        tmp_path, name="stopped", hyperparameters={"steps": 4000}, storage={"checkpoint": {"everySteps": 1000}}
+    )
+    process = run.start()
+    wait_for(run, lambda progress: progress.step >= 3, process)
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output[-3000:]
+    saved = [int(path.name[:8]) for path in (run.folder / "manifests").glob("*.json")]
+    assert len(saved) == 1
+    assert saved[0] >= 3
+    assert max(history(run)) == saved[0] - 1
+
+
+def test_fsdp2_trains_like_ddp(tmp_path: Path) -> None:
+    ddp = tiny_run(tmp_path, name="ddp", hyperparameters={"steps": 4})
+    ddp.train()
+    sharded = LocalRun(tmp_path / "sharded.yaml", dict(ddp.document) | {"metadata": {"name": "sharded"}})
+    sharded = sharded.changed(parallelism={"strategy": "fsdp2"}, validation={"prompts": PROMPTS[:1], "steps": 2})
+    sharded.train()
+    assert history(sharded) == pytest.approx(history(ddp), rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_files(tmp_path: Path) -> None:
+    run = tiny_run(
+        tmp_path,
+        name="diverged",
+        adapter={"type": "lora", "rank": 4, "alpha": 65536},
+        hyperparameters={"steps": 60, "learningRate": "1", "gradientClip": None, "optimizer": {"epsilon": "1e-30"}},
+    )
+    output = run.train(expect=81)
+    assert "not finite" in output or "must be finite" in output
+    assert re.search(r"\d{4}\.png", output)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "text"),
+    [
+        ({"adapter": {"targets": ["nothing_like_this"]}}, 64, "nothing_like_this"),
+        ({"data": {"sources": [{"uri": "empty"}]}}, 65, "found"),
+    ],
+    ids=["an adapter that matches nothing", "an empty folder"],
+)
+def test_what_only_the_runtime_can_see_is_one_clear_error(
+    changes: dict[str, object], code: int, text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    output = tiny_run(tmp_path, name="bad", parallelism={"processesPerNode": 1}, **changes).train(expect=code)
+    assert text in output
+    assert "Traceback" not in output

@@ -1,0 +1,194 @@
+"""A few training steps of a tiny denoiser, the way the trainer does them, for comparing strategies. Runs in every rank."""
+
+import traceback
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atelier_api.run_file import ExecutionPlan
+from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter
+from atelier_api.v1alpha1.hyperparameters import Hyperparameters, Optimizer
+from atelier_api.v1alpha1.objective import Objective
+from atelier_runtime import adapters, components, parallel
+from atelier_runtime.families import get_family
+from atelier_runtime.family import Conditions, Family, Features
+from atelier_runtime.objectives import build_objective
+from atelier_runtime.optimizers import Ema, build_optimizer, clip_gradients
+
+STEPS = 3
+GLOBAL_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train. `folder` holds a tiny checkpoint, `text` the features of `GLOBAL_BATCH` captions."""
+
+    family: str
+    adapter: str
+    folder: Path
+    text: Sequence[Features]
+    precision: str = "fp32"
+    optimizer: str = "adamw"
+    checkpointing: bool = False
+    accumulation: int = 1
+
+    @property
+    def name(self) -> str:
+        recompute = "recompute" if self.checkpointing else "keep"
+        return f"{self.family} {self.adapter} {self.precision} {self.optimizer} {recompute} x{self.accumulation}"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a case. `losses` are global means; `drawn` is the prediction with the average put in, before the last step."""
+
+    losses: list[float]
+    norms: list[float]
+    drawn: Tensor
+    before: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    averages: dict[str, Tensor]
+    local_elements: int
+    reduced_elements: int
+
+
+def plan_of(strategy: str, world: int, case: Case) -> ExecutionPlan:
+    return ExecutionPlan(
+        strategy=strategy,
+        device="cpu",
+        nodes=1,
+        processes_per_node=world,
+        micro_batch_size=GLOBAL_BATCH // (world * case.accumulation),
+        gradient_accumulation=case.accumulation,
+        gradient_checkpointing=case.checkpointing,
+        learning_rate=1e-2,
+        threads_per_process=1,
+        predicted_peak_memory_bytes=0,
+    )
+
+
+def train_all(strategies: Sequence[str], world: int, cases: Sequence[Case]) -> dict[tuple[str, str], Trained | str]:
+    """Every case under every strategy, by (strategy, case name); a traceback in place of what failed."""
+    parallel.start(plan_of(strategies[0], world, cases[0]))
+    results: dict[tuple[str, str], Trained | str] = {}
+    try:
+        for strategy in strategies:
+            for case in cases:
+                try:
+                    results[strategy, case.name] = train(strategy, case)
+                except Exception:
+                    results[strategy, case.name] = traceback.format_exc()
+    finally:
+        parallel.stop()
+    return results
+
+
+def train(strategy: str, case: Case) -> Trained:
+    """`STEPS` optimizer steps on fixed latents, in an initialised process group."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    distributed = parallel.Distributed(rank, rank, world, torch.device("cpu"))
+    plan, family = plan_of(strategy, world, case), get_family(case.family)
+    model, wrapped = _build(case, plan, family, distributed)
+    named = adapters.trainable(model)
+    hyperparameters = Hyperparameters(steps=STEPS, optimizer=Optimizer(type=case.optimizer, epsilon=1e-3))
+    optimizer = build_optimizer(list(named.values()), hyperparameters, plan.learning_rate)
+    ema = Ema(named, 0.9)
+    objective = build_objective(Objective(), family.facts, components.scheduler_config(case.folder))
+    losses, norms, drawn = [], [], torch.empty(0)
+    before = parallel.full_state(wrapped, named)
+    for step in range(STEPS):
+        if step == STEPS - 1:
+            drawn = _draw(case, family, wrapped, ema)
+        share = torch.zeros(())
+        for micro in range(case.accumulation):
+            size = plan.micro_batch_size
+            first = (micro * world + rank) * size
+            last = micro == case.accumulation - 1
+            with nullcontext() if last else parallel.no_sync(wrapped):
+                loss = _losses(case, family, wrapped, objective, step, range(first, first + size)).sum() / GLOBAL_BATCH
+                (loss * world).backward()
+            share += loss.detach()
+        torch.distributed.all_reduce(share)
+        losses.append(float(share))
+        norms.append(float(clip_gradients(named.values(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update()
+    averages = {name: _whole(average) for name, average in ema.state_dict()["averages"].items()}
+    return Trained(
+        losses, norms, drawn, before, parallel.full_state(wrapped, named), averages,
+        local_elements=sum(_local(p).numel() for p in model.parameters()),
+        reduced_elements=_reduced_elements(wrapped),
+    )  # fmt: skip
+
+
+def _build(
+    case: Case, plan: ExecutionPlan, family: Family, distributed: parallel.Distributed
+) -> tuple[nn.Module, nn.Module]:
+    trained_dtype = torch.bfloat16 if case.optimizer == "adamw-bf16" else torch.float32
+    frozen_dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    base_dtype = trained_dtype if case.adapter == "full" else frozen_dtype
+    model = components.load_denoiser(case.folder, family.denoisers[0], base_dtype, distributed.device)
+    torch.manual_seed(3 + distributed.rank)  # ranks draw different adapters: those of rank 0 must win
+    adapter = FullAdapter(type="full") if case.adapter == "full" else LoraAdapter(rank=4, targets=["all"])
+    adapters.install(model, adapter, family, dtype=trained_dtype)
+    compute = torch.bfloat16 if case.precision == "bf16" else None
+    return model, parallel.wrap(model, plan, family, distributed, compute_dtype=compute)
+
+
+def _losses(case: Case, family: Family, wrapped: nn.Module, objective: Any, step: int, slots: range) -> Tensor:
+    generators = [torch.Generator().manual_seed(1000 * step + slot) for slot in slots]
+    clean = torch.stack([_latents(family, slot) for slot in slots])
+    stage = family.stages(components.read_pipeline_config(case.folder), family.denoisers[:1])[0]
+    prepared = objective.prepare(clean, generators, stage=stage, tokens=16)
+    prediction = _predict(case, family, wrapped, prepared.noisy, prepared.time, slots)
+    return objective.loss(prediction, prepared)
+
+
+def _predict(case: Case, family: Family, wrapped: nn.Module, noisy: Tensor, time: Tensor, slots: range) -> Tensor:
+    conditions = Conditions(
+        text=family.collate_text([case.text[slot] for slot in slots]),
+        sizes=torch.tensor([[64, 64, 0, 0, 64, 64]] * len(slots)),
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=case.precision == "bf16"):
+        return family.predict(wrapped, noisy, time, conditions)
+
+
+def _draw(case: Case, family: Family, wrapped: nn.Module, ema: Ema) -> Tensor:
+    """A prediction by the average, on all ranks alike, as sampling does it between two steps."""
+    time = torch.tensor([0.5]) if family.facts.objective == "flow" else torch.tensor([500])
+    with ema.swapped(), torch.no_grad():
+        return _predict(case, family, wrapped, _latents(family, 9)[None], time, range(1)).float()
+
+
+def _latents(family: Family, seed: int) -> Tensor:
+    frames = [2] if family.facts.modality == "video" else []
+    return torch.randn(family.facts.latent_channels, *frames, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+def _reduced_elements(wrapped: nn.Module) -> int:
+    """Elements whose gradients DDP sums over the ranks."""
+    reducer = getattr(wrapped, "parameters_to_ignore", None)
+    if reducer is None:
+        return 0
+    named = parallel.unwrap(wrapped).named_parameters()
+    return sum(p.numel() for name, p in named if name not in reducer and p.requires_grad)
+
+
+def with_captions(case: Case, captions: Sequence[str], pipe: Any) -> Case:
+    """The case with the features of its captions, one for each slot of the global batch."""
+    with torch.no_grad():
+        return replace(case, text=get_family(case.family).encode_text(pipe, captions))
