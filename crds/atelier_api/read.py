@@ -23,7 +23,7 @@ LARGEST_FILE_BYTES = 1 << 20
 PATTERNS = {
     r"^[a-z]([-a-z0-9]*[a-z0-9])?$": "lower-case letters, digits and '-', beginning with a letter and not ending with '-'",
     r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$": "lower-case letters, digits and '-', not beginning or ending with '-'",
-    r"^(auto|dynamic|none|[0-9]+(\.[0-9]+)?)$": "auto, dynamic, none or a number such as \"3.0\"",
+    r"^(auto|dynamic|none|[0-9]+(\.[0-9]+)?)$": 'auto, dynamic, none or a number such as "3.0"',
     r"^[0-9]+(Mi|Gi)$": 'a size such as "80Gi" or "512Mi"',
     r"^https?://": "a URL that begins with http:// or https://",
 }
@@ -37,13 +37,17 @@ def read_run(path: Path) -> TrainingRun:
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give the path of a TrainingRun YAML file") from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}; give the path of a TrainingRun YAML file") from None
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}; give the path of a TrainingRun YAML file"
+        ) from None
     if len(data) > LARGEST_FILE_BYTES:
         raise ConfigError(f"{path} has {len(data)} bytes; a TrainingRun has at most {LARGEST_FILE_BYTES}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not a text file in UTF-8: byte {error.start} is {data[error.start]:#04x}") from None
+        raise ConfigError(
+            f"{path} is not a text file in UTF-8: byte {error.start} is {data[error.start]:#04x}"
+        ) from None
     return parse_run(text, str(path))
 
 
@@ -74,9 +78,9 @@ def _validated(document: object) -> TrainingRun:
 def _with_adapter_type(document: object) -> object:
     """The document with `type: lora` in an adapter that has none."""
     match document:
-        case {"spec": {"adapter": dict() as adapter} as spec} if "type" not in adapter:
+        case {"spec": {"adapter": dict() as adapter, **blocks}, **rest} if "type" not in adapter:
             default = LoraAdapter.model_fields["type"].default
-            return {**document, "spec": {**spec, "adapter": {**adapter, "type": default}}}
+            return {**rest, "spec": {**blocks, "adapter": {**adapter, "type": default}}}
     return document
 
 
@@ -91,12 +95,12 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[str, Node, int | str | None]:
     path, node = "", tree()
     tag: str | None = None
     for step in loc:
+        if step == "[key]":
+            continue
         if node.kind == "variants" and step in node.variants and tag is None:
             tag = str(step)
             continue
         if node.kind in ("list", "map"):
-            if step == "[key]":
-                return path, node, None
             path = f"{path}[{step}]" if node.kind == "list" else f"{path}.{step}"
             assert node.item is not None
             node, tag = node.item, None
@@ -171,7 +175,9 @@ def _allowed(node: Node) -> str:
 def _hint(node: Node, value: Any) -> str:
     if value is None and not node.required:
         return "; leave the line out for the default"
-    if node.kind == "string" and isinstance(value, (bool, int, float)):
+    if node.kind == "integer" and isinstance(value, str) and value.isdecimal():
+        return "; leave out the quotes"
+    if node.kind == "string" and not node.pattern and isinstance(value, (bool, int, float)):
         return f'; put it in quotes: "{shown(value)}"'
     return ""
 
@@ -193,8 +199,9 @@ _Loader.yaml_implicit_resolvers = {
 
 def _load(text: str, where: str) -> tuple[object, dict[str, int]]:
     """The document in `text`, and the line of each path."""
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
         if root is None:
             raise ConfigError(f"{where} is empty; must hold a TrainingRun")
@@ -212,7 +219,8 @@ def _load(text: str, where: str) -> tuple[object, dict[str, int]]:
         # PyYAML lets the errors of its scalar constructors (`!!int x`, `!!timestamp y`) through.
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _note_lines(node: yaml.Node, path: str, lines: dict[str, int], seen: set[int]) -> None:

@@ -3,6 +3,7 @@
 An option at its default counts as not given, because the API server fills in every default before anyone sees the object.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 
@@ -53,8 +54,9 @@ def bucket_alignment(spec: TrainingRunSpec, facts: FamilyFacts) -> int:
     """The multiple of pixels that bucket edges have when the run says nothing else."""
     if spec.data.bucket_align is not None:
         return spec.data.bucket_align
-    fine = spec.data.resolution < FINE_BELOW or COARSE_ALIGNMENT % facts.pixel_multiple
-    return facts.pixel_multiple if fine else COARSE_ALIGNMENT
+    if spec.data.resolution < FINE_BELOW:
+        return facts.pixel_multiple
+    return math.lcm(COARSE_ALIGNMENT, facts.pixel_multiple)
 
 
 def world_size(spec: TrainingRunSpec) -> int:
@@ -71,7 +73,7 @@ def processes_per_node(spec: TrainingRunSpec) -> int:
 
 
 def _locations(spec: TrainingRunSpec) -> Iterator[Problem]:
-    yield from _location("spec.model.source", spec.model.source, ("s3", "hf"))
+    yield from _location("spec.model.source", spec.model.source, ("hf",))
     for index, source in enumerate(spec.data.sources):
         yield from _location(f"spec.data.sources[{index}].uri", source.uri, ("s3",))
     yield from _location("spec.storage.uri", spec.storage.uri, ("s3",))
@@ -80,7 +82,7 @@ def _locations(spec: TrainingRunSpec) -> Iterator[Problem]:
 def _location(path: str, uri: str, schemes: tuple[str, ...]) -> Iterator[Problem]:
     forms = {"s3": "s3://bucket/prefix", "hf": "hf://owner/name"}
     scheme = uri.partition("://")[0] if SCHEME.match(uri) else ""
-    if scheme == "s3" and not S3_URI.fullmatch(uri):
+    if scheme == "s3" and "s3" in schemes and not S3_URI.fullmatch(uri):
         yield refused(path, uri, "must be s3://bucket/prefix, the bucket 3–63 lower-case letters, digits, '.' and '-'")
     elif scheme == "hf" and "hf" in schemes and not HUB_URI.fullmatch(uri):
         yield refused(path, uri, "must be hf://owner/name, with an optional @revision")
@@ -95,7 +97,9 @@ def _revision(spec: TrainingRunSpec) -> Iterator[Problem]:
     if not model.source.startswith("hf://"):
         yield refused("spec.model.revision", model.revision, f"only an hf:// source has one, not {shown(model.source)}")
     elif "@" in model.source:
-        yield refused("spec.model.revision", model.revision, f"the source {shown(model.source)} names one too; keep one")
+        yield refused(
+            "spec.model.revision", model.revision, f"the source {shown(model.source)} names one too; keep one"
+        )
 
 
 def _sources_once(spec: TrainingRunSpec) -> Iterator[Problem]:
@@ -140,15 +144,18 @@ def _schedule(spec: TrainingRunSpec) -> Iterator[Problem]:
 
 def _precision(spec: TrainingRunSpec) -> Iterator[Problem]:
     numbers = spec.hyperparameters
-    if numbers.optimizer.type == "adamw-bf16" and numbers.precision == "fp32":
-        allowed = "would round the trained weights of an fp32 model to bf16; set precision bf16, or type adamw"
+    full = isinstance(spec.adapter, FullAdapter)
+    if full and numbers.optimizer.type == "adamw-bf16" and numbers.precision == "fp32":
+        allowed = "with adapter type full it would round the whole fp32 model to bf16; set precision bf16, or type adamw"
         yield refused("spec.hyperparameters.optimizer.type", numbers.optimizer.type, allowed)
 
 
 def _processes(spec: TrainingRunSpec) -> Iterator[Problem]:
     parallelism = spec.parallelism
     if parallelism.processes_per_node is not None and parallelism.gpus_per_node > 0:
-        allowed = f"only for gpusPerNode 0, which is {parallelism.gpus_per_node}; with GPUs there is one process for each"
+        allowed = (
+            f"only for gpusPerNode 0, which is {parallelism.gpus_per_node}; with GPUs there is one process for each"
+        )
         yield refused("spec.parallelism.processesPerNode", parallelism.processes_per_node, allowed)
     if parallelism.strategy == "single" and world_size(spec) > 1:
         allowed = f"needs one process, and the run has {world_size(spec)}; use ddp or fsdp2"
@@ -162,7 +169,9 @@ def _publish(spec: TrainingRunSpec) -> Iterator[Problem]:
     if len(set(formats)) < len(formats):
         yield refused("spec.publish.formats", formats, "must name each format once")
     elif isinstance(spec.adapter, FullAdapter) and formats == ["kohya"]:
-        yield refused("spec.publish.formats", formats, "kohya is for LoRA; with adapter type full it must hold diffusers")
+        yield refused(
+            "spec.publish.formats", formats, "kohya is for LoRA; with adapter type full it must hold diffusers"
+        )
 
 
 def _unused(spec: TrainingRunSpec) -> Iterator[Problem]:
@@ -172,8 +181,8 @@ def _unused(spec: TrainingRunSpec) -> Iterator[Problem]:
         yield from _changed("spec.objective", objective, ("huber_c",), "only for loss huber")
     times = "spec.objective.timesteps"
     if objective.timesteps.sampling != "logit-normal":
-        options = ("logit_mean", "logit_scale")
-        yield from _changed(times, objective.timesteps, options, "only for sampling logit-normal")
+        logit = ("logit_mean", "logit_scale")
+        yield from _changed(times, objective.timesteps, logit, "only for sampling logit-normal")
     if objective.timesteps.sampling != "beta":
         yield from _changed(times, objective.timesteps, ("beta_a", "beta_b"), "only for sampling beta")
     path = "spec.hyperparameters.schedule"
@@ -225,7 +234,9 @@ def _resolution(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
         allowed = f"must be a multiple of {facts.pixel_multiple} for {facts.name}, for example"
         yield refused("spec.data.bucketAlign", align, f"{allowed} {_round_up(align, facts.pixel_multiple)}")
     elif data.resolution < align:
-        yield refused("spec.data.resolution", data.resolution, f"must be at least {align}, the alignment of the buckets")
+        yield refused(
+            "spec.data.resolution", data.resolution, f"must be at least {align}, the alignment of the buckets"
+        )
 
 
 def _frames(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:

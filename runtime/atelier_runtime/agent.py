@@ -33,6 +33,8 @@ from atelier_runtime.stop_request import StopRequest
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
+# torchrun waits up to 300 s for other nodes once its own ranks are done, and cannot be stopped in that.
+IDLE_TORCHRUN_SECONDS = 5.0
 # Peers that only lost another node wait this long before they leave, so that the node with the cause is seen to fail first.
 LOST_PEER_PAUSE_SECONDS = 5.0
 
@@ -117,6 +119,9 @@ class Agent:
                     )
                     attempt.group.terminate()
                     passed_on = True
+                elif self._stop.seconds_ago > IDLE_TORCHRUN_SECONDS and not attempt.group.has_children():
+                    attempt.group.kill()
+                    return False
                 elif self._stop.seconds_ago > self._grace_seconds():
                     log.warning("killing the ranks", extra={"grace_seconds": self._grace_seconds()})
                     attempt.group.kill()

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import diffusers
 import torch
+import transformers
 
 from atelier_api.errors import ConfigError
 from atelier_api.exit_codes import ExitCode
@@ -81,6 +83,7 @@ def main() -> int:
     stop = StopFlag()
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(rank=rank)
+    quiet_libraries()
     if run_file.plan.threads_per_process:
         torch.set_num_threads(run_file.plan.threads_per_process)
     try:
@@ -98,6 +101,13 @@ def main() -> int:
         sys.stderr.flush()
         os._exit(ExitCode.INTERNAL)
     return ExitCode.DONE if finished else ExitCode.STOPPED
+
+
+def quiet_libraries() -> None:
+    """No bars and no chatter of the libraries in a rank's log: what users must know, we say."""
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def open_session(run_file: RunFile, distributed: Distributed, stop: StopFlag) -> Session:

@@ -58,6 +58,10 @@ class ProcessGroup:
                 self._process.returncode = self._status  # subprocess must not wait for it a second time
         return self._status
 
+    def has_children(self) -> bool:
+        """Whether a process is left below the child."""
+        return self.poll() is None and bool(psutil.Process(self._process.pid).children())
+
     def terminate(self) -> None:
         """Ask the child to stop. Only the child: torchrun passes it on to its ranks."""
         if self.poll() is None:

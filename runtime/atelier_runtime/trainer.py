@@ -158,9 +158,8 @@ class Trainer:
                 with metrics.phase("forward"):
                     loss = self._loss(denoiser, batch, step, stage) / total_weight
                 with metrics.phase("backward"):
-                    (
-                        loss * world
-                    ).backward()  # data-parallel gradients are averaged over the ranks; the loss is a sum over them
+                    # Data-parallel gradients are averaged over the ranks, and the loss is a sum over them.
+                    (loss * world).backward()  # type: ignore[no-untyped-call]
             share += loss.detach()
         with metrics.phase("optimizer"):
             trained = [p for p in parts.state.parameters.values() if p.grad is not None]

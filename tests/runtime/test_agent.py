@@ -137,16 +137,6 @@ def test_done_ranks_end_with_zero_and_leave_the_facts(node: Node) -> None:
 
 
 @pytest.mark.processes
-def test_every_line_of_a_node_is_json(node: Node) -> None:
-    node.start("killed,wait;done", processes=2)
-    assert node.wait() == ExitCode.DONE
-    lines = [
-        line for line in (node.folder / "agent-0.log").read_text().splitlines() if line.strip() != "environment 3 1"
-    ]
-    assert {"starting the ranks", "restarting", "leaving"} <= {json.loads(line)["message"] for line in lines}
-
-
-@pytest.mark.processes
 def test_a_config_error_is_not_tried_again(node: Node) -> None:
     node.start("config,wait", processes=2)
     assert node.wait() == ExitCode.CONFIG
@@ -161,6 +151,8 @@ def test_a_killed_rank_is_restarted_with_the_next_attempt(node: Node) -> None:
     assert node.wait() == ExitCode.DONE
     assert node.result.attempt == "1.1"
     assert json.loads(node.scratch.run_file("1.1", 0).read_text())["attempt"] == "1.1"
+    lines = [line for line in (node.folder / "agent-0.log").read_text().splitlines() if line.strip() != "environment 3 1"]
+    assert {"starting the ranks", "restarting", "leaving"} <= {json.loads(line)["message"] for line in lines}, "every line is JSON"
 
 
 @pytest.mark.processes

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+
 from atelier_api.run_file import ExecutionPlan, RunFile, RunIdentity
 from atelier_api.v1alpha1.training_run import TrainingRunSpec
 from atelier_runtime import components
@@ -18,7 +20,6 @@ from atelier_runtime.families import get_family
 from atelier_runtime.family import Family, SampleRequest
 from stock_loader import draw
 from tiny_families import save_tiny
-from torch import nn
 
 PROVENANCE = Provenance(step=120, date=datetime(2025, 1, 2, 3, 4, 5, tzinfo=UTC))
 FULL = {"type": "full"}
@@ -81,12 +82,17 @@ class Trained:
     @property
     def weights(self) -> dict[str, dict[str, torch.Tensor]]:
         """What the trainer hands to an export."""
-        return {name: {key: p.detach().clone() for key, p in trainable(model).items()} for name, model in self.denoisers.items()}
+        return {
+            name: {key: p.detach().clone() for key, p in trainable(model).items()}
+            for name, model in self.denoisers.items()
+        }
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
         """The pipeline's arguments, but for the generator."""
-        pipe = components.load_pipeline(self.family, self.base, torch.float32, torch.device("cpu"), denoisers=self.denoisers)
+        pipe = components.load_pipeline(
+            self.family, self.base, torch.float32, torch.device("cpu"), denoisers=self.denoisers
+        )
         request = SampleRequest("a fox", None, 32, 32, frames=5, steps=3, guidance=2.0, generator=torch.Generator())
         arguments = self.family.sampling_arguments(pipe, request)
         arguments.pop("generator")
@@ -95,7 +101,9 @@ class Trained:
     @torch.no_grad()
     def picture(self) -> np.ndarray:
         """What the stock pipeline draws around the denoisers of the training side."""
-        pipe = components.load_pipeline(self.family, self.base, torch.float32, torch.device("cpu"), denoisers=self.denoisers)
+        pipe = components.load_pipeline(
+            self.family, self.base, torch.float32, torch.device("cpu"), denoisers=self.denoisers
+        )
         return draw(pipe, self.arguments)
 
 

@@ -51,6 +51,8 @@ class Rank:
             self.metrics.numbers(loss=1 / step, gradient_norm=1.0, learning_rate=1e-3)
             self.metrics.data_waited(0.01 * step)
             self.progress.update(stage="Training", step=step, total_steps=steps, done=step, total=steps, loss=1 / step)
+        with self.metrics.checkpoint_stall():
+            pass
         self.metrics.checkpoint_finished(steps, size_bytes=1000, save_seconds=0.1, upload_seconds=0.2)
         report = CheckpointReport(
             step=steps, manifest="m.json", size_bytes=1000, manifest_sha256="0" * 64, time="2030-01-01T00:00:00Z"

@@ -90,9 +90,6 @@ def _outputs(ranks: Sequence["subprocess.Popen[bytes]"], folder: Path) -> str:
 
 
 def _main() -> int:
-    import torch
-
-    torch.set_num_threads(1)
     target, folder = sys.argv[1], Path(sys.argv[2])
     module, _, function = target.partition(":")
     arguments = pickle.loads((folder / "arguments.pickle").read_bytes())

@@ -67,7 +67,7 @@ def any_store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     server: S3Server = request.getfixturevalue("s3_server" if request.param == "http" else "s3_tls_server")
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    return open_store(f"s3://{BUCKET}/{_own_prefix(request)}", s3_settings(server))
+    return S3Store(f"s3://{BUCKET}/{_own_prefix(request)}", s3_settings(server), retry=FAST)
 
 
 def _own_prefix(request: pytest.FixtureRequest) -> str:

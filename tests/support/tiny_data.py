@@ -1,14 +1,21 @@
 """Small training sets and run files for tests of the runtime."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
-from atelier_api.run_file import RunFile
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
+
+from atelier_api.run_file import RunFile
+from atelier_runtime.families.sd3 import StableDiffusion3
+from atelier_runtime.family import Features, Latents
 from run_files import run_file
 
 
@@ -24,6 +31,14 @@ def write_pictures(folder: Path, sizes: list[tuple[int, int]], caption: str = "a
     for number, (width, height) in enumerate(sizes):
         picture(width, height, number).save(folder / f"{number:03d}.png")
         (folder / f"{number:03d}.txt").write_text(f"{caption} {number}\n")
+
+
+def write_truncated_picture(path: Path) -> None:
+    """A PNG cut in half: its header is whole, its pixels are not."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
 
 
 def write_clip(path: Path, frames: list[NDArray[np.uint8]], fps: Fraction | int, **stream_settings: Any) -> Path:
@@ -48,10 +63,41 @@ def grey_frames(values: list[int], width: int = 64, height: int = 48) -> list[ND
     return [np.full((height, width, 3), value, np.uint8) for value in values]
 
 
-def training_run_file(folder: Path, sources: list[Path], model_folder: Path, family: str = "sd3", **spec: Any) -> RunFile:
+def training_run_file(
+    folder: Path, sources: list[Path], model_folder: Path, family: str = "sd3", **spec: Any
+) -> RunFile:
     """A run over these sources in fp32, with its cache below `folder`. `spec` has the blocks `data` and `hyperparameters`."""
     data = {"sources": [{"uri": str(source)} for source in sources], "resolution": 32, **spec.get("data", {})}
     hyperparameters = {"steps": 4, "precision": "fp32", **spec.get("hyperparameters", {})}
     model = {"family": family, "source": str(model_folder)}
     resolved = run_file(folder, model=model, data=data, hyperparameters=hyperparameters)
     return resolved.model_copy(update={"model_folder": str(model_folder)})
+
+
+@dataclass(frozen=True)
+class OneRank:
+    """A run of one process, without a process group."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+class CountingFamily(StableDiffusion3):
+    """The real family; counts what it encodes."""
+
+    def __init__(self) -> None:
+        self.captions: list[str] = []
+        self.pictures = 0
+
+    def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
+        self.captions += prompts
+        return super().encode_text(pipe, prompts)
+
+    def encode_pixels(self, pipe: Any, pixels: Tensor) -> Latents:
+        self.pictures += len(pixels)
+        return super().encode_pixels(pipe, pixels)
+
+
+def no_report(stage: str, detail: str, done: int, total: int) -> None:
+    """A report that nobody reads."""

@@ -19,6 +19,7 @@ from atelier_runtime.families import get_family
 from atelier_runtime.family import Conditions, Family, Features
 from atelier_runtime.objectives import build_objective
 from atelier_runtime.optimizers import Ema, build_optimizer, clip_gradients
+from atelier_runtime.parallel.wrap import blocks_of
 
 STEPS = 3
 GLOBAL_BATCH = 4
@@ -55,6 +56,7 @@ class Trained:
     averages: dict[str, Tensor]
     local_elements: int
     reduced_elements: int
+    dtypes_in_a_block: set[str]
 
 
 def plan_of(strategy: str, world: int, case: Case) -> ExecutionPlan:
@@ -100,6 +102,10 @@ def train(strategy: str, case: Case) -> Trained:
     ema = Ema(named, 0.9)
     objective = build_objective(Objective(), family.facts, components.scheduler_config(case.folder))
     losses, norms, drawn = [], [], torch.empty(0)
+    dtypes: set[str] = set()
+    blocks_of(model, family)[0].register_forward_pre_hook(
+        lambda block, _: dtypes.update(str(p.dtype) for p in block.parameters())
+    )
     before = parallel.full_state(wrapped, named)
     for step in range(STEPS):
         if step == STEPS - 1:
@@ -124,6 +130,7 @@ def train(strategy: str, case: Case) -> Trained:
         losses, norms, drawn, before, parallel.full_state(wrapped, named), averages,
         local_elements=sum(_local(p).numel() for p in model.parameters()),
         reduced_elements=_reduced_elements(wrapped),
+        dtypes_in_a_block=dtypes,
     )  # fmt: skip
 
 
@@ -180,12 +187,11 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _reduced_elements(wrapped: nn.Module) -> int:
-    """Elements whose gradients DDP sums over the ranks."""
-    reducer = getattr(wrapped, "parameters_to_ignore", None)
-    if reducer is None:
+    """Elements whose gradients DDP sums over the ranks, by its own account."""
+    if not isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
         return 0
-    named = parallel.unwrap(wrapped).named_parameters()
-    return sum(p.numel() for name, p in named if name not in reducer and p.requires_grad)
+    size = next(p.element_size() for p in wrapped.parameters() if p.requires_grad and not hasattr(p, "to_local"))
+    return int(wrapped._get_ddp_logging_data()["total_parameter_size_bytes"]) // size
 
 
 def with_captions(case: Case, captions: Sequence[str], pipe: Any) -> Case:

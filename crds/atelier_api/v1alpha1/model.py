@@ -15,7 +15,7 @@ class ModelSpec(Block):
         max_length=63,
     )
     source: str = Field(
-        description="Where the checkpoint lies, laid out as a hub repository: a local folder, `hf://owner/name` or `s3://bucket/prefix`.",
+        description="Where the checkpoint lies, laid out as a hub repository: a local folder, or `hf://owner/name` (optionally `@revision`), whose snapshot must be in the hub's cache on this machine.",
         min_length=1,
         max_length=2048,
     )

@@ -1,21 +1,33 @@
-"""A run on this machine: from a parsed TrainingRun to the RunFile. The only planner module beside `checkpoint_facts` that reads the disk.
+"""A run on this machine: from a parsed TrainingRun to its RunFile.
 
-The environment, the home folder and the hardware are arguments; nothing here looks at the network.
+With `checkpoint_facts` this is the only planner module that reads the disk. Hardware, home folder and environment are arguments;
+nothing here looks at the network.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from atelier_api.errors import ConfigError, CredentialsError
+from atelier_api.problem import shown
 from atelier_api.run_file import RunFile
-from atelier_api.v1alpha1 import TrainingRun
-from atelier_operator.planner.memory import ModelFacts
+from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
+from atelier_api.v1alpha1.model import ModelSpec
+from atelier_operator.planner.checkpoint_facts import checkpoint_facts
+from atelier_operator.planner.execution import Paths, plan, resolve
+from atelier_operator.planner.memory import ModelFacts, table_facts
 from atelier_operator.planner.strategy import Machine
+
+WEB_IDENTITY = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_ARN")
+"""Credentials of a pod's service account."""
+
+CONTAINER = ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
+"""Credentials of a container service's task role, or of a pod identity."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """This machine's hardware, as the command line found it. `gpu_memory_bytes` has one entry per GPU; None: unknown."""
+    """This machine's hardware, as the command line found it. `gpu_memory_bytes` has one entry per GPU. None: unknown."""
 
     cores: int
     memory_bytes: int | None
@@ -24,33 +36,162 @@ class Host:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What lies outside the run: where relative paths start, the user's home, the environment, and folders for caches."""
+    """What lies around a run: the folder of its YAML, where relative paths start, the user's home, and the environment."""
 
-    run_folder: Path
+    folder: Path
     home: Path
-    environment: Mapping[str, str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    machine_vendor: Path = Path("/sys/class/dmi/id/sys_vendor")
 
     @property
     def hub_cache(self) -> Path:
-        """Where the hub library keeps snapshots."""
-        raise NotImplementedError
+        """Where the hub library keeps its snapshots."""
+        if "HF_HUB_CACHE" in self.environment:
+            return Path(self.environment["HF_HUB_CACHE"])
+        base = self.environment.get("HF_HOME")
+        return (Path(base) if base else self._user_cache / "huggingface") / "hub"
 
     @property
-    def cache_base(self) -> Path:
-        """Where runs whose store is remote keep caches and scratch: `~/.cache/atelier`."""
-        raise NotImplementedError
+    def cache(self) -> Path:
+        """Where a run whose store is remote keeps its cache and scratch."""
+        return self._user_cache / "atelier"
+
+    @property
+    def _user_cache(self) -> Path:
+        return Path(self.environment.get("XDG_CACHE_HOME") or self.home / ".cache")
+
+    def absolute(self, path: str) -> Path:
+        """A path of the YAML. A `~` is the user's home."""
+        expanded = self.home / path[2:] if path.startswith("~/") else Path(path)
+        return Path(self.folder.absolute() / expanded).resolve()
 
 
-def local_machine(run: TrainingRun, host: Host) -> Machine:
-    """The device that the run would use on this host. Raises ConfigError when there are not enough GPUs."""
-    raise NotImplementedError
+def local_machine(spec: TrainingRunSpec, host: Host) -> Machine:
+    """The part of this machine that one node of the run has. Raises ConfigError when there are not enough GPUs.
+
+    Nodes of a local run share the machine: each has its own GPUs, or an equal part of the RAM and the cores.
+    """
+    nodes, gpus = spec.parallelism.nodes, spec.parallelism.gpus_per_node
+    cores = max(1, host.cores // nodes)
+    if gpus == 0:
+        memory = None if host.memory_bytes is None else host.memory_bytes // nodes
+        return Machine("cpu", 0, memory, cores)
+    found = len(host.gpu_memory_bytes)
+    if nodes * gpus > found:
+        has = f"this machine has {found or 'no'} GPU{'' if found == 1 else 's'}"
+        needs = f" for each of {nodes} nodes" if nodes > 1 else ""
+        raise ConfigError(f"spec.parallelism.gpusPerNode is {gpus}{needs}; {has}; 0 trains on the CPU")
+    known = [memory for memory in host.gpu_memory_bytes[: nodes * gpus] if memory is not None]
+    smallest = min(known) if len(known) == nodes * gpus else None
+    return Machine("cuda", gpus, smallest, cores)
 
 
-def local_facts(run: TrainingRun, around: Surroundings) -> ModelFacts:
-    """The model's sizes: from the checkpoint's own files where it is on this machine, else from the table of families."""
-    raise NotImplementedError
+def local_facts(model: ModelSpec, around: Surroundings) -> ModelFacts:
+    """The model's sizes: from the checkpoint where it is on this machine, from the table of families where it is yet to be fetched.
+
+    Raises ConfigError when a local folder is no checkpoint of the family.
+    """
+    folder = model_folder(model, around)
+    return table_facts(model) if folder is None else checkpoint_facts(model, folder)
 
 
-def resolve_local(run: TrainingRun, machine: Machine, around: Surroundings) -> RunFile:
-    """The RunFile of a run on this machine. Raises ConfigError or CredentialsError with one line per mistake."""
-    raise NotImplementedError
+def model_folder(model: ModelSpec, around: Surroundings) -> Path | None:
+    """The folder of the base checkpoint: a local source itself, or a hub source's snapshot. None: it is not on this machine."""
+    if model.source.startswith("hf://"):
+        repository, _, revision = model.source.removeprefix("hf://").partition("@")
+        return _snapshot(around.hub_cache, repository, revision or model.revision or "main")
+    return around.absolute(model.source)
+
+
+def resolve_local(run: TrainingRun, *, machine: Machine, around: Surroundings) -> RunFile:
+    """The RunFile of a run on this machine. Raises ConfigError, with one line per mistake, or CredentialsError.
+
+    Checked in the order of their cost: places and credentials, then the checkpoint's files, then the fit.
+    """
+    spec = run.spec
+    mistakes = list(_missing(spec, around))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    check_s3_credentials(spec, around)
+    folder = model_folder(spec.model, around)
+    assert folder is not None
+    execution = plan(run, checkpoint_facts(spec.model, folder), machine)
+    remote = spec.storage.uri.startswith("s3://")
+    runs = around.cache if remote else around.absolute(spec.storage.uri)
+    name = f"{run.metadata.namespace}-{run.metadata.name}"
+    paths = Paths(
+        model_folder=str(folder),
+        data_uris=tuple(_absolute_uri(source.uri, around) for source in spec.data.sources),
+        storage_uri=_absolute_uri(spec.storage.uri, around),
+        scratch=str(runs / ".scratch" / name),
+        cache_uri=str(runs / ".cache"),
+        ca_bundle=None if spec.storage.s3.ca_bundle is None else str(around.absolute(spec.storage.s3.ca_bundle)),
+    )
+    return resolve(run, execution, paths)
+
+
+def check_s3_credentials(spec: TrainingRunSpec, around: Surroundings) -> None:
+    """Raises CredentialsError when the run uses S3 and nothing on this machine could give credentials for it."""
+    uris = {"spec.storage.uri": spec.storage.uri}
+    uris |= {f"spec.data.sources[{index}].uri": source.uri for index, source in enumerate(spec.data.sources)}
+    remote = {path: uri for path, uri in uris.items() if uri.startswith("s3://")}
+    if not remote or _has_s3_credentials(around):
+        return
+    path, uri = next(iter(remote.items()))
+    raise CredentialsError(
+        f"{path} is {shown(uri)}, and there are no credentials for S3; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+        "or AWS_PROFILE, or write ~/.aws/credentials"
+    )
+
+
+def _has_s3_credentials(around: Surroundings) -> bool:
+    """Whether one of the places where boto3 looks has something. An EC2 machine may have a role, which only the network tells."""
+    environment = {name for name, value in around.environment.items() if value}
+    if {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= environment or environment.issuperset(WEB_IDENTITY):
+        return True
+    if environment.intersection((*CONTAINER, "AWS_PROFILE")):
+        return True
+    aws = around.home / ".aws"
+    files = (
+        around.environment.get("AWS_SHARED_CREDENTIALS_FILE") or aws / "credentials",
+        around.environment.get("AWS_CONFIG_FILE") or aws / "config",
+    )
+    if any(Path(file).is_file() for file in files):
+        return True
+    return around.machine_vendor.is_file() and "Amazon EC2" in around.machine_vendor.read_text()
+
+
+def _missing(spec: TrainingRunSpec, around: Surroundings) -> Iterator[str]:
+    """Places that the run reads and that are not there."""
+    model, folder = spec.model, model_folder(spec.model, around)
+    if folder is None:
+        yield f"spec.model.source is {shown(model.source)}, which is not on this machine; {_how_to_fetch(model)}"
+    elif not folder.is_dir():
+        yield f"spec.model.source is {shown(model.source)}; there is no folder {folder}"
+    for index, source in enumerate(spec.data.sources):
+        if not source.uri.startswith("s3://") and not around.absolute(source.uri).is_dir():
+            place = around.absolute(source.uri)
+            yield f"spec.data.sources[{index}].uri is {shown(source.uri)}; there is no folder {place}"
+    bundle = spec.storage.s3.ca_bundle
+    if bundle is not None and not around.absolute(bundle).is_file():
+        yield f"spec.storage.s3.caBundle is {shown(bundle)}; there is no file {around.absolute(bundle)}"
+
+
+def _how_to_fetch(model: ModelSpec) -> str:
+    repository, _, revision = model.source.removeprefix("hf://").partition("@")
+    revision = revision or model.revision or ""
+    option = f" --revision {revision}" if revision else ""
+    return f"fetch it with `hf download {repository}{option}`, or set spec.model.source to a folder that holds it"
+
+
+def _snapshot(cache: Path, repository: str, revision: str) -> Path | None:
+    """The snapshot of a revision (branch, tag or commit) in the hub library's cache."""
+    base = cache / f"models--{repository.replace('/', '--')}"
+    reference = base / "refs" / revision
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    snapshot = base / "snapshots" / commit
+    return snapshot if snapshot.is_dir() else None
+
+
+def _absolute_uri(uri: str, around: Surroundings) -> str:
+    return uri if uri.startswith("s3://") else str(around.absolute(uri))

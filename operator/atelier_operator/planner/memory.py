@@ -36,11 +36,11 @@ LARGEST_INPUT = 8
 GATHERED_BLOCKS = 2
 """Blocks that FSDP2 holds unsharded at once: the one that computes and the one that is fetched."""
 
-AUTOENCODER_BYTES_PER_PIXEL = 128 * 6
-"""Values an autoencoder holds per pixel while it works: about six tensors of its 128 channels at full resolution."""
+AUTOENCODER_VALUES_PER_PIXEL = 128 * 6
+"""Values an autoencoder holds per pixel while it decodes (measured): six tensors of 128 channels at full resolution."""
 
-AUTOENCODER_FRAMES = 4
-"""Frames that a causal video autoencoder works on at once."""
+AUTOENCODER_FRAMES = 7
+"""Frames that a causal video autoencoder holds at once, whatever the clip's length (measured): four, and what it caches of others."""
 
 GUIDED_SAMPLES = 2
 """Samples in a forward pass with classifier-free guidance."""
@@ -145,8 +145,8 @@ def predict(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, device: Li
     precision = _precision_bytes(spec)
     frozen = (model.encoder_parameters + model.vae_parameters) * precision
     size = bucket_size(spec, model.family)
-    frames = spec.data.clip.frames if model.family.modality == "video" else 1
-    encode = frozen + _autoencoder(size, size, frames, precision) + train.overhead
+    # Batches of the encoding shrink by themselves to what fits: one sample has to.
+    encode = frozen + _autoencoder(model.family, size, size, precision) + train.overhead
     return Prediction(train, encode, _sample_phase(spec, model, train, frozen) if spec.validation.prompts else 0)
 
 
@@ -174,20 +174,25 @@ def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, devic
     numbers, full = spec.hyperparameters, isinstance(spec.adapter, FullAdapter)
     trained = trained_parameters(spec, model)
     trained_bytes = 2 if numbers.optimizer.type == "adamw-bf16" else 4
-    shards = choice.processes if choice.strategy == "fsdp2" else 1
+    sharded = choice.strategy == "fsdp2"
+    shards = choice.processes if sharded else 1
+    # FSDP2 shards the base of an adapter, and replicates the adapter.
+    trained_shards = shards if full else 1
     compute_bytes = _precision_bytes(spec)
     copies = 0
-    if choice.strategy == "fsdp2":
-        copies = GATHERED_BLOCKS * model.largest_block * compute_bytes
+    if sharded:
+        # In full-rank training the gradient of a block is whole, in fp32, until it has been summed over the processes.
+        copies = model.largest_block * (GATHERED_BLOCKS * compute_bytes + (trained_bytes if full else 0))
     elif full and trained_bytes > compute_bytes:
         copies = model.parameters * compute_bytes
-    # Of several experts one is trained in a step: the others have weights and moments, but no gradient.
+    # Of several experts one is trained in a step, and gradients are freed after it; but DDP's buckets stay, one set per expert.
+    gradient_sets = 1 if choice.strategy == "single" or (sharded and full) else model.experts
     return Parts(
         base_weights=0 if full else _share(model.experts * model.parameters * compute_bytes, shards),
-        trained_weights=_share(model.experts * trained * trained_bytes, shards),
-        gradients=_share(trained * trained_bytes, shards),
-        optimizer=_share(model.experts * trained * 2 * trained_bytes, shards),
-        ema=_share(model.experts * trained * 4, shards) if numbers.ema else 0,
+        trained_weights=_share(model.experts * trained * trained_bytes, trained_shards),
+        gradients=_share(gradient_sets * trained * trained_bytes, trained_shards),
+        optimizer=_share(model.experts * trained * 2 * trained_bytes, trained_shards),
+        ema=_share(model.experts * trained * 4, trained_shards) if numbers.ema else 0,
         copies=copies,
         activations=_activations(spec, model, choice),
         overhead=FIXED_OVERHEAD[device],
@@ -209,22 +214,23 @@ def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> in
 
 
 def _sample_phase(spec: TrainingRunSpec, model: ModelFacts, train: Parts, frozen: int) -> int:
-    """Training state without gradients and activations, the stock pipeline's other models, and the larger of its two steps."""
+    """The state of training without its activations, the stock pipeline's other models, and the larger of its two steps."""
     validation, family = spec.validation, model.family
     width, height = validation.width or spec.data.resolution, validation.height or spec.data.resolution
     frames = (validation.frames or spec.data.clip.frames) if family.modality == "video" else 1
     precision = _precision_bytes(spec)
     tokens = GUIDED_SAMPLES * (family.latent_tokens(width, height, frames) + model.text_tokens)
     denoise = tokens * model.activation_bytes_per_token * precision // 2
-    working = max(denoise, _autoencoder(width, height, frames, precision))
-    # The averages are swapped in while sampling, and the weights kept aside.
-    state = train.base_weights + train.trained_weights + train.optimizer + train.ema + train.copies
+    working = max(denoise, _autoencoder(family, width, height, precision))
+    # DDP keeps its gradient buckets; the averages are swapped in while sampling, and the weights kept aside.
+    state = train.total - train.activations
     aside = train.trained_weights if train.ema else 0
-    return state + aside + frozen + working + train.overhead
+    return state + aside + frozen + working
 
 
-def _autoencoder(width: int, height: int, frames: int, precision_bytes: int) -> int:
-    return width * height * min(frames, AUTOENCODER_FRAMES) * AUTOENCODER_BYTES_PER_PIXEL * precision_bytes
+def _autoencoder(family: FamilyFacts, width: int, height: int, precision_bytes: int) -> int:
+    frames = AUTOENCODER_FRAMES if family.modality == "video" else 1
+    return width * height * frames * AUTOENCODER_VALUES_PER_PIXEL * precision_bytes
 
 
 def _only(adapter: LoraAdapter, preset: str) -> bool:

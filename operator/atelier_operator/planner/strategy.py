@@ -1,21 +1,18 @@
-"""From a run, a model and a machine to an execution plan. Pure.
+"""What the planner may choose for a run on a machine, and in which order. Pure.
 
 Order of choice, first that fits: one process or DDP before FSDP2 (DDP is 3 to 6 times faster for LoRA), for each of them no
 recompute before recompute (a third of the step), and for each of these the largest micro-batch of at most 8 (a smaller one costs
 launches, not arithmetic). A field that the user has set is taken as it is, and checked.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from atelier_api.errors import ConfigError
 from atelier_api.rules import processes_per_node, world_size
-from atelier_api.run_file import ExecutionPlan
-from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
+from atelier_api.v1alpha1 import TrainingRunSpec
 from atelier_api.v1alpha1.adapter import LoraAdapter
-from atelier_operator.planner.memory import GIB, Choice, ModelFacts, Prediction, Strategy, predict
+from atelier_operator.planner.memory import Choice, ModelFacts, Prediction, Strategy, predict
 
 USABLE = 0.94
 """Part of the device memory that a run may use: the rest is lost to fragmentation and to what others hold."""
@@ -47,3 +44,74 @@ class Fit:
     @property
     def fits(self) -> bool:
         return self.limit is None or self.prediction.peak <= self.limit
+
+
+def fits_of(spec: TrainingRunSpec, model: ModelFacts, machine: Machine) -> Iterator[Fit]:
+    """Every choice that the spec leaves open, best first, with what it needs."""
+    for choice in _choices(spec, machine):
+        yield evaluate(spec, model, machine, choice)
+
+
+def best_fit(spec: TrainingRunSpec, model: ModelFacts, machine: Machine) -> Fit | None:
+    """The first choice that fits."""
+    return next((fit for fit in fits_of(spec, model, machine) if fit.fits), None)
+
+
+def evaluate(spec: TrainingRunSpec, model: ModelFacts, machine: Machine, choice: Choice) -> Fit:
+    """What one choice needs on the machine."""
+    memory = device_memory(spec, machine)
+    limit = None if memory is None else int(memory * USABLE)
+    return Fit(choice, predict(spec, model, choice, machine.device), limit)
+
+
+def device_memory(spec: TrainingRunSpec, machine: Machine) -> int | None:
+    """Bytes that one process has: its GPU, or its part of the RAM. `spec.parallelism.deviceMemory` goes before what was found."""
+    text = spec.parallelism.device_memory
+    memory = machine.memory_bytes if text is None else size_bytes(text)
+    if memory is None or machine.device == "cuda":
+        return memory
+    return memory // processes_per_node(spec)
+
+
+def size_bytes(text: str) -> int:
+    """Bytes of a size such as 80Gi or 512Mi."""
+    return int(text[:-2]) << {"Mi": 20, "Gi": 30}[text[-2:]]
+
+
+def learning_rate(spec: TrainingRunSpec) -> float:
+    """The peak learning rate."""
+    if spec.hyperparameters.learning_rate is not None:
+        return spec.hyperparameters.learning_rate
+    return LORA_LEARNING_RATE if isinstance(spec.adapter, LoraAdapter) else FULL_LEARNING_RATE
+
+
+def _choices(spec: TrainingRunSpec, machine: Machine) -> Iterator[Choice]:
+    """What the spec leaves open, best first. With unknown memory only the most frugal of the first strategy."""
+    world = world_size(spec)
+    strategies, recompute, micro_batches = _strategies(spec), _recompute(spec), _micro_batches(spec)
+    if device_memory(spec, machine) is None:
+        yield Choice(strategies[0], world, micro_batches[-1], recompute[-1])
+        return
+    for strategy in strategies:
+        for checkpointing in recompute:
+            for micro_batch in micro_batches:
+                yield Choice(strategy, world, micro_batch, checkpointing)
+
+
+def _strategies(spec: TrainingRunSpec) -> tuple[Strategy, ...]:
+    if spec.parallelism.strategy != "auto":
+        return (spec.parallelism.strategy,)
+    return ("single",) if world_size(spec) == 1 else ("ddp", "fsdp2")
+
+
+def _recompute(spec: TrainingRunSpec) -> tuple[bool, ...]:
+    given = spec.hyperparameters.gradient_checkpointing
+    return (False, True) if given is None else (given,)
+
+
+def _micro_batches(spec: TrainingRunSpec) -> tuple[int, ...]:
+    """Divisors of a process's part of the batch, largest first."""
+    if spec.hyperparameters.micro_batch_size is not None:
+        return (spec.hyperparameters.micro_batch_size,)
+    per_process = spec.hyperparameters.global_batch_size // world_size(spec)
+    return tuple(size for size in range(LARGEST_MICRO_BATCH, 0, -1) if per_process % size == 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from atelier_api.errors import ConfigError
 from atelier_api.v1alpha1.objective import Objective as ObjectiveSpec
 from atelier_runtime.family import Stage
-from atelier_runtime.objectives.objective import Objective, Prepared, draw_noise, to_device
+from atelier_runtime.objectives.objective import Objective, Prepared, check_generators, draw_noise, to_device
 from atelier_runtime.objectives.timesteps import no_mass
 
 SCHEDULE_KEYS = (
@@ -54,6 +54,7 @@ class DiffusionObjective(Objective):
         self.steps = len(self.scheduler.alphas_cumprod)  # `trained_betas` need not be num_train_timesteps long
 
     def prepare(self, clean: Tensor, generators: Sequence[torch.Generator], *, stage: Stage, tokens: int) -> Prepared:
+        check_generators(clean, generators)
         first, end = self._steps_of(stage)
         if first >= end:
             raise no_mass([stage])

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from atelier_api.v1alpha1.objective import Objective as ObjectiveSpec
 from atelier_runtime.family import Stage
-from atelier_runtime.objectives.objective import Objective, Prepared, draw_noise, per_sample, to_device
+from atelier_runtime.objectives.objective import (
+    Objective,
+    Prepared,
+    check_generators,
+    draw_noise,
+    per_sample,
+    to_device,
+)
 from atelier_runtime.objectives.timesteps import Shift, build_density, draw_sigma, range_probabilities
 
 
@@ -20,6 +27,7 @@ class FlowObjective(Objective):
         self.shift = shift
 
     def prepare(self, clean: Tensor, generators: Sequence[torch.Generator], *, stage: Stage, tokens: int) -> Prepared:
+        check_generators(clean, generators)
         k = self.shift.factor(tokens)
         sigmas, noises = [], []
         for generator in generators:

@@ -71,6 +71,12 @@ class Objective(ABC):
         return element.flatten(1).mean(1) * prepared.weight
 
 
+def check_generators(clean: Tensor, generators: Sequence[torch.Generator]) -> None:
+    """Raise ValueError unless there is one generator per sample; a single one would be broadcast over the batch unnoticed."""
+    if len(generators) != len(clean):
+        raise ValueError(f"{len(generators)} generators for {len(clean)} samples")
+
+
 def draw_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Standard normal fp32 noise of one sample, on the CPU whatever trains, so that every device sees the same."""
     return torch.randn(shape, generator=generator, dtype=torch.float32)

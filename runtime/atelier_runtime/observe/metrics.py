@@ -339,7 +339,7 @@ class TrainMetrics:
                 self._goodput.spent(state)
                 if state == "checkpoint":
                     self._metrics.observe("checkpoint_save_stall_seconds", seconds)
-                self._metrics.flush()
+            self._metrics.flush()
 
         if self._main:
             self._goodput.spent(self._state_of(self._step))

@@ -48,7 +48,8 @@ def wrap(
 ) -> nn.Module:
     """The denoiser as the plan's strategy calls it. Call it after the adapter is on and before the optimizer is built.
 
-    Parameters are sharded in place: those of the denoiser are DTensors afterwards. Trained parameters are made those of rank 0.
+    Parameters are sharded in place: those of the denoiser are DTensors afterwards, and on the device of `distributed` (a denoiser
+    that does not fit there as a whole is given on the CPU). Trained parameters are made those of rank 0.
     `compute_dtype` is the autocast dtype: sharded weights that are stored in fp32 then travel and compute in it, which halves the
     traffic; their gradients are summed in fp32. Collective.
     """
@@ -149,6 +150,8 @@ def _shard(
     policy: MixedPrecisionPolicy,
 ) -> None:
     mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
+    for parameter in replicated:  # FSDP moves what it shards, block by block: the denoiser may come from the CPU
+        parameter.data = parameter.data.to(distributed.device)
     # The root, too, gives its weights back after the forward pass: kept whole through sampling, they would hide what is written to
     # the shards in the meantime (a moving average put in, the weights put back).
     for module in [*blocks_of(denoiser, family), denoiser]:

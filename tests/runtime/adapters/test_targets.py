@@ -64,7 +64,7 @@ def test_a_typo_beside_a_good_target_is_refused() -> None:
 
 
 def test_a_broken_expression_is_refused_with_its_error() -> None:
-    with pytest.raises(ConfigError, match="no regular expression .*unterminated"):
+    with pytest.raises(ConfigError, match=r"no regular expression .*unterminated"):
         resolve_targets(denoiser("wan"), ["blocks.(0"], get_family("wan"))
 
 

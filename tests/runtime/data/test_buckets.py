@@ -1,12 +1,13 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from atelier_api.errors import ConfigError
 from atelier_api.families import FAMILIES
 from atelier_api.v1alpha1.data import Data
 from atelier_runtime.data.buckets import Bucket, alignment, bucket_for, enlargement, place
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def data(**fields: object) -> Data:

@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from atelier_api.errors import StoreError
 from atelier_runtime.data import cache as cache_module
 from atelier_runtime.data.cache import Cache, ShardWriter, remove_leftovers
-from torch import Tensor
 
 
 def key(number: int) -> bytes:

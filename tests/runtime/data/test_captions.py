@@ -1,4 +1,5 @@
 import pytest
+
 from atelier_api.v1alpha1.data import Captions
 from atelier_runtime.data.captions import alternatives, chosen, is_dropped
 

@@ -2,6 +2,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+
 from atelier_runtime.data.encode import Budget
 
 

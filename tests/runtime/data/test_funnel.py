@@ -1,4 +1,5 @@
 import pytest
+
 from atelier_api.errors import DataError
 from atelier_runtime.data.funnel import Fate, Funnel, refuse_empty
 

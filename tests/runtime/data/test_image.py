@@ -3,9 +3,10 @@ import io
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageCms, PngImagePlugin
+
 from atelier_runtime.data.buckets import Bucket, place
 from atelier_runtime.data.image import UnreadableError, fit, read_picture
-from PIL import Image, ImageCms, PngImagePlugin
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:

@@ -2,6 +2,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from atelier_runtime.data import keys as keys_module
 from atelier_runtime.data.buckets import Bucket, place
 from atelier_runtime.data.keys import Encoding, FolderHashes, crop_draw, pipeline_flags, text_components

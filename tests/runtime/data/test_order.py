@@ -2,10 +2,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from atelier_runtime.data.loader import rank_slots
-from atelier_runtime.data.order import SampleOrder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from atelier_runtime.data.loader import rank_slots
+from atelier_runtime.data.order import SampleOrder
 
 
 def make_order(buckets: list[int], repeats: list[int], global_batch_size: int, seed: int = 7) -> SampleOrder:

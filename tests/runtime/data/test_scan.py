@@ -1,13 +1,12 @@
 import hashlib
-import io
 from pathlib import Path
 
-import numpy as np
 import pytest
+
 from atelier_runtime.data import scan as scan_module
 from atelier_runtime.data.scan import CaptionText, ClipRule, Probe, ScanMemory, probe, read_caption
 from atelier_runtime.data.source import FileFacts
-from tiny_data import grey_frames, picture, write_clip
+from tiny_data import grey_frames, picture, write_clip, write_truncated_picture
 
 
 def facts(path: Path) -> FileFacts:
@@ -29,17 +28,9 @@ def test_a_clip_gives_its_size_and_the_frames_it_has_at_the_rate(tmp_path: Path)
     assert probe(facts(path), ClipRule(5, 16)).frames == 5
 
 
-def truncated_picture(folder: Path) -> Path:
-    path = folder / "cut.png"
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    file = io.BytesIO()
-    picture(64, 64).fromarray(noise).save(file, "PNG")
-    path.write_bytes(file.getvalue()[:2000])
-    return path
-
-
 def test_damage_is_told_with_a_reason_and_never_raised(tmp_path: Path) -> None:
-    cut = probe(facts(truncated_picture(tmp_path)), None)
+    write_truncated_picture(tmp_path / "cut.png")
+    cut = probe(facts(tmp_path / "cut.png"), None)
     assert cut.reason
     assert cut.content
     text = tmp_path / "text.mp4"
@@ -79,7 +70,8 @@ def test_what_was_seen_is_remembered_until_the_file_changes(tmp_path: Path, seen
 
 
 def test_damaged_files_are_remembered_but_unreachable_ones_looked_at_again(tmp_path: Path) -> None:
-    cut, gone = facts(truncated_picture(tmp_path)), FileFacts(str(tmp_path / "gone.png"), -1, 0)
+    write_truncated_picture(tmp_path / "cut.png")
+    cut, gone = facts(tmp_path / "cut.png"), FileFacts(str(tmp_path / "gone.png"), -1, 0)
     ScanMemory(tmp_path / "cache", "uri", None).replace({cut: probe(cut, None), gone: probe(gone, None)}, {})
     memory = ScanMemory(tmp_path / "cache", "uri", None)
     assert memory.probe_of(cut) is not None
@@ -95,7 +87,9 @@ def test_sources_and_kinds_of_look_are_remembered_apart(tmp_path: Path, seen: di
     assert ScanMemory(tmp_path / "cache", "other", ClipRule(5, 8)).probe_of(file) is None
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 0}', '{"version": 1, "probes": [{}, {}], "captions": [{}, {}]}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"version": 0}', '{"version": 1, "probes": [{}, {}], "captions": [{}, {}]}']
+)
 def test_a_damaged_memory_is_forgotten(tmp_path: Path, seen: dict[FileFacts, Probe], content: str) -> None:
     ScanMemory(tmp_path / "cache", "uri", None).replace(seen, {})
     [path] = (tmp_path / "cache" / "scans").iterdir()

@@ -3,6 +3,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
+
 from atelier_api.errors import DataError, StoreError
 from atelier_api.v1alpha1.storage import S3Settings
 from atelier_runtime.data import source as source_module
@@ -90,7 +91,10 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
 URI = "s3://bucket/prefix"
 
 
-def copy(tmp_path: Path, share: Share = Share(0, 1)) -> RemoteCopy:
+ALONE = Share(0, 1)
+
+
+def copy(tmp_path: Path, share: Share = ALONE) -> RemoteCopy:
     remote = RemoteCopy(URI, S3Settings(), list_objects(URI, S3Settings(), PICTURES), tmp_path / "cache")
     remote.fetch(remote.missing(share))
     return remote
@@ -133,4 +137,4 @@ def test_an_object_that_grows_meanwhile_is_an_error_and_not_kept(tmp_path: Path,
     (tmp_path / "remote" / "a.png").write_text("longer than it was")
     with pytest.raises(StoreError, match=r"a\.png arrived with another size"):
         remote.fetch(objects[:1])
-    assert objects[0] in remote.missing(Share(0, 1))
+    assert objects[0] in remote.missing(ALONE)

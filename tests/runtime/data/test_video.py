@@ -5,6 +5,7 @@ import av
 import numpy as np
 import pytest
 import torch
+
 from atelier_runtime.data.buckets import Bucket, place
 from atelier_runtime.data.image import UnreadableError
 from atelier_runtime.data.video import probe_clip, read_clip
@@ -47,7 +48,9 @@ def test_each_frame_is_the_files_frame_nearest_in_time(clip: Path, fps: float, f
     pixels = read_clip(clip, frames, fps, place(64, 48, BUCKET))
     assert pixels.shape == (3, frames, 32, 32)
     # Halves go to the later frame; the last one is held until its own time is over.
-    expected = [min(39, int(np.floor(k * 25 / Fraction(fps).limit_denominator(10_000) + Fraction(1, 2)))) for k in range(frames)]
+    expected = [
+        min(39, int(np.floor(k * 25 / Fraction(fps).limit_denominator(10_000) + Fraction(1, 2)))) for k in range(frames)
+    ]
     assert shown(pixels) == expected
 
 
@@ -115,7 +118,17 @@ def test_a_rotation_written_beside_the_frames_is_applied(tmp_path: Path) -> None
     path = write_clip(tmp_path / "turned.mp4", [array] * 3, 10)
     data = bytearray(path.read_bytes())
     matrix = data.index(b"tkhd") + 4 + 40
-    fixed = [0, 1 << 16, 0, -(1 << 16) & 0xFFFFFFFF, 0, 0, 32 << 16, 0, 1 << 30]  # a quarter turn clockwise, as phones write it
+    fixed = [
+        0,
+        1 << 16,
+        0,
+        -(1 << 16) & 0xFFFFFFFF,
+        0,
+        0,
+        32 << 16,
+        0,
+        1 << 30,
+    ]  # a quarter turn clockwise, as phones write it
     data[matrix : matrix + 36] = b"".join(value.to_bytes(4, "big") for value in fixed)
     path.write_bytes(data)
     facts = probe_clip(path, 3, 10)

@@ -89,6 +89,13 @@ def test_a_stage_draws_only_its_own_steps() -> None:
         objective.prepare(torch.zeros(1, 1, 1, 1), generators(1), stage=Stage("a", 0.5, 0.5), tokens=1)
 
 
+def test_a_generator_is_not_shared_by_samples() -> None:
+    with pytest.raises(ValueError, match="1 generators for 2 samples"):
+        build_objective(Objective(), FACTS, CONFIG).prepare(
+            torch.zeros(2, 4, 8, 8), generators(1), stage=WHOLE, tokens=16
+        )
+
+
 @given(st.lists(st.integers(0, 2**62), min_size=1, max_size=4), st.sampled_from([0.0, 0.1]))
 @settings(max_examples=20, deadline=None)
 def test_a_sample_draws_the_same_alone_and_in_a_batch(seeds: list[int], offset: float) -> None:

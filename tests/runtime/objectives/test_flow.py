@@ -44,6 +44,11 @@ def test_a_sample_draws_sigma_first_and_then_its_noise() -> None:
     assert torch.equal(made.noisy[0], (1 - sigma) * clean[0] + sigma * noise)
 
 
+def test_a_generator_is_not_shared_by_samples() -> None:
+    with pytest.raises(ValueError, match="1 generators for 2 samples"):
+        build_objective(Objective(), FLOW, {}).prepare(torch.zeros(2, 4, 8, 8), generators(1), stage=WHOLE, tokens=16)
+
+
 @given(st.lists(st.integers(0, 2**62), min_size=1, max_size=4), st.sampled_from(["logit-normal", "uniform", "beta"]))
 @settings(max_examples=25, deadline=None)
 def test_a_sample_draws_the_same_alone_and_in_a_batch(seeds: list[int], sampling: str) -> None:

@@ -165,20 +165,28 @@ def test_cut_connections_are_tried_again(
     assert_stored(proxied_store, "a", big[1], tmp_path)
 
 
-def test_expired_credentials_are_read_again(
-    s3_environment: S3Server, s3_proxy: FaultProxy, big: File, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_credentials_that_expire_during_an_upload_are_read_again(
+    proxied_store: S3Store, s3_proxy: FaultProxy, big: File, tmp_path: Path
 ) -> None:
-    """The key of a mounted Secret is replaced while a file is being uploaded."""
+    s3_proxy.fault("status", method="PUT", match="partNumber=2", status=400, code="ExpiredToken")
+    proxied_store.put_file("a", *big)
+    assert s3_proxy.broken == 1
+    assert_stored(proxied_store, "a", big[1], tmp_path)
+
+
+def test_a_rotated_key_is_picked_up_from_its_file(
+    s3_environment: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The content of a mounted Secret is replaced, and the old key is not valid any more."""
     file = tmp_path / "credentials"
     file.write_text(f"[default]\naws_access_key_id = old\naws_secret_access_key = {SECRET_KEY}\n")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
-    store = S3Store(f"s3://{BUCKET}/rotated", s3_settings(s3_environment, s3_proxy.url), retry=FAST)
+    store = S3Store(f"s3://{BUCKET}/rotated", s3_settings(s3_environment), retry=FAST)
     file.write_text(f"[default]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n")
-    s3_proxy.fault("status", method="PUT", match="partNumber=2", status=400, code="ExpiredToken")
-    store.put_file("a", *big)
-    assert_stored(store, "a", big[1], tmp_path)
+    store.put_bytes("a", b"x")
+    assert store.get_bytes("a") == b"x"
 
 
 def test_credentials_that_stay_expired_stop_at_once(proxied_store: S3Store, s3_proxy: FaultProxy) -> None:
@@ -283,7 +291,7 @@ def test_no_request_leaves_for_another_host(
     monkeypatch.setattr(
         boto3.s3.transfer, "awscrt", type("Fast", (), {"s3": type("S", (), {"is_optimized_for_system": bool})}), False
     )
-    monkeypatch.setattr(boto3.s3.transfer, "create_crt_transfer_manager", crt)
+    monkeypatch.setattr(boto3.s3.transfer, "create_crt_transfer_manager", crt, False)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://192.0.2.1")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://192.0.2.1")
     store = open_store(f"s3://{BUCKET}/hosts", s3_settings(s3_environment))

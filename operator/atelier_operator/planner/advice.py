@@ -1,0 +1,169 @@
+"""What to change in a run that does not fit, so that it does. Every piece of advice has been planned, and fits. Pure."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any
+
+from atelier_api.read import problems
+from atelier_api.rules import bucket_alignment, processes_per_node
+from atelier_api.v1alpha1 import TrainingRun
+from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter
+from atelier_operator.planner.memory import GIB, ModelFacts
+from atelier_operator.planner.strategy import USABLE, Fit, Machine, best_fit, device_memory
+
+Changes = Mapping[str, Any]
+"""Values to set, by path: `spec.adapter.rank` -> 8."""
+
+MOST_ADVICE = 4
+MOST_COMBINED = 3
+GPUS_PER_NODE = (2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change that makes the run fit, and the peak it then has."""
+
+    changes: Changes
+    peak: int
+
+    def __str__(self) -> str:
+        parts = (_text(path, value) for path, value in self.changes.items())
+        return f"{' with '.join(parts)} ({gib(self.peak)} GiB)"
+
+
+def refusal(run: TrainingRun, model: ModelFacts, machine: Machine, nearest: Fit) -> str:
+    """The sentence for a run that does not fit. `nearest` is the choice that needs least."""
+    memory = device_memory(run.spec, machine) or 0
+    device = "the device has" if machine.device == "cuda" else "a process has"
+    needs = (
+        f"{model.origin} does not fit: needs {gib(nearest.prediction.peak)} GiB, {device} {gib(int(memory * USABLE))} usable of "
+        f"{gib(memory)} (spec.parallelism.deviceMemory)"
+    )
+    found = advice(run, model, machine)
+    if not found:
+        return f"{needs}; no other setting that was tried fits either"
+    return f"{needs}; would fit: {', or '.join(map(str, found))}"
+
+
+def advice(run: TrainingRun, model: ModelFacts, machine: Machine) -> list[Advice]:
+    """Changes that make the run fit: single ones where any does, else pairs, else threes. The mildest value of each."""
+    levers = [lever for lever in _levers(run, model, machine) if lever]
+    for size in range(1, MOST_COMBINED + 1):
+        found = [fitting for some in combinations(levers, size) if (fitting := _mildest(run, model, machine, some))]
+        if found:
+            return found[:MOST_ADVICE]
+    return []
+
+
+def changed(run: TrainingRun, changes: Changes) -> TrainingRun | None:
+    """The run with the changes; None when that is no valid run."""
+    document = run.model_dump(mode="json", by_alias=True)
+    for path, value in changes.items():
+        *blocks, field = path.split(".")
+        block = document
+        for name in blocks:
+            block = block[name]
+        block[field] = value
+    return None if problems(document) else TrainingRun.model_validate(document)
+
+
+def gib(size: int) -> str:
+    """Bytes in GiB: 91.2, 80."""
+    return f"{size / GIB:.1f}".removesuffix(".0")
+
+
+def _mildest(run: TrainingRun, model: ModelFacts, machine: Machine, levers: tuple[list[Changes], ...]) -> Advice | None:
+    """The first combination of values, mildest first, that fits; None at once when the strongest values do not."""
+    if _tried(run, model, machine, [lever[-1] for lever in levers]) is None:
+        return None
+    for values in product(*levers):
+        fitting = _tried(run, model, machine, values)
+        if fitting is not None:
+            return fitting
+    return None
+
+
+def _tried(run: TrainingRun, model: ModelFacts, machine: Machine, values: Any) -> Advice | None:
+    changes = {path: value for each in values for path, value in each.items()}
+    other = changed(run, changes)
+    fit = None if other is None else best_fit(other.spec, model, machine)
+    return None if fit is None else Advice(changes, fit.prediction.peak)
+
+
+def _levers(run: TrainingRun, model: ModelFacts, machine: Machine) -> Iterator[list[Changes]]:
+    """Lists of values to try for each setting, from the mildest to the strongest; first what leaves the result as it is."""
+    spec = run.spec
+    numbers, parallelism = spec.hyperparameters, spec.parallelism
+    if numbers.gradient_checkpointing is False:
+        yield [{"spec.hyperparameters.gradientCheckpointing": True}]
+    if numbers.micro_batch_size is not None and numbers.micro_batch_size > 1:
+        yield [{"spec.hyperparameters.microBatchSize": 1}]
+    if parallelism.strategy == "ddp" and parallelism.nodes * processes_per_node(spec) > 1:
+        yield [{"spec.parallelism.strategy": "fsdp2"}]
+    if spec.validation.prompts:
+        yield [{"spec.validation": {}}]
+    yield list(_more_gpus(run, machine))
+    if numbers.precision == "fp32":
+        yield [{"spec.hyperparameters.precision": "bf16"}]
+    elif numbers.optimizer.type == "adamw":
+        yield [{"spec.hyperparameters.optimizer.type": "adamw-bf16"}]
+    if numbers.ema is not None:
+        yield [{"spec.hyperparameters.ema": None}]
+    if isinstance(spec.adapter, LoraAdapter):
+        yield [{"spec.adapter.rank": rank} for rank in (64, 32, 16, 8, 4) if rank < spec.adapter.rank]
+    if isinstance(spec.adapter, FullAdapter):
+        yield [{"spec.adapter": {"type": "lora"}}]
+    if model.family.modality == "video":
+        yield list(_fewer_frames(run, model))
+    yield list(_smaller(run, model))
+
+
+def _more_gpus(run: TrainingRun, machine: Machine) -> Iterator[Changes]:
+    """FSDP2 over more GPUs of a node; the batch grows where it could not be dealt out."""
+    parallelism, batch = run.spec.parallelism, run.spec.hyperparameters.global_batch_size
+    if machine.device == "cpu":
+        return
+    for gpus in GPUS_PER_NODE:
+        if gpus <= parallelism.gpus_per_node:
+            continue
+        changes: dict[str, Any] = {"spec.parallelism.gpusPerNode": gpus}
+        if parallelism.strategy in ("single", "ddp"):
+            changes["spec.parallelism.strategy"] = "fsdp2"
+        unit = gpus * parallelism.nodes * (run.spec.hyperparameters.micro_batch_size or 1)
+        if batch % unit:
+            changes["spec.hyperparameters.globalBatchSize"] = -(-batch // unit) * unit
+        yield changes
+
+
+def _fewer_frames(run: TrainingRun, model: ModelFacts) -> Iterator[Changes]:
+    """Shorter clips that fit the family's rule."""
+    frames = run.spec.data.clip.frames
+    modulus, remainder = model.family.frame_rule or (1, 0)
+    for part in (3, 2, 1):
+        fewer = frames * part // 4
+        fewer -= (fewer - remainder) % modulus
+        if fewer > modulus:
+            yield {"spec.data.clip.frames": fewer}
+
+
+def _smaller(run: TrainingRun, model: ModelFacts) -> Iterator[Changes]:
+    """Lower resolutions, whole buckets, down to a quarter."""
+    align = bucket_alignment(run.spec, model.family)
+    for part in (6, 4, 3, 2):
+        resolution = run.spec.data.resolution * part // 8 // align * align
+        if resolution >= align:
+            yield {"spec.data.resolution": resolution}
+
+
+def _text(path: str, value: Any) -> str:
+    match value:
+        case bool():
+            return f"{path} {str(value).lower()}"
+        case None:
+            return f"{path} off"
+        case {"type": kind}:
+            return f"{path}.type {kind}"
+        case {}:
+            return f"{path} without prompts"
+    return f"{path} {value}"

@@ -1,0 +1,150 @@
+"""Two processes train what one does: every family, LoRA and full-rank, DDP and FSDP2, with and without recomputation.
+
+Everything is trained once, in one pair of processes, and looked at by many tests.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from processes import run_ranks
+from tiny_families import save_tiny, tiny_pipeline
+from training_ranks import Case, Trained, train_all, with_captions
+
+pytestmark = pytest.mark.processes
+
+FAMILIES = ("flux", "sd3", "sdxl", "wan", "z_image")
+STRATEGIES = ("ddp", "fsdp2")
+CAPTIONS = ("a fox", "a lighthouse in the fog", "", "two red cars")
+
+
+def fp32_cases(folder: Path, text: tuple[()] = ()) -> Iterator[Case]:
+    for family in FAMILIES:
+        case = Case(family, "lora", folder / family, text)
+        yield replace(case, checkpointing=True)
+        yield replace(case, adapter="full")
+        if family == "sd3":
+            yield case
+            yield replace(case, adapter="full", checkpointing=True)
+            yield replace(case, accumulation=2)
+            yield replace(case, adapter="full", accumulation=2)
+
+
+def bf16_cases(folder: Path) -> Iterator[Case]:
+    case = Case("wan", "lora", folder / "wan", (), precision="bf16")  # it keeps some modules in fp32
+    for optimizer in ("adamw", "adamw-bf16"):
+        yield replace(case, optimizer=optimizer, checkpointing=True)
+        yield replace(case, adapter="full", optimizer=optimizer)
+
+
+def names(cases: Iterator[Case]) -> list[str]:
+    return [case.name for case in cases]
+
+
+NOWHERE = Path()
+FP32, BF16 = names(fp32_cases(NOWHERE)), names(bf16_cases(NOWHERE))
+Results = dict[tuple[str, str], Trained]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results, Results]:
+    """Results of one process, and of the two ranks of two."""
+    folder = tmp_path_factory.mktemp("tiny")
+    cases = [*fp32_cases(folder), *bf16_cases(folder)]
+    ready = []
+    for family in FAMILIES:
+        save_tiny(family, folder / family)
+        pipe = tiny_pipeline(family)
+        ready += [with_captions(case, CAPTIONS, pipe) for case in cases if case.family == family]
+    alone = train_all(["single"], 1, ready)
+    return alone, *run_ranks(2, "training_ranks:train_all", STRATEGIES, 2, ready, timeout=600)
+
+
+def pair(trained: tuple[Results, Results, Results], strategy: str, case: str) -> tuple[Trained, Trained]:
+    """What one process made of the case, and what rank 0 of two did."""
+    alone, together = trained[0]["single", case], trained[1][strategy, case]
+    assert not isinstance(alone, str), alone
+    assert not isinstance(together, str), together
+    return alone, together
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """How far the weights are apart, as a fraction of how far training moved them."""
+    assert found.keys() == expected.keys()
+    apart = sum((found[name].double() - expected[name].double()).square().sum() for name in expected)
+    moved = sum((expected[name].double() - start[name].double()).square().sum() for name in expected)
+    assert moved > 0
+    return float((apart / moved).sqrt())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("case", FP32)
+def test_two_processes_train_what_one_does(trained, strategy: str, case: str) -> None:  # type: ignore[no-untyped-def]
+    alone, together = pair(trained, strategy, case)
+    assert all(torch.equal(together.before[name], weight) for name, weight in alone.before.items())
+    assert together.losses == pytest.approx(alone.losses, rel=1e-5)
+    assert together.norms == pytest.approx(alone.norms, rel=1e-5)
+    assert distance(together.weights, alone.weights, alone.before) < 1e-4
+    assert distance(together.averages, alone.averages, alone.before) < 1e-4
+    torch.testing.assert_close(together.drawn, alone.drawn, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("case", BF16)
+def test_two_processes_train_what_one_does_in_bf16(trained, strategy: str, case: str) -> None:  # type: ignore[no-untyped-def]
+    alone, together = pair(trained, strategy, case)
+    # Shards are rounded with random numbers of their own: weights then agree up to the noise of the rounding.
+    rounds_apart = strategy == "fsdp2" and "full bf16 adamw-bf16" in case
+    assert together.losses == pytest.approx(alone.losses, rel=2e-3)
+    assert together.norms == pytest.approx(alone.norms, rel=1e-2)
+    assert distance(together.weights, alone.weights, alone.before) < (0.2 if rounds_apart else 0.03)
+    assert distance(together.averages, alone.averages, alone.before) < (0.2 if rounds_apart else 0.03)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("case", [*FP32, *BF16])
+def test_only_the_first_rank_is_given_the_whole_weights(trained, strategy: str, case: str) -> None:  # type: ignore[no-untyped-def]
+    pair(trained, strategy, case)
+    first, second = trained[1][strategy, case], trained[2][strategy, case]
+    assert first.weights
+    assert not second.weights
+    assert first.losses == second.losses
+    assert first.averages.keys() == second.averages.keys()
+    assert all(torch.equal(average, second.averages[name]) for name, average in first.averages.items())
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_two_accumulated_micro_batches_are_one_of_twice_the_size(trained, adapter: str) -> None:  # type: ignore[no-untyped-def]
+    for strategy in STRATEGIES:
+        once = pair(trained, strategy, f"sd3 {adapter} fp32 adamw keep x1")[1]
+        twice = pair(trained, strategy, f"sd3 {adapter} fp32 adamw keep x2")[1]
+        assert twice.losses == pytest.approx(once.losses, rel=1e-5)
+        assert distance(twice.weights, once.weights, once.before) < 1e-4
+
+
+@pytest.mark.parametrize("case", [*FP32, *BF16])
+def test_fsdp_leaves_half_of_what_it_shards_on_each_rank(trained, case: str) -> None:  # type: ignore[no-untyped-def]
+    alone, together = pair(trained, "fsdp2", case)
+    sharded = alone.local_elements - together.reduced_elements
+    halves = together.local_elements - together.reduced_elements
+    other = trained[2]["fsdp2", case].local_elements - together.reduced_elements
+    assert halves + other == sharded
+    assert halves < 0.52 * sharded
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("case", [case for case in FP32 if "lora" in case])
+def test_a_lora_reduces_the_gradients_of_the_adapter_and_no_more(trained, strategy: str, case: str) -> None:  # type: ignore[no-untyped-def]
+    together = pair(trained, strategy, case)[1]
+    assert together.reduced_elements == sum(weight.numel() for weight in together.weights.values())
+
+
+def test_sharded_fp32_weights_compute_in_bf16_but_for_modules_kept_in_fp32(trained) -> None:  # type: ignore[no-untyped-def]
+    together = pair(trained, "fsdp2", "wan full bf16 adamw keep x1")[1]
+    assert together.dtypes_in_a_block == {"torch.bfloat16", "torch.float32"}
+    assert 0 < together.reduced_elements < 0.1 * sum(weight.numel() for weight in together.weights.values())
+    assert {weight.dtype for weight in together.weights.values()} == {torch.float32}

@@ -1,0 +1,102 @@
+"""The API's table against the real classes, built from the published configs without memory."""
+
+from typing import Any
+
+import pytest
+from activation_bytes import bytes_per_token
+from atelier_api.families import FAMILIES as TABLE
+from atelier_api.families import FamilyFacts, Flavour
+from published_configs import AUTOENCODERS, DENOISERS, ENCODERS, published_denoiser, without_memory
+from torch import nn
+
+from atelier_runtime.families import FAMILIES
+from atelier_runtime.family import Family
+
+FLAVOURS = [pytest.param(facts, flavour, id=f"{facts.name} {flavour.name}") for facts in TABLE.values() for flavour in facts.flavours]
+
+SHARED_SIZES = {"krea", "schnell", "base", "2.2-t2v-a14b"}
+"""Flavours whose rows are copies of another's, so that measuring them again would only take time."""
+DISTINCT_FLAVOURS = [parameter for parameter in FLAVOURS if parameter.values[1].name not in SHARED_SIZES]
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def blocks_of(family: Family, model: nn.Module) -> list[nn.Module]:
+    return [block for part in family.blocks for block in model.get_submodule(part.attribute).children()]
+
+
+def layers_of(family: Family, model: nn.Module) -> int:
+    """Transformer blocks: those of the family's lists, or, in a UNet, those inside them."""
+    inner = [module for module in model.modules() if type(module).__name__ == "BasicTransformerBlock"]
+    return len(inner) or len(blocks_of(family, model))
+
+
+def width_of(config: Any) -> int:
+    if "block_out_channels" in config:
+        return config.block_out_channels[-1]
+    return config.get("dim") or config.num_attention_heads * config.attention_head_dim
+
+
+def mlp_widths_of(model: nn.Module) -> set[int]:
+    """Inputs of the layers that feed-forwards and Flux's fused single blocks end with."""
+    ends = (".net.2", ".w2")
+    return {module.in_features for name, module in model.named_modules() if name.endswith(ends) and isinstance(module, nn.Linear)}
+
+
+def test_every_flavour_of_the_table_has_its_published_config() -> None:
+    assert list(DENOISERS) == [(facts.name, flavour.name) for facts in TABLE.values() for flavour in facts.flavours]
+
+
+@pytest.mark.parametrize(("facts", "flavour"), FLAVOURS)
+def test_sizes_of_the_denoiser_are_those_of_the_published_config(facts: FamilyFacts, flavour: Flavour) -> None:
+    family, model = FAMILIES[facts.name], published_denoiser(facts.name, flavour.name)
+    assert flavour.parameters == pytest.approx(count(model), rel=0.01)
+    assert flavour.layers == layers_of(family, model)
+    assert flavour.width == width_of(model.config)
+    assert flavour.mlp_width == max(mlp_widths_of(model))
+    largest = max(count(block) for block in blocks_of(family, model))
+    assert largest <= 1.01 * (flavour.largest_block or flavour.parameters / flavour.layers)
+    if flavour.largest_block:
+        assert flavour.largest_block == largest
+
+
+@pytest.mark.parametrize("facts", TABLE.values(), ids=lambda facts: facts.name)
+def test_sizes_of_encoders_and_autoencoder_are_those_of_the_published_configs(facts: FamilyFacts) -> None:
+    encoders = without_memory(lambda: nn.ModuleList(ENCODERS[facts.name]()))
+    autoencoder = without_memory(AUTOENCODERS[facts.name])
+    for flavour in facts.flavours:
+        assert flavour.encoder_parameters == pytest.approx(count(encoders), rel=0.01)
+        assert flavour.vae_parameters == pytest.approx(count(autoencoder), rel=0.01)
+
+
+@pytest.mark.parametrize(("facts", "flavour"), DISTINCT_FLAVOURS)
+def test_activation_bytes_are_what_a_forward_pass_keeps(facts: FamilyFacts, flavour: Flavour) -> None:
+    measured = bytes_per_token(FAMILIES[facts.name], flavour, published_denoiser(facts.name, flavour.name))
+    assert flavour.activation_bytes_per_token == pytest.approx(measured, rel=0.03)
+
+
+def test_flavours_of_shared_sizes_have_the_activations_of_those_they_share_with() -> None:
+    for facts, flavour in (parameter.values for parameter in FLAVOURS):
+        alike = [other for other in facts.flavours if (other.layers, other.width) == (flavour.layers, flavour.width)]
+        if flavour.name in SHARED_SIZES:
+            assert {other.activation_bytes_per_token for other in alike} == {flavour.activation_bytes_per_token}
+
+
+@pytest.mark.parametrize("facts", TABLE.values(), ids=lambda facts: facts.name)
+def test_the_registry_and_the_table_name_the_same_families(facts: FamilyFacts) -> None:
+    family = FAMILIES[facts.name]
+    assert family.name == facts.name
+    assert family.facts is facts
+    assert family.pipeline in facts.pipelines
+    assert list(FAMILIES) == list(TABLE)
+
+
+@pytest.mark.parametrize("facts", TABLE.values(), ids=lambda facts: facts.name)
+def test_only_video_families_have_a_rule_for_frames(facts: FamilyFacts) -> None:
+    video = facts.modality == "video"
+    assert (facts.frame_rule is not None) == (facts.frame_rate is not None) == (facts.temporal_factor > 1) == video
+    assert facts.pixel_multiple % facts.latent_factor == 0
+    if facts.frame_rule is not None:
+        assert facts.frame_rule == (facts.temporal_factor, 1)

@@ -1,0 +1,104 @@
+"""What a training step keeps for its backward pass, measured at full size without a device: on the meta device nothing is allocated.
+
+Two things are imitated, since they happen on a GPU only: autocast to bf16 with CUDA's lists of operations, and flash attention, which
+keeps queries, keys, values, output and one fp32 number per query.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from atelier_api.families import Flavour
+from atelier_api.v1alpha1.adapter import LoraAdapter
+from atelier_runtime import adapters
+from atelier_runtime.family import Conditions, Family
+
+IN_BF16 = {F.linear, F.conv2d, F.conv3d, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, Tensor.matmul, Tensor.__matmul__}
+IN_FP32 = {F.layer_norm, F.group_norm, F.softmax, Tensor.softmax, torch.softmax, torch.pow, Tensor.pow, Tensor.__pow__}
+IN_FP32 |= {torch.exp, Tensor.exp, torch.rsqrt, Tensor.rsqrt, torch.cumsum, Tensor.sum, torch.sum, torch.norm, Tensor.norm}
+
+
+class FlashAttention(torch.autograd.Function):
+    """Saves what the fused kernels save; computes nothing."""
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        log_sum = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        context.save_for_backward(query, key, value, output, log_sum)
+        return output
+
+
+class CudaAutocast(TorchFunctionMode):
+    """CUDA's autocast to bf16, for tensors of any device."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            query, key, value = (cast(tensor, torch.bfloat16) for tensor in (*args, *kwargs.values())[:3])
+            return FlashAttention.apply(query, key, value)
+        dtype = torch.bfloat16 if function in IN_BF16 else torch.float32 if function in IN_FP32 else None
+        if dtype is not None:
+            args = tuple(cast(argument, dtype) for argument in args)
+            kwargs = {key: cast(argument, dtype) for key, argument in kwargs.items()}
+        return function(*args, **kwargs)
+
+
+def cast(argument: Any, dtype: torch.dtype) -> Any:
+    if isinstance(argument, list | tuple) and argument and isinstance(argument[0], Tensor):
+        return type(argument)(cast(item, dtype) for item in argument)
+    return argument.to(dtype) if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes of the tensors that autograd keeps after `forward`, each storage once, without the weights themselves."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held on to, so that no later storage gets its number
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), CudaAutocast():
+        output = forward()
+    assert output.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def bytes_per_token(family: Family, flavour: Flavour, model: nn.Module) -> float:
+    """Bytes that a block keeps per token of a sample, on the average of the blocks, for LoRA on `attention` over weights in bf16.
+
+    `model` is a published denoiser on the meta device. One sample of 1024 x 1024 pixels, or 81 frames of 832 x 480.
+    """
+    adapters.install(model, LoraAdapter(rank=16, targets=["attention"]), family)
+    facts = family.facts
+    width, height, frames = (832, 480, 81) if facts.modality == "video" else (1024, 1024, 1)
+    depth = [(frames - 1) // facts.temporal_factor + 1] if facts.modality == "video" else []
+    with torch.device("meta"):
+        noisy = torch.empty(1, facts.latent_channels, *depth, height // facts.latent_factor, width // facts.latent_factor)
+        conditions = Conditions(text=text_features(model, flavour.text_tokens), sizes=torch.empty(1, 6))
+        time = torch.empty(1)
+        total = saved_bytes(model, lambda: family.predict(model, noisy, time, conditions))
+    return total / flavour.layers / (facts.latent_tokens(width, height, frames) + flavour.text_tokens)
+
+
+def text_features(model: Any, tokens: int) -> dict[str, Tensor]:
+    """Features of one caption of full length, without values; the mask is real, since lengths are read from it."""
+    config = model.config
+    widths = ("joint_attention_dim", "cap_feat_dim", "text_dim", "cross_attention_dim")
+    width = next(config[name] for name in widths if config.get(name))
+    embedding = config.get("projection_class_embeddings_input_dim")
+    pooled = config.get("pooled_projection_dim") or (embedding - 6 * config.addition_time_embed_dim if embedding else 1)
+    return {
+        "embeds": torch.empty(1, tokens, width, dtype=torch.bfloat16),
+        "pooled": torch.empty(1, pooled, dtype=torch.bfloat16),
+        "mask": torch.ones(1, tokens, dtype=torch.bool, device="cpu"),
+    }
