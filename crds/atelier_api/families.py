@@ -11,8 +11,8 @@ class Flavour:
     `parameters` counts the denoiser only (one expert), `width` is the hidden size of a block, `mlp_width` of its feed-forward.
     `text_tokens` are the tokens that take part in attention beside the picture's. `encoder_parameters` counts the text encoders,
     `vae_parameters` the autoencoder. `activation_bytes_per_token` is what one block keeps for the backward pass of LoRA on
-    `attention`, in bf16 and without recompute, per token of a sample (averaged where blocks differ). `largest_block` is the parameters of the largest unit that is sharded as a whole, where
-    the blocks differ; 0: they are all alike.
+    `attention`, in bf16 and without recompute, per token of a sample (averaged where blocks differ). `largest_block` is the
+    parameters of the largest unit that is sharded as a whole, where the blocks differ; 0: they are all alike.
     """
 
     name: str
@@ -88,6 +88,7 @@ SD3 = FamilyFacts(
             encoder_parameters=5_580_620_800,
             vae_parameters=83_819_683,
             activation_bytes_per_token=90_000,
+            largest_block=101_506_944,
         ),
         Flavour(
             name="3.5-large",

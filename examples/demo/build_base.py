@@ -4,8 +4,8 @@ The folder it writes is laid out as a repository of a model hub and loads with t
 
     StableDiffusion3Pipeline.from_pretrained("examples/demo/base", torch_dtype=torch.float32)
 
-The text encoders keep their random weights: they only give every caption its own code. The autoencoder is trained on
-digits in all colours, the denoiser on black, blue and green digits only, so that a LoRA can teach it a new ink.
+The autoencoder is trained on digits in all colours, the denoiser on black, blue and green digits only, so that a LoRA
+can teach it a new ink.
 One seed gives one model on one machine with one thread; about ten minutes on one CPU core.
 
     python examples/demo/build_base.py OUT
@@ -19,33 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
-from digits import INKS, PICTURE_SIZE, WORDS, Colour, Digits, caption, draw, read_digits
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.normalizers import Lowercase
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
+from base_model import MAX_TOKENS, build_pipeline, round_to_half, store
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from digits import INKS, WORDS, Colour, Digits, caption, draw, read_digits
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-)
 
 BASE_INKS = ("black", "blue", "green")
-MAX_TOKENS = 16
-CLIP_WIDTH = 48  # two CLIP states side by side are as wide as one T5 state
-TEXT_WIDTH = 2 * CLIP_WIDTH
 CAPTION_DROPOUT = 0.1
 DRAWINGS_PER_DIGIT = 2  # in each ink, each with its own shift and colour variation
 
@@ -59,114 +40,6 @@ class TrainingSet:
     captions: Tensor
     states: Tensor
     pooled: Tensor
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words: those of the captions, a few more, and [UNK] for the rest."""
-    special = ["[PAD]", "[UNK]", "[START]", "[END]"]
-    words = [*special, "a", "handwritten", "digit", "number", "ink", "on", "white", *WORDS, *INKS]
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer = Lowercase()
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(
-        single="[START] $A [END]",
-        special_tokens=[("[START]", special.index("[START]")), ("[END]", special.index("[END]"))],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        bos_token="[START]",
-        eos_token="[END]",
-        model_max_length=MAX_TOKENS,
-    )
-
-
-def build_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPTextModelWithProjection:
-    """A CLIP text encoder with random weights. Its token embeddings are drawn wide, to tell the words apart."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=CLIP_WIDTH,
-        intermediate_size=2 * CLIP_WIDTH,
-        projection_dim=CLIP_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = CLIPTextModelWithProjection(config)
-    nn.init.normal_(model.get_input_embeddings().weight, std=1.0)
-    return model
-
-
-def build_t5(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
-    """A T5 encoder with random weights."""
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=TEXT_WIDTH,
-        d_kv=24,
-        d_ff=2 * TEXT_WIDTH,
-        num_layers=1,
-        num_heads=4,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = T5EncoderModel(config)
-    nn.init.normal_(model.get_input_embeddings().weight, std=1.0)
-    return model
-
-
-def build_pipeline() -> StableDiffusion3Pipeline:
-    """The whole pipeline with random weights: 32 x 32 pictures, latents of 4 x 8 x 8."""
-    tokenizer = build_tokenizer()
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=PICTURE_SIZE,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=4,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=TEXT_WIDTH,
-        pooled_projection_dim=TEXT_WIDTH,
-        caption_projection_dim=128,
-        pos_embed_max_size=16,
-    )
-    pipeline = StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=vae,
-        text_encoder=build_clip(tokenizer),
-        tokenizer=tokenizer,
-        text_encoder_2=build_clip(tokenizer),
-        tokenizer_2=tokenizer,
-        text_encoder_3=build_t5(tokenizer),
-        tokenizer_3=tokenizer,
-    )
-    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
-        round_to_half(encoder)
-    return pipeline
-
-
-def round_to_half(model: nn.Module) -> None:
-    """Rounds the weights to what float16 holds, so that the model in use is exactly the one that will be stored."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.half().float()
-    model.requires_grad_(False).eval()
 
 
 def draw_batch(digits: Digits, chosen: list[int], inks: list[Colour], generator: np.random.Generator) -> Tensor:
@@ -186,11 +59,9 @@ def train_vae(vae: AutoencoderKL, digits: Digits, steps: int, seed: int) -> None
         named = generator.choice(list(INKS.values()), size=16).tolist()
         anyhow = generator.uniform(0, 0.9, size=(16, 3)).tolist()
         pictures = draw_batch(digits, chosen, named + anyhow, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(pictures).latent_dist
-            noise = torch.from_numpy(generator.standard_normal(posterior.mean.shape, dtype=np.float32))
-            decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        error = decoded.float() - pictures
+        posterior = vae.encode(pictures).latent_dist
+        noise = torch.from_numpy(generator.standard_normal(posterior.mean.shape, dtype=np.float32))
+        error = vae.decode(posterior.mean + posterior.std * noise).sample - pictures
         loss = (
             error.abs().mean() + 0.5 * error.square().mean() + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
         )
@@ -287,7 +158,7 @@ def main(arguments: list[str]) -> None:
     """Builds, trains and stores the base model."""
     parser = argparse.ArgumentParser(description="Build the base model of the demo.")
     parser.add_argument("out", type=Path, help="folder to write the model to")
-    parser.add_argument("--vae-steps", type=int, default=1000)
+    parser.add_argument("--vae-steps", type=int, default=800, help="steps of the autoencoder")
     parser.add_argument("--steps", type=int, default=2400, help="steps of the denoiser")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -300,7 +171,7 @@ def main(arguments: list[str]) -> None:
     train_vae(pipeline.vae, digits, options.vae_steps, options.seed)
     data = build_training_set(pipeline, digits, options.seed + 1)
     train_denoiser(pipeline.transformer, data, options.steps, options.seed + 2)
-    pipeline.to(dtype=torch.float16).save_pretrained(options.out)
+    store(pipeline, options.out)
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
     print(f"{options.out}: {size / 1e6:.1f} MB")
 

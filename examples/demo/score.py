@@ -11,14 +11,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
-import torch
-from diffusers import StableDiffusion3Pipeline
 from digits import INKS, MARGIN, PICTURE_SIZE, WORDS, Floats, caption, draw, parse_caption, read_digits
 from PIL import Image, ImageDraw
 from sklearn.svm import SVC
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
 
 BASE = Path(__file__).parent / "base"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -113,8 +114,27 @@ def score_real_digits(ink: str) -> Score:
     return score(pictures, [caption(ink, int(label)) for label in source.labels])
 
 
-def draw_with(pipeline: StableDiffusion3Pipeline, captions: list[str], seed: int) -> list[Image.Image]:
+def load_pipeline(folder: Path) -> "StableDiffusion3Pipeline":
+    """The base model as the stock pipeline loads it, without a network and without chatter."""
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    # Before the pipeline's import, which would warn about a missing torchvision that nothing here uses.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    from diffusers import StableDiffusion3Pipeline
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_with(pipeline: "StableDiffusion3Pipeline", captions: list[str], seed: int) -> list[Image.Image]:
     """One picture per caption. Picture i starts from the same noise whenever the seed is the same."""
+    import torch
+
     pictures: list[Image.Image] = []
     for first in range(0, len(captions), 100):
         part = captions[first : first + 100]
@@ -171,11 +191,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
 
-    torch.set_num_threads(1)
     inks = options.inks.split(",")
     captions = [caption(ink, digit) for ink in inks for _ in range(options.per_digit) for digit in range(len(WORDS))]
-    pipeline = StableDiffusion3Pipeline.from_pretrained(options.base, torch_dtype=torch.float32, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(options.base)
     drawn = {"base": draw_with(pipeline, captions, options.seed)}
     if options.lora:
         pipeline.load_lora_weights(options.lora, weight_name=LORA_FILE)

@@ -3,16 +3,20 @@
 from typing import Any
 
 import pytest
+from torch import nn
+
 from activation_bytes import bytes_per_token
 from atelier_api.families import FAMILIES as TABLE
 from atelier_api.families import FamilyFacts, Flavour
-from published_configs import AUTOENCODERS, DENOISERS, ENCODERS, published_denoiser, without_memory
-from torch import nn
-
 from atelier_runtime.families import FAMILIES
 from atelier_runtime.family import Family
+from published_configs import AUTOENCODERS, DENOISERS, ENCODERS, published_denoiser, without_memory
 
-FLAVOURS = [pytest.param(facts, flavour, id=f"{facts.name} {flavour.name}") for facts in TABLE.values() for flavour in facts.flavours]
+FLAVOURS = [
+    pytest.param(facts, flavour, id=f"{facts.name} {flavour.name}")
+    for facts in TABLE.values()
+    for flavour in facts.flavours
+]
 
 SHARED_SIZES = {"krea", "schnell", "base", "2.2-t2v-a14b"}
 """Flavours whose rows are copies of another's, so that measuring them again would only take time."""
@@ -42,7 +46,11 @@ def width_of(config: Any) -> int:
 def mlp_widths_of(model: nn.Module) -> set[int]:
     """Inputs of the layers that feed-forwards and Flux's fused single blocks end with."""
     ends = (".net.2", ".w2")
-    return {module.in_features for name, module in model.named_modules() if name.endswith(ends) and isinstance(module, nn.Linear)}
+    return {
+        module.in_features
+        for name, module in model.named_modules()
+        if name.endswith(ends) and isinstance(module, nn.Linear)
+    }
 
 
 def test_every_flavour_of_the_table_has_its_published_config() -> None:

@@ -17,9 +17,29 @@ from atelier_api.v1alpha1.adapter import LoraAdapter
 from atelier_runtime import adapters
 from atelier_runtime.family import Conditions, Family
 
-IN_BF16 = {F.linear, F.conv2d, F.conv3d, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, Tensor.matmul, Tensor.__matmul__}
+IN_BF16 = {
+    F.linear,
+    F.conv2d,
+    F.conv3d,
+    torch.matmul,
+    torch.bmm,
+    torch.baddbmm,
+    torch.einsum,
+    Tensor.matmul,
+    Tensor.__matmul__,
+}
 IN_FP32 = {F.layer_norm, F.group_norm, F.softmax, Tensor.softmax, torch.softmax, torch.pow, Tensor.pow, Tensor.__pow__}
-IN_FP32 |= {torch.exp, Tensor.exp, torch.rsqrt, Tensor.rsqrt, torch.cumsum, Tensor.sum, torch.sum, torch.norm, Tensor.norm}
+IN_FP32 |= {
+    torch.exp,
+    Tensor.exp,
+    torch.rsqrt,
+    Tensor.rsqrt,
+    torch.cumsum,
+    Tensor.sum,
+    torch.sum,
+    torch.norm,
+    Tensor.norm,
+}
 
 
 class FlashAttention(torch.autograd.Function):
@@ -83,7 +103,9 @@ def bytes_per_token(family: Family, flavour: Flavour, model: nn.Module) -> float
     width, height, frames = (832, 480, 81) if facts.modality == "video" else (1024, 1024, 1)
     depth = [(frames - 1) // facts.temporal_factor + 1] if facts.modality == "video" else []
     with torch.device("meta"):
-        noisy = torch.empty(1, facts.latent_channels, *depth, height // facts.latent_factor, width // facts.latent_factor)
+        noisy = torch.empty(
+            1, facts.latent_channels, *depth, height // facts.latent_factor, width // facts.latent_factor
+        )
         conditions = Conditions(text=text_features(model, flavour.text_tokens), sizes=torch.empty(1, 6))
         time = torch.empty(1)
         total = saved_bytes(model, lambda: family.predict(model, noisy, time, conditions))

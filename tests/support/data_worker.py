@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import sys
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,19 @@ from atelier_runtime.family import Latents
 from tiny_data import CountingFamily, OneRank
 
 
+@dataclass(frozen=True)
+class Mischief:
+    """What is to go wrong: the process kills itself after so many pictures, or a rank is asked to stop while it encodes."""
+
+    kill_after: int = sys.maxsize
+    stop_rank: int | None = None
+    cache_per_rank: bool = False
+
+
+class StopAsked(Exception):
+    """What a report raises to end the build."""
+
+
 class DoomedFamily(CountingFamily):
     """Kills its process after so many pictures."""
 
@@ -32,8 +47,8 @@ class DoomedFamily(CountingFamily):
         return super().encode_pixels(pipe, pixels)
 
 
-def main(run_path: Path, rank: int, world_size: int, kill_after: int) -> None:
-    """Writes what it did as `<rank>.json` beside the run file. Kills itself after `kill_after` pictures, as the kernel would."""
+def main(run_path: Path, rank: int, world_size: int, mischief: Mischief) -> None:
+    """Writes what it did as `<rank>.json` beside the run file."""
     out = run_path.parent / f"{rank}.json"
     torch.set_num_threads(1)
     if world_size > 1:
@@ -48,10 +63,17 @@ def main(run_path: Path, rank: int, world_size: int, kill_after: int) -> None:
     loads = []
     load = components.load_encoders
     components.load_encoders = lambda *arguments: loads.append(1) or load(*arguments)  # type: ignore[func-returns-value]
-    family = DoomedFamily(kill_after)
+    family = DoomedFamily(mischief.kill_after)
     run_file = RunFile.read(run_path)
+    if mischief.cache_per_rank:
+        run_file = run_file.model_copy(update={"cache_uri": f"{run_file.cache_uri}-{rank}"})
+
+    def report(stage: str, detail: str, done: int, total: int) -> None:
+        if rank == mischief.stop_rank and stage == "encoding pictures" and done > 0:
+            raise StopAsked
+
     try:
-        dataset = build_dataset(run_file, family, OneRank(rank, world_size), lambda stage, detail, done, total: None)
+        dataset = build_dataset(run_file, family, OneRank(rank, world_size), report)
     except Exception as error:
         out.write_text(json.dumps({"error": type(error).__name__, "message": str(error)}))
         return

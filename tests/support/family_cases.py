@@ -1,6 +1,6 @@
-"""What the conformance suite asks of every tiny pipeline: its family, its denoisers, samples of data, and the stock pipeline's own steps."""
+"""What the conformance suite asks of every tiny pipeline: family, denoisers, real samples, and the stock pipeline's own steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +9,13 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from tiny_families import TINY, tiny_pipeline
 from torch import Tensor, nn
 
 from atelier_runtime.families import FAMILIES
 from atelier_runtime.family import Conditions, Family, SampleRequest
+from tiny_families import TINY, tiny_pipeline
 
+GUIDANCE = 3.0
 WIDTH, HEIGHT, FRAMES = 64, 32, 5  # not square, so that swapped axes show
 PROMPTS = ("a fox", "a lighthouse in the fog at dawn")
 
@@ -22,7 +23,9 @@ FAMILY_OF = {"wan22": "wan"}
 """Tiny pipelines that are not called after their family."""
 
 Grid = Callable[[Any, Tensor], Tensor]
-TO_GRID: dict[str, Grid] = {"flux": lambda pipe, packed: FluxPipeline._unpack_latents(packed, HEIGHT, WIDTH, pipe.vae_scale_factor)}
+TO_GRID: dict[str, Grid] = {
+    "flux": lambda pipe, packed: FluxPipeline._unpack_latents(packed, HEIGHT, WIDTH, pipe.vae_scale_factor)
+}
 """From the pipeline's own layout of latents to ours, where they differ."""
 FROM_GRID: dict[str, Grid] = {"flux": lambda _, grid: FluxPipeline._pack_latents(grid, *grid.shape)}
 
@@ -96,9 +99,7 @@ CASES = tuple(TINY)
 
 def real_clips(count: int) -> Tensor:
     """[count, 3, FRAMES, HEIGHT, WIDTH] in [-1, 1]: a camera that pans over the two photographs of scikit-learn."""
-    photographs = [
-        np.asarray(Image.fromarray(image).resize((160, 106))) for image in load_sample_images().images
-    ]
+    photographs = [np.asarray(Image.fromarray(image).resize((160, 106))) for image in load_sample_images().images]
     clips = []
     for number in range(count):
         picture, left, top = photographs[number % 2], 11 * number, 7 * number
@@ -144,3 +145,44 @@ def record(pipe: Any, arguments: dict[str, Any]) -> Recording:
     finally:
         del scheduler.set_timesteps, scheduler.step
     return recording
+
+
+def sampling_arguments(case: Case, *, guided: bool) -> dict[str, Any]:
+    """The family's arguments for the stock pipeline, with classifier-free guidance of 3 or without."""
+    off = GUIDANCE_OFF.get(case.family.name, 1.0)
+    arguments = case.family.sampling_arguments(case.pipe, case.request(GUIDANCE if guided else off))
+    if guided and case.family.name in GUIDED_CALL:
+        arguments |= {"guidance_scale": off} | GUIDED_CALL[case.family.name]
+    return arguments
+
+
+def guide(case: Case, positive: Tensor, negative: Tensor) -> Tensor:
+    """The pipeline's classifier-free guidance of 3. Z-Image counts it from the prompted prediction."""
+    base = positive if case.family.name == "z_image" else negative
+    return base + GUIDANCE * (positive - negative)
+
+
+def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """(our latents, the pipeline's) after every step of its schedule, ours made with the family's text and prediction alone."""
+    pipe, family = case.pipe, case.family
+    to_grid = TO_GRID.get(family.name, lambda _, latents: latents)
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    args, kwargs = recording.set_timesteps
+    scheduler.set_timesteps(*args, **kwargs)
+    embedded = GUIDANCE_OFF["flux"] if family.name == "flux" else None
+    prompts = [PROMPTS[0], ""] if guided else [PROMPTS[0]]
+    conditions = case.conditions(prompts, guidance=embedded)
+    assert recording.start is not None
+    latents = to_grid(pipe, recording.start)
+    for t, theirs in zip(scheduler.timesteps, recording.after, strict=True):
+        if family.facts.objective == "flow":
+            model_input, time = latents, (t / 1000).float()
+        else:
+            model_input, time = scheduler.scale_model_input(latents, t), t.long()
+        denoiser = case.denoiser_at(float(t) / 1000)
+        prediction = family.predict(
+            denoiser, model_input.expand(len(prompts), *latents.shape[1:]), time.expand(len(prompts)), conditions
+        )
+        output = guide(case, prediction[:1], prediction[1:]) if guided else prediction
+        latents = scheduler.step(output, t, latents, return_dict=False)[0]
+        yield latents, to_grid(pipe, theirs)

@@ -159,7 +159,12 @@ def tiny_flux() -> FluxPipeline:
     clip_width, t5_width = 16, 24
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
-            shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
+            shift=3.0,
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=1.15,
+            base_image_seq_len=256,
+            max_image_seq_len=4096,
         ),
         vae=kl_autoencoder(16, 0.3611, 0.1159),
         text_encoder=seeded(lambda: CLIPTextModel(clip_config(clip_width, clip_width))),
@@ -210,7 +215,11 @@ def tiny_sdxl() -> StableDiffusionXLPipeline:
             )
         ),
         scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
         ),
         add_watermarker=False,
     )

@@ -13,6 +13,9 @@ from pydantic.alias_generators import to_camel
 
 DECIMAL_PATTERN = r"^-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
 
+LONGEST_DECIMAL = 32
+"""Characters of a decimal string."""
+
 
 class Block(BaseModel):
     """A block of the spec: camelCase keys, unknown keys refused, immutable once parsed."""
@@ -21,14 +24,17 @@ class Block(BaseModel):
 
 
 def parse_decimal(value: Any) -> float:
-    """The number in a decimal string (or a plain number). Raises ValueError naming the value when it is neither, or not finite."""
+    """The number in a decimal string (or a plain number). Raises ValueError when it is neither, or not finite."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f'must be a decimal such as "0.1" or "1e-4", not {value!r}')
-    if isinstance(value, str) and not re.match(DECIMAL_PATTERN, value.strip()):
-        raise ValueError(f'must be a decimal such as "0.1" or "1e-4", not {value!r}')
-    number = float(value)
+        raise ValueError('must be a decimal such as "0.1" or "1e-4"')
+    if isinstance(value, str) and (len(value) > LONGEST_DECIMAL or not re.fullmatch(DECIMAL_PATTERN, value)):
+        raise ValueError(f'must be a decimal such as "0.1" or "1e-4", of at most {LONGEST_DECIMAL} characters')
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
-        raise ValueError(f"must be finite, not {value!r}")
+        raise ValueError("must be finite")
     return number
 
 
@@ -41,6 +47,6 @@ Decimal = Annotated[
     float,
     BeforeValidator(parse_decimal),
     PlainSerializer(format_decimal, return_type=str, when_used="json"),
-    WithJsonSchema({"type": "string", "pattern": DECIMAL_PATTERN, "maxLength": 32}),
+    WithJsonSchema({"type": "string", "pattern": DECIMAL_PATTERN, "maxLength": LONGEST_DECIMAL}),
 ]
 """A decimal. Bounds go beside it: `Annotated[Decimal, Field(gt=0, le=1)]`; the CRD gets them as a CEL rule."""

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.distributed import (  # type: ignore[attr-defined]
@@ -158,7 +159,7 @@ def _yield_to_training() -> None:
 def _join(settings: WriterSettings) -> Group:
     """The group of all writers."""
     if settings.rendezvous is None:
-        store = HashStore()
+        store: Any = HashStore()
     else:
         host, port = settings.rendezvous
         store = PrefixStore("writers", TCPStore(host, port, is_master=False))

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,14 +45,18 @@ def build_dataset(run_file: RunFile, family: Family, dist: Ranks, report: Report
     team = _Team(dist, folder_share(dist, folder), Announcer(dist, report))
     scanned = Scan(run_file, rule, team.ranks, team.share, team.announcer).all_sources()
     funnel = Funnel(len(scanned))
-    samples = select(scanned, run_file, family.facts, funnel)
+    chosen = select(scanned, run_file, family.facts, funnel)
     kinds = ", ".join(extensions(rule))
-    if not samples:
+    if not chosen:
         refuse_empty(funnel.report(), kinds)
     encoding = on_rank_zero(dist, partial(_encoding, run_file, family))
     cache = Cache(folder)
-    rejected = _fill(run_file, family, team, _Work(samples, encoding, cache))
-    kept = _without(samples, rejected, encoding, funnel)
+    keyed = [(sample, encoding.latent_key(sample.content, sample.placement)) for sample in chosen]
+    rejected = _fill(run_file, family, team, _Work(keyed, encoding, cache))
+    for sample, key in keyed:
+        if key in rejected:
+            funnel.reject(sample.name, Fate.UNREADABLE, rejected[key])
+    kept = [(sample, key) for sample, key in keyed if key not in rejected]
     outcome = funnel.report()
     if not kept:
         refuse_empty(outcome, kinds)
@@ -63,7 +67,7 @@ def build_dataset(run_file: RunFile, family: Family, dist: Ranks, report: Report
     return Dataset(
         columns,
         cache,
-        _order(kept, run_file, family),
+        _order([sample for sample, _ in kept], run_file, family),
         CaptionDraws(run_file.spec.data.captions.dropout, run_file.spec.hyperparameters.seed),
         funnel=outcome,
         fingerprint=fingerprint,
@@ -83,9 +87,9 @@ class _Team:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be in the cache."""
+    """What is to be in the cache: samples with the keys of their latents."""
 
-    samples: Sequence[Sample]
+    keyed: Sequence[tuple[Sample, bytes]]
     encoding: Encoding
     cache: Cache
 
@@ -134,13 +138,9 @@ def _fill(run_file: RunFile, family: Family, team: _Team, work: _Work) -> dict[b
         limits=Limits(),
     )
     encoding = work.encoding
-    captions = sorted({EMPTY, *(caption for sample in work.samples for caption in sample.captions)})
+    captions = sorted({EMPTY, *(caption for sample, _ in work.keyed for caption in sample.captions)})
     texts = [TextJob(encoding.text_key(caption), caption) for caption in captions]
-    keys = [encoding.latent_key(sample.content, sample.placement) for sample in work.samples]
-    files = {
-        key: LatentJob(key, sample.path, sample.content, sample.placement)
-        for key, sample in zip(keys, work.samples, strict=True)
-    }
+    files = {key: LatentJob(key, sample.path, sample.content, sample.placement) for sample, key in work.keyed}
     if team.share.index == 0:
         remove_leftovers(work.cache.folder)
     try:
@@ -168,37 +168,21 @@ def _wait_for(cache: Cache, keys: Set[bytes]) -> None:
         time.sleep(1.0)
 
 
-def _without(
-    samples: Sequence[Sample], rejected: Mapping[bytes, str], encoding: Encoding, funnel: Funnel
-) -> list[Sample]:
-    kept = []
-    for sample in samples:
-        reason = rejected.get(encoding.latent_key(sample.content, sample.placement))
-        if reason is None:
-            kept.append(sample)
-        else:
-            funnel.reject(sample.name, Fate.UNREADABLE, reason)
-    return kept
-
-
-def _columns(samples: Sequence[Sample], encoding: Encoding, cache: Cache) -> tuple[Columns, str]:
+def _columns(keyed: Sequence[tuple[Sample, bytes]], encoding: Encoding, cache: Cache) -> tuple[Columns, str]:
     """The samples as rows of the cache, and a digest over all of them."""
     digest = hashlib.sha256()
-    text_keys = {caption: encoding.text_key(caption) for sample in samples for caption in sample.captions}
+    text_keys = {caption: encoding.text_key(caption) for sample, _ in keyed for caption in sample.captions}
     latents, captions, first = [], [], [0]
-    for sample in samples:
-        keys = [
-            encoding.latent_key(sample.content, sample.placement),
-            *(text_keys[caption] for caption in sample.captions),
-        ]
+    for sample, key in keyed:
+        keys = [key, *(text_keys[caption] for caption in sample.captions)]
         digest.update(repr((keys, sample.repeats)).encode())
         latents.append(_row(cache, keys[0]))
         captions += [_row(cache, key) for key in keys[1:]]
         first.append(len(captions))
     columns = Columns(
-        names=[sample.name for sample in samples],
+        names=[sample.name for sample, _ in keyed],
         latents=np.array(latents, np.int64),
-        sizes=np.array([sample.placement.sizes for sample in samples], np.int32),
+        sizes=np.array([sample.placement.sizes for sample, _ in keyed], np.int32),
         captions=np.array(captions, np.int64),
         first=np.array(first, np.int64),
         empty_caption=_row(cache, encoding.text_key(EMPTY)),

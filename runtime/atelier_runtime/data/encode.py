@@ -7,8 +7,9 @@ by the first rank-round that needs them and freed at the end. Batches shrink whe
 import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from atelier_runtime.data.buckets import Bucket, Placement
 from atelier_runtime.data.cache import Cache, ShardWriter
 from atelier_runtime.data.collective import Announcer, Ranks, Share, gather, in_rounds
-from atelier_runtime.data.image import UnreadableError, fit, read_picture
+from atelier_runtime.data.image import fit, read_picture
 from atelier_runtime.data.keys import content_sha256, file_sha256
 from atelier_runtime.data.scan import ClipRule
 from atelier_runtime.data.video import read_clip
@@ -134,11 +135,13 @@ class Builder:
         size = max(1, min(self._limits.round_samples, self._limits.round_pixels // largest))
         budget = Budget(self._limits.batch_pixels, self._limits.batch_samples)
         with ThreadPoolExecutor(self._threads) as pool:
+            # The next round is decoded while this one is on the device.
+            contents = _read_ahead(pool, missing, rule, ahead=2 * size)
 
             def work(chunk: Sequence[LatentJob]) -> tuple[int, list[tuple[bytes, str]]]:
                 rejected: list[tuple[bytes, str]] = []
                 for bucket, group in groupby(chunk, key=lambda job: job.placement.bucket):
-                    read = list(pool.map(lambda job: _read(job, rule), group))
+                    read = [(job, next(contents)) for job in group]
                     rejected += [(job.key, pixels) for job, pixels in read if isinstance(pixels, str)]
                     usable = [(job, pixels) for job, pixels in read if not isinstance(pixels, str)]
                     entries = budget.run(usable, _pixels(bucket), self._encode_pixels)
@@ -241,20 +244,31 @@ class Budget:
         return results
 
 
-def _read(job: LatentJob, rule: ClipRule | None) -> tuple[LatentJob, Tensor | str]:
+def _read_ahead(
+    pool: ThreadPoolExecutor, jobs: Sequence[LatentJob], rule: ClipRule | None, *, ahead: int
+) -> Iterator[Tensor | str]:
+    """What `_read` gives for each job, in order, with up to `ahead` of them read or being read before they are asked for."""
+    waiting: deque[Future[Tensor | str]] = deque()
+    for job in jobs:
+        waiting.append(pool.submit(_read, job, rule))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _read(job: LatentJob, rule: ClipRule | None) -> Tensor | str:
     """Pixels of a file, or why there are none: it was readable before, but may have changed since."""
     changed = "it changed while the cache was built"
     try:
         if rule is None:
             data = Path(job.path).read_bytes()
-            if content_sha256(data) != job.content:
-                return job, changed
-            return job, fit(read_picture(data), job.placement)
+            return fit(read_picture(data), job.placement) if content_sha256(data) == job.content else changed
         if file_sha256(Path(job.path)) != job.content:
-            return job, changed
-        return job, read_clip(Path(job.path), rule.frames, rule.fps, job.placement)
-    except (UnreadableError, OSError) as error:
-        return job, str(error)
+            return changed
+        return read_clip(Path(job.path), rule.frames, rule.fps, job.placement)
+    except Exception as error:  # whatever a decoder raises, one bad file must not end the run
+        return str(error) or type(error).__name__
 
 
 def _pixels(bucket: Bucket) -> int:

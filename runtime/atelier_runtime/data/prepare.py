@@ -6,15 +6,15 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from atelier_api.errors import ConfigError
 from atelier_api.families import FamilyFacts
 from atelier_api.run_file import RunFile
-from atelier_api.v1alpha1.data import Data
+from atelier_api.v1alpha1.data import Captions, Data
 from atelier_runtime.data.buckets import Placement, alignment, bucket_for, enlargement, place
 from atelier_runtime.data.captions import alternatives
-from atelier_runtime.data.collective import Announcer, Ranks, Share, in_rounds, on_rank_zero
+from atelier_runtime.data.collective import Announcer, Ranks, Share, gather, in_rounds, on_rank_zero
 from atelier_runtime.data.funnel import Fate, Funnel
 from atelier_runtime.data.keys import crop_draw
 from atelier_runtime.data.scan import CaptionText, ClipRule, Probe, ScanMemory, in_threads, probe, read_caption
@@ -150,10 +150,10 @@ class Scan:
         objects = on_rank_zero(self._ranks, lambda: list_objects(uri, s3, extensions(self._rule)))
         copy = RemoteCopy(uri, s3, objects, self._cache)
         missing = copy.missing(self._share)
-        done = 0
+        total, done = sum(gather(self._ranks, len(missing))), 0
         for answers in in_rounds(self._ranks, missing, 64, copy.fetch):
             done += sum(answers)
-            self._announcer.tell(f"fetching {uri}", done, len(objects))
+            self._announcer.tell(f"fetching {uri}", done, total)
         return copy
 
 
@@ -164,7 +164,7 @@ def select(scanned: Sequence[Scanned], run_file: RunFile, facts: FamilyFacts, fu
     align = alignment(data, facts)
     samples = []
     for item in scanned:
-        name, seen = item.found.name, item.probe
+        name, seen = _display_name(item.found, data), item.probe
         if seen.reason:
             funnel.reject(name, Fate.UNREADABLE, seen.reason)
             continue
@@ -181,18 +181,30 @@ def select(scanned: Sequence[Scanned], run_file: RunFile, facts: FamilyFacts, fu
             )
             funnel.reject(name, Fate.TOO_SMALL, reason)
             continue
-        captions = alternatives(item.caption.text if item.caption else None, data.captions)
+        captions, reason = _captions(item.caption, data.captions)
         if not captions:
-            unread = item.caption.reason if item.caption else ""
-            funnel.reject(
-                name, Fate.NO_CAPTION, unread or "no caption file with text, and spec.data.captions.fallback is not set"
-            )
+            funnel.reject(name, Fate.NO_CAPTION, reason)
             continue
         draw = crop_draw(seed, seen.content) if data.crop == "random" else None
         placement = place(seen.width, seen.height, bucket, draw)
         repeats = data.sources[item.found.source].repeats
         samples.append(Sample(name, item.found.file.path, seen.content, placement, captions, repeats))
     return samples
+
+
+def _captions(caption: CaptionText | None, spec: Captions) -> tuple[tuple[str, ...], str]:
+    """The texts of a sample, or none and why. A caption file that cannot be read is not covered up by the fallback."""
+    if caption is not None and caption.text is None:
+        return (), caption.reason
+    texts = alternatives(caption.text if caption else None, spec)
+    return texts, "no caption file with text, and spec.data.captions.fallback is not set"
+
+
+def _display_name(found: Found, data: Data) -> str:
+    """How a file is called in messages: its name below the source, behind the source's own where there are several."""
+    if len(data.sources) == 1:
+        return found.name
+    return f"{PurePosixPath(data.sources[found.source].uri).name}/{found.name}"
 
 
 def _remember(memory: ScanMemory, scanned: Collection[Scanned]) -> None:

@@ -39,9 +39,11 @@ def read_clip(path: Path, frames: int, fps: float, placement: Placement) -> Tens
 
 
 def probe_clip(path: Path, frames: int, fps: float) -> ClipFacts:
-    """Decodes what training would use, without converting it. Raises UnreadableError where that fails."""
+    """Decodes what training would use. Raises UnreadableError where that fails."""
     count, width, height = 0, 0, 0
     for frame in _resampled(path, frames, fps):
+        if count == 0:
+            _upright(frame)  # its pixel format can be converted
         count += 1
         width, height = _square_pixel_size(frame)
     return ClipFacts(width, height, count)
@@ -104,7 +106,10 @@ def _decoded(path: Path) -> Iterator[_Decoded]:
 
 def _upright(frame: _Decoded) -> Image.Image:
     """The frame as RGB, turned by the rotation that phones write beside it. Pixels may be non-square still: `fit` resizes."""
-    array = frame.picture.to_ndarray(format="rgb24")
+    try:
+        array = frame.picture.to_ndarray(format="rgb24")
+    except (av.error.FFmpegError, ValueError) as error:
+        raise UnreadableError(f"its pixel format {frame.picture.format.name} cannot be converted ({error})") from error
     turns = _quarter_turns(frame)
     return Image.fromarray(np.ascontiguousarray(np.rot90(array, turns)) if turns else array)
 

@@ -1,7 +1,7 @@
 """Flux.1: a flow transformer, first with two streams and then with one, distilled on guidance in most of its checkpoints.
 
-Latents [B, 16, H/8, W/8] enter as 2 x 2 patches, [B, HW/256, 64]; time is sigma itself. Text: T5 tokens, padded and without mask, so the
-length is part of the model, and CLIP's pooled vector. Source: diffusers' `pipeline_flux.py` and `transformer_flux.py`.
+Latents [B, 16, H/8, W/8] enter as 2 x 2 patches, [B, HW/256, 64]; time is sigma itself. Text: T5 tokens, padded and without mask,
+so the length is part of the model, and CLIP's pooled vector. Source: diffusers' `pipeline_flux.py` and `transformer_flux.py`.
 """
 
 from collections.abc import Sequence
@@ -65,6 +65,6 @@ def _positions(rows: int, columns: int, like: Tensor) -> Tensor:
 
 
 def _t5_tokens(pipe: Any) -> int:
-    """512, or 256 for the timestep-distilled checkpoint, which alone has a scheduler without dynamic shift; or what the tokenizer allows."""
+    """512, or 256 for the timestep-distilled checkpoint, which alone has no dynamic shift; less where the tokenizer allows no more."""
     trained = 512 if pipe.scheduler.config.get("use_dynamic_shifting") else 256
     return min(trained, pipe.tokenizer_2.model_max_length)

@@ -443,6 +443,25 @@ def test_sources_are_trained_together_each_with_its_repeats(tmp_path: Path, chec
     assert len(dataset) == 5
     assert dataset.order.samples_per_epoch == 2 * 3 + 3
     assert family.pictures == 3  # 000 and 001 are the same files in both
+    assert sorted(all_samples(dataset)) == ["a/000.png", "a/001.png", "b/000.png", "b/001.png", "b/002.png"]
+
+
+def test_a_source_named_twice_is_trained_on_twice(tmp_path: Path, checkpoint: Path) -> None:
+    write_pictures(tmp_path / "a", [(40, 40)] * 2)
+    dataset, family = build(training_run_file(tmp_path, [tmp_path / "a"] * 2, checkpoint))
+    assert (len(dataset), dataset.order.samples_per_epoch, family.pictures) == (4, 4, 2)
+
+
+def test_the_fallback_is_for_missing_captions_not_for_broken_ones(tmp_path: Path, checkpoint: Path) -> None:
+    write_pictures(tmp_path / "a", [(40, 40)] * 3)
+    (tmp_path / "a" / "000.txt").unlink()
+    (tmp_path / "a" / "001.txt").write_bytes(b"\xff\xfe")
+    run = training_run_file(
+        tmp_path, [tmp_path / "a"], checkpoint, data={"captions": {"fallback": "a thing", "trigger": "sks"}}
+    )
+    dataset, family = build(run)
+    assert sorted(family.captions) == ["", "sks, a picture 2", "sks, a thing"]
+    assert list(dataset.funnel.rejected) == ["001.png"]
 
 
 def test_progress_is_told_with_counts(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:

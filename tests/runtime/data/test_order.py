@@ -29,12 +29,12 @@ def sample_sets(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(sample_sets(), st.integers(1, 7), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2))
+@given(sample_sets(), st.integers(1, 7), st.integers(1, 4), st.integers(1, 9), st.integers(0, 2))
 def test_over_an_epoch_the_ranks_together_see_every_sample_repeats_plus_one_times(
-    samples: tuple[list[int], list[int]], world_size: int, micro_batch_size: int, accumulation: int, epoch: int
+    samples: tuple[list[int], list[int]], world_size: int, micro_batch_size: int, per_rank: int, epoch: int
 ) -> None:
     buckets, repeats = samples
-    order = make_order(buckets, repeats, world_size * micro_batch_size * accumulation)
+    order = make_order(buckets, repeats, world_size * per_rank)
     seen: Counter[int] = Counter()
     first = epoch * order.steps_per_epoch
     for step in range(first, first + order.steps_per_epoch):

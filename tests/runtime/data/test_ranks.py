@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import signal
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ import pytest
 
 import data_worker
 from atelier_api.run_file import RunFile
+from data_worker import Mischief
 from tiny_data import training_run_file, write_pictures, write_truncated_picture
 from tiny_families import save_tiny
 
+NONE = Mischief()
 pytestmark = pytest.mark.processes
 
 
@@ -30,13 +31,13 @@ def run(tmp_path: Path, checkpoint: Path) -> RunFile:
     return training_run_file(tmp_path, [tmp_path / "pictures"], checkpoint, hyperparameters={"globalBatchSize": 6})
 
 
-def start(run: RunFile, folder: Path, world_size: int, *, kill_after: int = sys.maxsize) -> list[dict[str, Any] | int]:
+def start(run: RunFile, folder: Path, world_size: int, mischief: Mischief = NONE) -> list[dict[str, Any] | int]:
     """What each rank wrote, or its exit code where it wrote nothing. Forked: importing the libraries again takes far longer."""
     folder.mkdir()
     run.write(folder / "run.json")
     context = multiprocessing.get_context("fork")
     ranks = [
-        context.Process(target=data_worker.main, args=(folder / "run.json", rank, world_size, kill_after))
+        context.Process(target=data_worker.main, args=(folder / "run.json", rank, world_size, mischief))
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -78,7 +79,7 @@ def test_ranks_divide_the_work_and_train_on_one_order_whatever_their_number(tmp_
 
 
 def test_a_killed_build_goes_on_with_what_it_had_committed(tmp_path: Path, run: RunFile) -> None:
-    [code] = start(run, tmp_path / "killed", 1, kill_after=4)
+    [code] = start(run, tmp_path / "killed", 1, Mischief(kill_after=4))
     assert code == -signal.SIGKILL
     results: Any = start(run, tmp_path / "again", 1)
     [result] = results
@@ -95,3 +96,19 @@ def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path, run: RunFile) -> 
     results: Any = start(broken, tmp_path / "broken", 2)
     assert [result["error"] for result in results] == ["DataError"] * 2
     assert all("/nowhere" in result["message"] for result in results)
+
+
+def test_a_stop_that_reaches_one_rank_ends_all_and_keeps_what_was_encoded(tmp_path: Path, run: RunFile) -> None:
+    results: Any = start(run, tmp_path / "stopped", 2, Mischief(stop_rank=1))
+    assert [result["error"] for result in results] == ["StopAsked"] * 2
+    again: Any = start(run, tmp_path / "again", 1)
+    assert again[0]["pictures"] == 3  # each rank had finished a round of two
+    assert again[0]["captions"] == 0
+
+
+def test_nodes_that_share_no_folder_fill_a_cache_each(tmp_path: Path, run: RunFile) -> None:
+    results: Any = start(run, tmp_path / "apart", 2, Mischief(cache_per_rank=True))
+    assert [result["pictures"] for result in results] == [7, 7]
+    assert [result["captions"] for result in results] == [8, 8]
+    assert results[0]["hash"] == results[1]["hash"]
+    assert sorted(len(step) for step in slots_by_step(results)) == [2, 2, 6, 6]

@@ -5,21 +5,19 @@ one, so nothing but the comparison with the pipeline would reveal it.
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter
-from family_cases import CASES, FROM_GRID, FRAMES, GUIDANCE_OFF, GUIDED_CALL, PROMPTS, TO_GRID, Case, Recording, make_case, record
-from tiny_families import save_tiny
 from torch import Tensor, nn
 
+from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter
 from atelier_runtime import adapters, components
-from atelier_runtime.family import Conditions
+from atelier_runtime.family import Blocks, Conditions
+from family_cases import CASES, FRAMES, FROM_GRID, PROMPTS, Case, make_case, record, sampling_arguments, walk
+from tiny_families import save_tiny
 
-GUIDANCE = 3.0
 LEVELS = (0.3, 0.9)
 
 
@@ -34,51 +32,18 @@ def fresh(request: pytest.FixtureRequest) -> Case:
     return make_case(request.param)
 
 
-def predicted(case: Case, denoiser: nn.Module, conditions: Conditions, levels: tuple[float, ...] = LEVELS) -> tuple[Tensor, Tensor]:
+def predicted(
+    case: Case, denoiser: nn.Module, conditions: Conditions, levels: tuple[float, ...] = LEVELS
+) -> tuple[Tensor, Tensor]:
     """(prediction, target) for as many real samples as there are levels."""
     noisy, time, target = case.noised(case.latents(len(levels)), levels)
     return case.family.predict(denoiser, noisy, time, conditions), target
 
 
-def guide(case: Case, positive: Tensor, negative: Tensor) -> Tensor:
-    """The pipeline's classifier-free guidance of 3. Z-Image counts it from the prompted prediction."""
-    base = positive if case.family.name == "z_image" else negative
-    return base + GUIDANCE * (positive - negative)
-
-
-def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """(our latents, the pipeline's) after every step of its schedule, ours made with the family's text and prediction alone."""
-    pipe, family = case.pipe, case.family
-    to_grid = TO_GRID.get(family.name, lambda _, latents: latents)
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    args, kwargs = recording.set_timesteps
-    scheduler.set_timesteps(*args, **kwargs)
-    embedded = GUIDANCE_OFF["flux"] if family.name == "flux" else None
-    prompts = [PROMPTS[0], ""] if guided else [PROMPTS[0]]
-    conditions = case.conditions(prompts, guidance=embedded)
-    assert recording.start is not None
-    latents = to_grid(pipe, recording.start)
-    for t, theirs in zip(scheduler.timesteps, recording.after, strict=True):
-        if family.facts.objective == "flow":
-            model_input, time = latents, (t / 1000).float()
-        else:
-            model_input, time = scheduler.scale_model_input(latents, t), t.long()
-        denoiser = case.denoiser_at(float(t) / 1000)
-        prediction = family.predict(denoiser, model_input.expand(len(prompts), *latents.shape[1:]), time.expand(len(prompts)), conditions)
-        output = guide(case, prediction[:1], prediction[1:]) if guided else prediction
-        latents = scheduler.step(output, t, latents, return_dict=False)[0]
-        yield latents, to_grid(pipe, theirs)
-
-
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @torch.no_grad()
 def test_sampling_with_the_family_follows_the_stock_pipeline_step_by_step(case: Case, guided: bool) -> None:
-    name = case.family.name
-    off = GUIDANCE_OFF.get(name, 1.0)
-    arguments = case.family.sampling_arguments(case.pipe, case.request(GUIDANCE if guided else off))
-    if guided and name in GUIDED_CALL:
-        arguments |= {"guidance_scale": off} | GUIDED_CALL[name]
-    recording = record(case.pipe, arguments)
+    recording = record(case.pipe, sampling_arguments(case, guided=guided))
     assert len(recording.after) == 4
     for ours, theirs in walk(case, recording, guided=guided):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -86,7 +51,9 @@ def test_sampling_with_the_family_follows_the_stock_pipeline_step_by_step(case: 
 
 @pytest.mark.parametrize("deviation", [0.0, 1.0], ids=["mean", "one standard deviation"])
 @torch.no_grad()
-def test_the_pipeline_decodes_our_latents_to_what_the_autoencoder_makes_of_its_own(case: Case, deviation: float) -> None:
+def test_the_pipeline_decodes_our_latents_to_what_the_autoencoder_makes_of_its_own(
+    case: Case, deviation: float
+) -> None:
     pipe, pixels = case.pipe, case.pixels(1)
     posterior = pipe.vae.encode(pixels).latent_dist
     latents = case.family.encode_pixels(pipe, pixels)
@@ -120,11 +87,14 @@ def test_a_batch_of_two_prompts_of_unequal_length_equals_the_two_alone(case: Cas
     for denoiser in case.denoisers.values():
         together = case.family.predict(denoiser, noisy, time, case.conditions(PROMPTS))
         alone = [
-            case.family.predict(denoiser, noisy[i : i + 1], time[i : i + 1], case.conditions([PROMPTS[i]])) for i in (0, 1)
+            case.family.predict(denoiser, noisy[i : i + 1], time[i : i + 1], case.conditions([PROMPTS[i]]))
+            for i in (0, 1)
         ]
         torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
         losses = [(one - target[i : i + 1]).square().mean() for i, one in enumerate(alone)]
-        torch.testing.assert_close((together - target).square().mean(), torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            (together - target).square().mean(), torch.stack(losses).mean(), atol=1e-5, rtol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -146,7 +116,11 @@ def test_every_lora_matrix_gets_a_gradient_and_nothing_else(fresh: Case) -> None
         prediction, target = predicted(fresh, denoiser, conditions)
         (prediction - target).square().mean().backward()
         assert [name for name, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()] == []
-        assert [name for name, parameter in denoiser.named_parameters() if parameter.grad is not None and name not in trained] == []
+        assert [
+            name
+            for name, parameter in denoiser.named_parameters()
+            if parameter.grad is not None and name not in trained
+        ] == []
 
 
 def test_full_rank_reaches_every_parameter_but_the_frozen_ones(fresh: Case) -> None:
@@ -196,7 +170,12 @@ def test_recomputing_activations_changes_neither_loss_nor_gradients(fresh: Case)
             prediction, target = predicted(fresh, denoiser, conditions)
             loss = (prediction - target).square().mean()
             loss.backward()
-            results.append((loss.detach(), {name: p.grad.clone() for name, p in adapters.trainable(denoiser).items() if p.grad is not None}))
+            results.append(
+                (
+                    loss.detach(),
+                    {name: p.grad.clone() for name, p in adapters.trainable(denoiser).items() if p.grad is not None},
+                )
+            )
         (loss_off, gradients_off), (loss_on, gradients_on) = results
         assert torch.equal(loss_off, loss_on)
         assert gradients_off.keys() == gradients_on.keys()
@@ -204,7 +183,9 @@ def test_recomputing_activations_changes_neither_loss_nor_gradients(fresh: Case)
             torch.testing.assert_close(gradient, gradients_on[name], atol=1e-7, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("adapter", [FullAdapter(type="full"), LoraAdapter(rank=8, targets=["all"])], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "adapter", [FullAdapter(type="full"), LoraAdapter(rank=8, targets=["all"])], ids=["full", "lora"]
+)
 def test_the_loss_falls_on_four_real_samples(fresh: Case, adapter: Any) -> None:
     name, denoiser = next(iter(fresh.denoisers.items()))
     stage = next(s for s in fresh.family.stages(dict(fresh.pipe.config), tuple(fresh.denoisers)) if s.denoiser == name)
@@ -239,33 +220,38 @@ def test_a_bf16_forward_pass_is_close_to_fp32(case: Case, tmp_path: Path) -> Non
 
 def test_blocks_are_lists_of_modules_that_return_the_streams_they_claim(case: Case) -> None:
     denoiser = next(iter(case.denoisers.values()))
-    conditions = case.conditions(PROMPTS)
     clean = case.latents(2)
     grid, patch = clean.shape[2:], case.family.facts.patch
     tokens = (grid[0] if len(grid) == 3 else 1) * (grid[-2] // patch) * (grid[-1] // patch)
     for part in case.family.blocks:
         blocks = denoiser.get_submodule(part.attribute)
         assert isinstance(blocks, nn.ModuleList)
-        seen: list[Any] = []
-        handles = [block.register_forward_hook(lambda *hook: seen.append(hook[2])) for block in blocks]
-        with torch.no_grad():
-            predicted(case, denoiser, conditions)
-        for handle in handles:
-            handle.remove()
-        assert len(seen) == len(blocks)
-        for output in seen:
-            check_streams(part.attribute, part.streams, output, tokens)
+        outputs = outputs_of(case, denoiser, blocks)
+        assert len(outputs) == len(blocks)
+        for output in outputs:
+            check_streams(part, output, tokens)
 
 
-def check_streams(attribute: str, streams: str, output: Any, tokens: int) -> None:
-    if streams == "maps":
+@torch.no_grad()
+def outputs_of(case: Case, denoiser: nn.Module, blocks: nn.ModuleList) -> list[Any]:
+    """What the blocks return in one forward pass."""
+    seen: list[Any] = []
+    handles = [block.register_forward_hook(lambda *hook: seen.append(hook[2])) for block in blocks]
+    predicted(case, denoiser, case.conditions(PROMPTS))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def check_streams(part: Blocks, output: Any, tokens: int) -> None:
+    if part.streams == "maps":
         first = output[0] if isinstance(output, tuple) else output
         assert first.ndim == 4
-    elif "," in streams:
+    elif "," in part.streams:
         assert len(output) == 2
-        picture = output[streams.split(",").index("tokens")]
+        picture = output[part.streams.split(",").index("tokens")]
         assert picture.shape[1] == tokens
-    elif "|" in streams:
+    elif "|" in part.streams:
         assert output.shape[1] > tokens
-    elif attribute != "context_refiner":  # its tokens are the text's
+    elif part.attribute != "context_refiner":  # its tokens are the text's
         assert output.shape[1] >= tokens

@@ -1,0 +1,51 @@
+"""The `atelier` command. Each subcommand is a module; what it needs is imported when it runs, so that help comes at once."""
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
+
+from atelier_cli import models, plan, report, run, terminal, validate
+
+USAGE_ERROR = 64
+INTERNAL_ERROR = 70
+
+
+class Commands(TyperGroup):
+    """Turns every error into its exit code and one line per mistake; only a bug shows a traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except TyperException as error:
+            terminal.say_errors(error.format_message())
+            raise typer.Exit(USAGE_ERROR) from error
+        except Exception as error:
+            from atelier_api.errors import RunError
+
+            if isinstance(error, RunError):
+                terminal.say_errors(str(error))
+                raise typer.Exit(int(error.exit_code)) from error
+            terminal.say_bug(error)
+            raise typer.Exit(INTERNAL_ERROR) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Fine-tune diffusion models from one YAML file.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(run.run)
+app.command()(plan.plan)
+app.command()(validate.validate)
+app.command()(models.models)
+app.command()(report.report)
+
+if __name__ == "__main__":
+    app()

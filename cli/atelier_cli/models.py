@@ -1,0 +1,63 @@
+"""`atelier models`: what can be trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from atelier_cli import terminal
+
+if TYPE_CHECKING:
+    from atelier_api.families import FamilyFacts
+
+
+def models(name: Annotated[str | None, typer.Argument(help="A family, for its checkpoints and rules.")] = None) -> None:
+    """List the model families, or the checkpoints and rules of one."""
+    from atelier_api.errors import ConfigError
+    from atelier_api.families import FAMILIES
+    from atelier_api.problem import choice
+
+    if name is None:
+        rows = [
+            (facts.name, facts.title, facts.modality, facts.objective, _sizes(facts), facts.licence)
+            for facts in FAMILIES.values()
+        ]
+        terminal.table(("FAMILY", "MODEL", "KIND", "OBJECTIVE", "PARAMETERS", "LICENCE"), rows)
+        return
+    if name not in FAMILIES:
+        raise ConfigError(f"there is no family {name}; {choice(name, FAMILIES)}")
+    _show(FAMILIES[name])
+
+
+def _sizes(facts: FamilyFacts) -> str:
+    sizes = sorted({flavour.parameters for flavour in facts.flavours})
+    return ", ".join(dict.fromkeys(terminal.parameters(size) for size in sizes))
+
+
+def _show(facts: FamilyFacts) -> None:
+    terminal.say(f"{facts.name}: {facts.title}", style="bold")
+    shift = facts.shift if isinstance(facts.shift, str) else f"{facts.shift:g}"
+    rows = [
+        ("kind", facts.modality),
+        ("objective", facts.objective),
+        ("shift", shift),
+        ("pixels", f"edges are multiples of {facts.pixel_multiple}"),
+        ("licence", facts.licence),
+    ]
+    if facts.frame_rule is not None:
+        multiple, rest = facts.frame_rule
+        rows.insert(4, ("frames", f"{multiple}n + {rest}"))
+    if facts.frame_rate is not None:
+        rows.insert(5, ("rate", f"{facts.frame_rate:g} frames per second"))
+    terminal.facts(rows)
+    terminal.say()
+    flavours = [
+        (flavour.name, flavour.source, _denoiser(flavour.parameters, flavour.experts), terminal.parameters(flavour.encoder_parameters))
+        for flavour in facts.flavours
+    ]
+    terminal.table(("FLAVOUR", "SOURCE", "DENOISER", "TEXT ENCODERS"), flavours, right=(2, 3))
+
+
+def _denoiser(parameters: int, experts: int) -> str:
+    return terminal.parameters(parameters) if experts == 1 else f"{experts} × {terminal.parameters(parameters)}"

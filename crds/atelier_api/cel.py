@@ -1,0 +1,186 @@
+"""The rules between fields as CEL, for the CRD: what the API server can check without us.
+
+Every rule belongs to `spec` and names the field that it is about. Defaults are filled in before CEL runs, so a field with a default
+is there; a field that may be null is absent when it is (`has`). Each has a twin in `rules`, which alone also knows whether a
+target is a regular expression, and that `a/` and `a` are one folder.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from atelier_api.families import FAMILIES
+from atelier_api.fields import MISSING
+from atelier_api.options import ONLY, Only, node_at
+from atelier_api.rules import COARSE_ALIGNMENT, FINE_BELOW, HUB_URI, S3_URI, SCHEME
+
+WORLD = (
+    "self.parallelism.nodes * (self.parallelism.gpusPerNode > 0 ? self.parallelism.gpusPerNode : "
+    "(has(self.parallelism.processesPerNode) ? self.parallelism.processesPerNode : 1))"
+)
+MICRO = "(has(self.hyperparameters.microBatchSize) ? self.hyperparameters.microBatchSize : 1)"
+
+
+@dataclass(frozen=True)
+class CelRule:
+    """A condition that must be true of `self`, the spec. `field` is the path below spec that the message is about."""
+
+    field: str
+    rule: str
+    message: str
+
+
+def spec_rules() -> list[CelRule]:
+    """All rules between the fields of a spec."""
+    return [*_plain_rules(), *_location_rules(), *_family_rules(), *_option_rules()]
+
+
+def _plain_rules() -> Iterator[CelRule]:
+    checkpoint = "self.storage.checkpoint"
+    yield CelRule(
+        "storage.checkpoint",
+        f"{checkpoint}.everySteps > 0 || {checkpoint}.everySeconds > 0",
+        "everySteps and everySeconds are both 0; at least one must be positive",
+    )
+    lora = [name for name in node_at("adapter").variants["lora"] if name != "type"]
+    yield CelRule(
+        "adapter",
+        "self.adapter.type == 'lora' || !(" + " || ".join(f"has(self.adapter.{name})" for name in lora) + ")",
+        f"{', '.join(lora)} belong to type lora",
+    )
+    yield CelRule(
+        "parallelism.processesPerNode",
+        "!has(self.parallelism.processesPerNode) || self.parallelism.gpusPerNode == 0",
+        "only for gpusPerNode 0; with GPUs there is one process for each",
+    )
+    yield CelRule(
+        "parallelism.strategy",
+        f"self.parallelism.strategy != 'single' || {WORLD} == 1",
+        "single needs one process; use ddp or fsdp2",
+    )
+    yield CelRule(
+        "parallelism.deviceMemory",
+        "!has(self.parallelism.deviceMemory) || self.parallelism.deviceMemory.matches('[1-9]')",
+        'must be more than 0, such as "80Gi"',
+    )
+    yield CelRule(
+        "hyperparameters.globalBatchSize",
+        f"self.hyperparameters.globalBatchSize % ({WORLD} * {MICRO}) == 0",
+        "must be a multiple of nodes × processes per node × microBatchSize",
+    )
+    yield CelRule(
+        "hyperparameters.schedule.warmupSteps",
+        "self.hyperparameters.schedule.warmupSteps <= self.hyperparameters.steps",
+        "must be at most spec.hyperparameters.steps",
+    )
+    yield CelRule(
+        "hyperparameters.optimizer.type",
+        "self.adapter.type != 'full' || self.hyperparameters.optimizer.type != 'adamw-bf16' || "
+        "self.hyperparameters.precision != 'fp32'",
+        "with adapter type full, adamw-bf16 needs precision bf16",
+    )
+    yield CelRule(
+        "publish.formats",
+        "self.adapter.type != 'full' || self.publish.formats.exists(format, format != 'kohya')",
+        "kohya is for LoRA; with adapter type full it must hold diffusers",
+    )
+
+
+def _location_rules() -> Iterator[CelRule]:
+    source = "self.model.source"
+    yield CelRule(
+        "model.source",
+        f"!{_matches(source, SCHEME)} || {_matches(source, HUB_URI, whole=True)}",
+        "must be a folder or hf://owner/name",
+    )
+    yield CelRule(
+        "model.revision",
+        f"!has(self.model.revision) || ({source}.startsWith('hf://') && !{source}.contains('@'))",
+        "only for an hf:// source without @revision",
+    )
+    message = "must be a folder or s3://bucket/prefix"
+    yield CelRule("storage.uri", _folder_or_s3("self.storage.uri"), message)
+    yield CelRule("data.sources", f"self.data.sources.all(source, {_folder_or_s3('source.uri')})", f"a uri {message}")
+
+
+def _family_rules() -> Iterator[CelRule]:
+    multiple = _by_family({name: facts.pixel_multiple for name, facts in FAMILIES.items()})
+    flavours = _by_family({name: [flavour.name for flavour in facts.flavours] for name, facts in FAMILIES.items()})
+    yield CelRule(
+        "model.flavour", f"!has(self.model.flavour) || self.model.flavour in {flavours}", "no flavour of this family"
+    )
+    yield CelRule(
+        "data.bucketAlign",
+        f"!has(self.data.bucketAlign) || self.data.bucketAlign % {multiple} == 0",
+        "must be a multiple of the family's pixels",
+    )
+    coarse = f"(self.data.resolution < {FINE_BELOW} ? {multiple} : {COARSE_ALIGNMENT})"
+    yield CelRule(
+        "data.resolution",
+        f"self.data.resolution >= (has(self.data.bucketAlign) ? self.data.bucketAlign : {coarse})",
+        "must be at least the alignment of the buckets",
+    )
+    for side in ("width", "height"):
+        field = f"self.validation.{side}"
+        message = "must be a multiple of the family's pixels"
+        yield CelRule(f"validation.{side}", f"!has({field}) || {field} % {multiple} == 0", message)
+    for name, facts in FAMILIES.items():
+        if facts.frame_rule is None:
+            continue
+        modulus, remainder = facts.frame_rule
+        other, message = f"self.model.family != '{name}'", f"must be {modulus}n+{remainder} for {name}"
+        fits = f"% {modulus} == {remainder % modulus}"
+        yield CelRule("data.clip.frames", f"{other} || self.data.clip.frames {fits}", message)
+        frames = "self.validation.frames"
+        yield CelRule("validation.frames", f"{other} || !has({frames}) || {frames} {fits}", message)
+
+
+def _option_rules() -> Iterator[CelRule]:
+    for only in ONLY:
+        for option in only.options:
+            yield CelRule(option, f"{_owned(only)} || {_is_default(option)}", only.reason)
+
+
+def _owned(only: Only) -> str:
+    if only.owner.startswith("family."):
+        fact = only.owner.removeprefix("family.")
+        names = [name for name, facts in FAMILIES.items() if getattr(facts, fact) in only.values]
+        return f"self.model.family in {_literal(names)}"
+    if not only.values:
+        return f"size(self.{only.owner}) > 0"
+    return f"self.{only.owner} in {_literal(list(only.values))}"
+
+
+def _is_default(option: str) -> str:
+    node, field = node_at(option), f"self.{option}"
+    assert node.default is not MISSING
+    if node.default is None:
+        return f"!has({field})"
+    if node.kind == "decimal":
+        return f"double({field}) == {float(node.default)!r}"
+    return f"{field} == {_literal(node.default)}"
+
+
+def _by_family(values: dict[str, Any]) -> str:
+    return f"{_literal(values)}[self.model.family]"
+
+
+def _folder_or_s3(field: str) -> str:
+    return f"(!{_matches(field, SCHEME)} || {_matches(field, S3_URI, whole=True)})"
+
+
+def _matches(field: str, pattern: str, *, whole: bool = False) -> str:
+    """`matches` finds a pattern anywhere, so both ends are anchored where they count."""
+    return f"{field}.matches({_literal(f'^({pattern})' + ('$' if whole else ''))})"
+
+
+def _literal(value: Any) -> str:
+    """A value as a CEL literal, with single quotes: JSON otherwise."""
+    if isinstance(value, str):
+        return "'" + json.dumps(value)[1:-1].replace("'", "\\'") + "'"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)

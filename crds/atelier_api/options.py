@@ -1,0 +1,106 @@
+"""Options that need another option, or a kind of family, to do anything. One table: the rules and the CRD are made from it.
+
+An option at its default counts as not given, because the API server fills in every default before anyone sees the object.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from atelier_api.families import FamilyFacts
+from atelier_api.fields import Node, tree
+from atelier_api.problem import Problem, refused
+from atelier_api.v1alpha1 import TrainingRunSpec
+
+
+@dataclass(frozen=True)
+class Only:
+    """Options that may differ from their default only where `owner` is one of `values`.
+
+    Options and owner are paths below `spec`. The owner `family.<fact>` is a fact of the model's family; without `values` the owner
+    is a list that must hold something.
+    """
+
+    options: tuple[str, ...]
+    owner: str
+    values: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """`only for loss huber`, `only for flow families`."""
+        if self.owner.startswith("family."):
+            return f"only for {' and '.join(self.values)} families"
+        if not self.values:
+            return f"only with spec.{self.owner}"
+        return f"only for {self.owner.rpartition('.')[2]} {' or '.join(self.values)}"
+
+
+ONLY = (
+    Only(
+        ("objective.prediction", "objective.minSnrGamma", "objective.noise.offset", "objective.noise.zeroTerminalSnr"),
+        "family.objective",
+        ("diffusion",),
+    ),
+    Only(
+        tuple(
+            f"objective.timesteps.{name}" for name in ("sampling", "logitMean", "logitScale", "betaA", "betaB", "shift")
+        ),
+        "family.objective",
+        ("flow",),
+    ),
+    Only(("data.clip.frames", "data.clip.fps", "validation.frames"), "family.modality", ("video",)),
+    Only(("objective.huberC",), "objective.loss", ("huber",)),
+    Only(
+        ("objective.timesteps.logitMean", "objective.timesteps.logitScale"),
+        "objective.timesteps.sampling",
+        ("logit-normal",),
+    ),
+    Only(("objective.timesteps.betaA", "objective.timesteps.betaB"), "objective.timesteps.sampling", ("beta",)),
+    Only(("objective.noise.zeroTerminalSnr",), "objective.prediction", ("v",)),
+    Only(("hyperparameters.schedule.end",), "hyperparameters.schedule.type", ("linear", "cosine", "polynomial")),
+    Only(("hyperparameters.schedule.power",), "hyperparameters.schedule.type", ("polynomial",)),
+    Only(
+        tuple(f"validation.{name}" for name in ("everySteps", "steps", "guidance", "width", "height", "frames")),
+        "validation.prompts",
+    ),
+)
+
+
+def unused(spec: TrainingRunSpec, facts: FamilyFacts | None) -> Iterator[Problem]:
+    """A problem for each option that would do nothing. Each option is named once, by its first reason."""
+    document = spec.model_dump(mode="json", by_alias=True)
+    told: set[str] = set()
+    for only in ONLY:
+        if only.owner.startswith("family.") and facts is None:
+            continue
+        owner = _owner(only, document, facts)
+        if owner in only.values or (not only.values and owner):
+            continue
+        for option in only.options:
+            value = look_up(document, option)
+            if option not in told and value != node_at(option).default:
+                told.add(option)
+                is_what = f", and {facts.name} is of {owner}" if facts and only.owner.startswith("family.") else ""
+                yield refused(f"spec.{option}", value, only.reason + is_what)
+
+
+def look_up(document: Mapping[str, Any], path: str) -> Any:
+    """The value at a path below `spec`, in wire form."""
+    value: Any = document
+    for name in path.split("."):
+        value = value[name]
+    return value
+
+
+def node_at(path: str) -> Node:
+    """The node at a path below `spec`."""
+    node = tree().fields["spec"]
+    for name in path.split("."):
+        node = node.fields[name]
+    return node
+
+
+def _owner(only: Only, document: Mapping[str, Any], facts: FamilyFacts | None) -> Any:
+    if only.owner.startswith("family."):
+        return getattr(facts, only.owner.removeprefix("family."))
+    return look_up(document, only.owner)

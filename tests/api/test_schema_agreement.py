@@ -1,0 +1,127 @@
+"""The CRD and the reader take the same documents: what one accepts, the other does, and they name the same fields."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from atelier_api.fields import Node, tree, walk
+from atelier_api.problem import Problem
+from atelier_api.read import problems
+from run_documents import Document, document, documents
+from structural_schema import violations
+
+quick = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+def blamed(found: list[Problem]) -> set[str]:
+    """The fields in problems as CEL names them: without indices."""
+    return {_without_index(problem.path) for problem in found}
+
+
+def _without_index(path: str) -> str:
+    return path.split("[", maxsplit=1)[0]
+
+
+@quick
+@given(documents())
+def test_rules_and_cel_refuse_the_same_fields(drawn: Document) -> None:
+    said = {_without_index(path) for path in violations(drawn)}
+    assert said == blamed(problems(drawn))
+
+
+@quick
+@given(documents(), st.data())
+def test_a_field_made_wrong_is_refused_by_both(drawn: Document, data: st.DataObject) -> None:
+    place, node = data.draw(st.sampled_from(list(_places(drawn, tree(), ()))))
+    wrong = data.draw(st.sampled_from(list(_wrong_values(node))))
+    broken = _with(drawn, place, wrong)
+    assert violations(broken)
+    assert problems(broken)
+
+
+NUMBERS = [
+    (path, node)
+    for path, node in walk(tree())
+    if node.kind in ("integer", "decimal") and path.startswith("spec.") and "[]" not in path
+]
+
+
+@pytest.mark.parametrize(("path", "node"), NUMBERS, ids=[path for path, _ in NUMBERS])
+def test_both_take_a_number_at_its_bounds_and_neither_takes_one_beyond(path: str, node: Node) -> None:
+    for value, allowed in _at_bounds(node):
+        changed = document(**{path.removeprefix("spec.").replace(".", "__"): value})
+        structural = [other for other in violations(changed) if other == path and _outside(changed, path)]
+        assert bool(structural) is not allowed, (value, structural)
+        told = [problem for problem in problems(changed) if problem.path == path and "must be" in problem.message]
+        assert any(node.bounds.text() in problem.message for problem in told) is not allowed, (value, told)
+
+
+def _outside(changed: Document, path: str) -> bool:
+    """Whether the violation is of the field itself, not of a rule: a document with the field alone has no sound structure."""
+    value: Any = changed
+    for name in path.split("."):
+        value = value[name]
+    node: Node = tree()
+    for name in path.split("."):
+        node = node.fields[name]
+    number, bounds = float(value), node.bounds
+    low = bounds.low is not None and (number < bounds.low or (bounds.low_excluded and number == bounds.low))
+    high = bounds.high is not None and (number > bounds.high or (bounds.high_excluded and number == bounds.high))
+    return low or high
+
+
+def _at_bounds(node: Node) -> Iterator[tuple[Any, bool]]:
+    wire = int if node.kind == "integer" else str
+    for bound, excluded, step in (
+        (node.bounds.low, node.bounds.low_excluded, -1),
+        (node.bounds.high, node.bounds.high_excluded, 1),
+    ):
+        if bound is not None:
+            yield wire(bound), not excluded
+            yield wire(bound + step), False
+
+
+def _places(value: Any, node: Node, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Node]]:
+    """Every field of a document below `spec`, with its node."""
+    if place[:1] == ("spec",) and value is not None:
+        yield place, node
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if name in node.fields:
+                yield from _places(item, node.fields[name], (*place, name))
+    if isinstance(value, list) and node.item is not None:
+        for index, item in enumerate(value):
+            yield from _places(item, node.item, (*place, index))
+
+
+def _wrong_values(node: Node) -> Iterator[Any]:
+    """Values that no field of this kind takes."""
+    yield {"unknownKey": 1} if node.fields else {"a": {}}
+    yield [[]]
+    if node.kind != "boolean":
+        yield True
+    if node.kind in ("string", "decimal"):
+        yield 7 if node.kind == "string" else "seven"
+    if node.kind == "integer":
+        yield "7"
+        yield 10**12
+    if node.choices:
+        yield "nothing-like-it"
+
+
+def _with(original: Document, place: tuple[Any, ...], value: Any) -> Document:
+    changed = copy.deepcopy(original)
+    block: Any = changed
+    for step in place[:-1]:
+        block = block[step]
+    block[place[-1]] = value
+    return changed

@@ -1,0 +1,113 @@
+"""The parts of a checkpoint folder: who loads what, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from atelier_api.errors import ConfigError
+from atelier_runtime import components
+from atelier_runtime.families import get_family
+from family_cases import CASES, FAMILY_OF, make_case
+from tiny_families import save_tiny
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("sd3", tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_a_saved_checkpoint_comes_back_in_parts_that_sample_alike(name: str, tmp_path: Path) -> None:
+    case = make_case(name)
+    save_tiny(name, tmp_path)
+    family = get_family(FAMILY_OF.get(name, name))
+    names = components.denoiser_names(family, tmp_path)
+    assert names == tuple(case.denoisers)
+    denoisers = {part: components.load_denoiser(tmp_path, part, torch.float32, CPU) for part in names}
+    pipe = components.load_pipeline(family, tmp_path, torch.float32, CPU, denoisers)
+    first, second = (
+        p(**family.sampling_arguments(p, case.request(None, steps=2)), output_type="latent", return_dict=False)[0]
+        for p in (case.pipe, pipe)
+    )
+    torch.testing.assert_close(first, second)
+
+
+def test_encoders_come_without_denoisers_and_without_gradients(folder: Path) -> None:
+    pipe = components.load_encoders(get_family("sd3"), folder, torch.bfloat16, CPU)
+    assert pipe.transformer is None
+    modules = [component for component in pipe.components.values() if isinstance(component, nn.Module)]
+    assert len(modules) == 4
+    for module in modules:
+        assert not module.training
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_a_denoiser_comes_in_the_asked_precision_and_without_gradients(folder: Path) -> None:
+    denoiser = components.load_denoiser(folder, "transformer", torch.bfloat16, CPU)
+    assert not denoiser.training
+    assert {parameter.dtype for parameter in denoiser.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in denoiser.parameters())
+
+
+def test_a_pipeline_takes_loaded_denoisers_as_they_are(folder: Path) -> None:
+    denoiser = components.load_denoiser(folder, "transformer", torch.float32, CPU).train().requires_grad_(True)
+    before = dict(denoiser.named_parameters())
+    pipe = components.load_pipeline(get_family("sd3"), folder, torch.bfloat16, CPU, {"transformer": denoiser})
+    assert pipe.transformer is denoiser
+    assert denoiser.training
+    for name, parameter in denoiser.named_parameters():
+        assert parameter is before[name]
+        assert parameter.dtype == torch.float32
+        assert parameter.requires_grad
+    assert pipe.vae.dtype == torch.bfloat16
+    assert not pipe.vae.training
+
+
+def test_configs_are_read_from_the_folder(folder: Path) -> None:
+    assert components.read_pipeline_config(folder)["_class_name"] == "StableDiffusion3Pipeline"
+    assert components.scheduler_config(folder)["shift"] == 3.0
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no model_index\.json; spec\.model\.source must be a checkpoint"):
+        components.read_pipeline_config(tmp_path)
+
+
+def test_a_damaged_config_is_refused_with_its_path(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": ')
+    with pytest.raises(ConfigError, match=r"model_index\.json is no valid JSON"):
+        components.read_pipeline_config(tmp_path)
+
+
+def test_a_checkpoint_of_another_family_is_refused_with_both_names(folder: Path) -> None:
+    expected = (
+        r"spec\.model\.family is 'flux', which trains checkpoints of FluxPipeline, but .* is a StableDiffusion3Pipeline"
+    )
+    for attempt in (
+        lambda: components.denoiser_names(get_family("flux"), folder),
+        lambda: components.load_encoders(get_family("flux"), folder, torch.float32, CPU),
+        lambda: components.load_pipeline(get_family("flux"), folder, torch.float32, CPU, {}),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            attempt()
+
+
+def test_a_checkpoint_without_its_denoiser_is_refused(tmp_path: Path) -> None:
+    index = {"_class_name": "WanPipeline", "transformer": [None, None], "vae": ["diffusers", "AutoencoderKLWan"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="has no component 'transformer', which family 'wan' trains"):
+        components.denoiser_names(get_family("wan"), tmp_path)
+    with pytest.raises(ConfigError, match="has no component 'transformer'"):
+        components.load_denoiser(tmp_path, "transformer", torch.float32, CPU)
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"spec\.model\.family is 'sd9'; allowed are flux, sd3, sdxl, wan, z_image"):
+        get_family("sd9")

@@ -1,0 +1,153 @@
+"""TrainingRun documents for tests: a small valid one to change, and hypothesis strategies drawn from the API's own fields."""
+
+import copy
+from typing import Any
+
+from hypothesis import strategies as st
+
+from atelier_api.families import FAMILIES
+from atelier_api.fields import MISSING, Node, tree
+from atelier_api.v1alpha1.base import format_decimal
+
+Document = dict[str, Any]
+
+SMALLEST: Document = {
+    "apiVersion": "atelier.dev/v1alpha1",
+    "kind": "TrainingRun",
+    "metadata": {"name": "small"},
+    "spec": {
+        "model": {"family": "flux", "source": "base"},
+        "data": {"sources": [{"uri": "pictures"}]},
+        "hyperparameters": {"steps": 10},
+    },
+}
+
+
+def document(**changes: Any) -> Document:
+    """The smallest document with values set below `spec`: `document(adapter__rank=0)`."""
+    result = copy.deepcopy(SMALLEST)
+    for path, value in changes.items():
+        *blocks, field = path.split("__")
+        block = result["spec"]
+        for name in blocks:
+            block = block.setdefault(name, {})
+        block[field] = value
+    return result
+
+
+PATTERN_EXAMPLES = {
+    r"^(auto|dynamic|none|[0-9]+(\.[0-9]+)?)$": ["auto", "dynamic", "none", "3.0", "12"],
+    r"^[0-9]+(Mi|Gi)$": ["80Gi", "512Mi", "0Gi", "24Gi"],
+    r"^https?://": ["https://s3.example", "http://127.0.0.1:9000"],
+    r"^[a-z]([-a-z0-9]*[a-z0-9])?$": ["a", "a-1", "run"],
+    r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$": ["default", "1a"],
+}
+"""Strings that match each pattern of the API."""
+
+EXAMPLES = {
+    "spec.model.family": [*FAMILIES],
+    "spec.model.flavour": ["dev", "2.1-t2v-14b", "other"],
+    "spec.model.source": [
+        "base",
+        "/models/flux",
+        "hf://owner/name",
+        "hf://owner/name@v1",
+        "hf://owner",
+        "s3://b/c",
+        "gs://x/y",
+    ],
+    "spec.model.revision": ["main", "0123abcd"],
+    "spec.data.sources[].uri": ["pictures", "../more", "s3://bucket/prefix", "s3://B", "gs://x"],
+    "spec.storage.uri": ["runs", "s3://bucket/prefix", "s3://b", "file:///tmp/x"],
+    "spec.adapter.targets[]": ["attention", "mlp", "all", r".*\.to_q"],
+}
+"""Strings with a grammar of their own, sound and unsound."""
+
+FEW = {
+    "spec.data.resolution": [16, 32, 256, 512, 1000, 1024, 4096],
+    "spec.data.bucketAlign": [8, 16, 24, 32, 64, 256],
+    "spec.data.clip.frames": [1, 48, 49, 81, 1025],
+    "spec.validation.frames": [1, 48, 49],
+    "spec.validation.width": [8, 100, 512, 1024],
+    "spec.validation.height": [8, 100, 512, 1024],
+    "spec.hyperparameters.globalBatchSize": [1, 2, 6, 8, 12, 64, 65536],
+    "spec.hyperparameters.microBatchSize": [1, 2, 3, 8],
+    "spec.hyperparameters.schedule.warmupSteps": [0, 1, 100],
+    "spec.hyperparameters.steps": [1, 99, 1000],
+    "spec.parallelism.nodes": [1, 2, 3],
+    "spec.parallelism.gpusPerNode": [0, 1, 2, 8],
+    "spec.parallelism.processesPerNode": [1, 2, 3],
+}
+"""Numbers that meet each other in rules: few values, so that both outcomes are common."""
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> Document:
+    """Documents whose fields are right each for itself; the rules between them are met or not. Most optional fields are left out."""
+    return draw(_block(tree(), ""))
+
+
+def _value(node: Node, path: str) -> st.SearchStrategy[Any]:
+    if path in FEW:
+        return st.sampled_from(FEW[path])
+    if path in EXAMPLES:
+        return st.sampled_from(EXAMPLES[path])
+    match node.kind:
+        case "block" | "variants":
+            return _block(node, path)
+        case "list":
+            return _list(node, path)
+        case "map":
+            return st.just({})
+        case "boolean":
+            return st.booleans()
+        case "integer":
+            return st.integers(int(node.bounds.low or 0), int(node.bounds.high or 0))
+        case "decimal":
+            return _decimal(node)
+    if node.choices:
+        return st.sampled_from(node.choices)
+    if node.pattern:
+        return st.sampled_from(PATTERN_EXAMPLES[node.pattern])
+    least, most = int(node.length.low or 0), min(int(node.length.high or 0), 12)
+    return st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=least, max_size=most)
+
+
+@st.composite
+def _block(draw: st.DrawFn, node: Node, path: str) -> Document:
+    names = list(node.fields)
+    result: Document = {}
+    if node.kind == "variants":
+        kind = draw(st.sampled_from([*node.variants, None]))
+        names = [name for name in node.variants[kind or "lora"] if name != "type"]
+        result = {"type": kind} if kind else {}
+    for name in names:
+        child = node.fields[name]
+        if child.required or draw(st.integers(0, 3)) == 0:
+            below = f"{path}.{name}" if path else name
+            alone = _value(child, below)
+            result[name] = draw(
+                st.one_of(st.none(), alone) if child.nullable and child.default is not MISSING else alone
+            )
+    return result
+
+
+@st.composite
+def _list(draw: st.DrawFn, node: Node, path: str) -> list[Any]:
+    assert node.item is not None
+    least, most = int(node.length.low or 0), min(int(node.length.high or 3), 3)
+    return draw(st.lists(_value(node.item, f"{path}[]"), min_size=least, max_size=most))
+
+
+@st.composite
+def _decimal(draw: st.DrawFn, node: Node) -> str:
+    """A decimal within the bounds, at them as often as not; some in other spellings."""
+    low, high = float(node.bounds.low or 0), float(node.bounds.high or 0)
+    ends = [end for end, out in ((low, node.bounds.low_excluded), (high, node.bounds.high_excluded)) if not out]
+    default = [] if node.default in (MISSING, None) else [float(node.default)]
+    inside = st.floats(
+        low, high, exclude_min=node.bounds.low_excluded, exclude_max=node.bounds.high_excluded, allow_subnormal=False
+    )
+    number = draw(st.one_of(st.sampled_from([*ends, *default]) if ends or default else inside, inside))
+    spelled = [format_decimal(number), f"{number:e}" if float(f"{number:e}") == number else format_decimal(number)]
+    return draw(st.sampled_from([text for text in spelled if len(text) <= 32]))
