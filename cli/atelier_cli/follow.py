@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
 
 from atelier_api.progress import FunnelReport, Progress
 from atelier_cli import terminal
@@ -51,7 +52,11 @@ def funnel_lines(funnel: FunnelReport) -> Iterator[str]:
         ("no caption", funnel.no_caption),
         ("too short", funnel.too_short),
     )
-    yield "data: " + ", ".join(f"{name} {count}" for name, count in counts if count or name == "found") + f", kept {funnel.kept}"
+    yield (
+        "data: "
+        + ", ".join(f"{name} {count}" for name, count in counts if count or name == "found")
+        + f", kept {funnel.kept}"
+    )
     for name, reason in list(funnel.rejected.items())[:REJECTED_SHOWN]:
         yield f"  left out {name}: {reason}"
     if len(funnel.rejected) > REJECTED_SHOWN:
@@ -115,7 +120,9 @@ class Lines(Silence):
         return self
 
     def show(self, progress: Progress) -> None:
-        """Print when it is time to."""
+        """Print when it is time to. How the run ended is told at the end."""
+        if progress.stage in ("Succeeded", "Stopped", "Failed"):
+            return
         now = time.monotonic()
         if progress.stage == self._stage and now - self._at < LINE_SECONDS:
             return

@@ -101,7 +101,9 @@ class Gang:
         for node in self._nodes:
             agent = holder(self._scratch.lock(node))
             with contextlib.suppress(psutil.NoSuchProcess):
-                for process in [*psutil.Process(agent).children(recursive=True), psutil.Process(agent)] if agent else []:
+                for process in (
+                    [*psutil.Process(agent).children(recursive=True), psutil.Process(agent)] if agent else []
+                ):
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.kill()
 
@@ -133,7 +135,11 @@ class Gang:
         where = f"; its log is {logs[-1]}" if logs else ""
         message = f"the agent of node {node} was killed or could not start{where}"
         return AgentResult(
-            exit_code=code, reason=MEANINGS[code].reason, message=message, attempt=self._run_file.attempt, time=time.time()
+            exit_code=code,
+            reason=MEANINGS[code].reason,
+            message=message,
+            attempt=self._run_file.attempt,
+            time=time.time(),
         )
 
 

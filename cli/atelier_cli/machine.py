@@ -51,5 +51,7 @@ def gpu_memory(environment: Mapping[str, str]) -> tuple[int | None, ...]:
         index, uuid, memory = (part.strip() for part in line.split(","))
         found[index] = found[uuid] = int(memory) * MIB if memory.isdigit() else None
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    names = [name for name in found if name.isdigit()] if visible is None else [name.strip() for name in visible.split(",")]
+    names = (
+        [name for name in found if name.isdigit()] if visible is None else [name.strip() for name in visible.split(",")]
+    )
     return tuple(found[name] for name in names if name in found)

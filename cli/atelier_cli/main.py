@@ -10,16 +10,19 @@ from atelier_cli import models, plan, report, run, terminal, validate
 
 USAGE_ERROR = 64
 INTERNAL_ERROR = 70
+INTERRUPTED = 130
 
 
 class Commands(TyperGroup):
     """Turns every error into its exit code and one line per mistake; only a bug shows a traceback."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
+        except KeyboardInterrupt as error:
+            raise typer.Exit(INTERRUPTED) from error
         except TyperException as error:
             terminal.say_errors(error.format_message())
             raise typer.Exit(USAGE_ERROR) from error

@@ -53,7 +53,12 @@ def _show(facts: FamilyFacts) -> None:
     terminal.facts(rows)
     terminal.say()
     flavours = [
-        (flavour.name, flavour.source, _denoiser(flavour.parameters, flavour.experts), terminal.parameters(flavour.encoder_parameters))
+        (
+            flavour.name,
+            flavour.source,
+            _denoiser(flavour.parameters, flavour.experts),
+            terminal.parameters(flavour.encoder_parameters),
+        )
         for flavour in facts.flavours
     ]
     terminal.table(("FLAVOUR", "SOURCE", "DENOISER", "TEXT ENCODERS"), flavours, right=(2, 3))

@@ -67,7 +67,9 @@ def loading(run_file: RunFile, exports: list[str]) -> Iterator[str]:
         yield f'pipe = DiffusionPipeline.from_pretrained("{base}")'
         yield f'pipe.load_lora_weights("{root}/{folder}", weight_name="{name}")'
         return
-    components = sorted({key.split("/")[2] for key in exports if key.startswith("exports/diffusers/") and key.count("/") > 2})
+    components = sorted(
+        {key.split("/")[2] for key in exports if key.startswith("exports/diffusers/") and key.count("/") > 2}
+    )
     classes = _classes(Path(run_file.model_folder))
     if components and all(name in classes for name in components):
         yield f"from diffusers import {', '.join(sorted({'DiffusionPipeline', *(classes[name] for name in components)}))}"
@@ -99,14 +101,16 @@ def stopped(result: AgentResult, file: Path) -> Iterator[str]:
 def tell_failure(run_file: RunFile, result: AgentResult) -> None:
     """The cause first; behind it, where the message alone does not tell enough, the failing rank's last lines."""
     rank = "" if result.rank is None else f"rank {result.rank}: "
-    at = "" if result.step is None or result.exit_code in (ExitCode.CONFIG, ExitCode.DATA) else f" (step {result.step})"
+    at = "" if not result.step or result.exit_code in (ExitCode.CONFIG, ExitCode.DATA) else f" (step {result.step})"
     scratch = Scratch(Path(run_file.scratch))
     failure = _failure(scratch, result)
     if result.exit_code not in CLEAR and result.rank is not None:
         _tell_log(run_file, scratch, result)
         if result.exit_code is ExitCode.INTERNAL and failure is not None and failure.traceback:
             terminal.console(stderr=True).print(failure.traceback, soft_wrap=True)
-            terminal.say_errors(f"{rank}{result.message}{at}; this is a bug of atelier, please report it with the lines above")
+            terminal.say_errors(
+                f"{rank}{result.message}{at}; this is a bug of atelier, please report it with the lines above"
+            )
             return
     terminal.say_errors("\n".join(f"{rank}{line}" for line in f"{result.message}{at}".splitlines()))
 
@@ -119,7 +123,8 @@ def _failure(scratch: Scratch, result: AgentResult) -> Failure | None:
 def _tell_log(run_file: RunFile, scratch: Scratch, result: AgentResult) -> None:
     processes = run_file.plan.processes_per_node
     node, local_rank = divmod(result.rank or 0, processes)
-    logs = sorted(scratch.logs(result.attempt, node).glob(f"*/attempt_0/{local_rank}/stderr.log"))
+    found = scratch.logs(result.attempt, node).glob(f"*/attempt_0/{local_rank}/stderr.log")
+    logs = sorted(found, key=lambda path: path.stat().st_mtime)
     lines = last_lines(logs[-1], LOG_LINES) if logs else []
     if lines:
         stream = terminal.console(stderr=True)

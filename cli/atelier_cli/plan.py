@@ -21,7 +21,9 @@ STRATEGIES = {"single": "one process", "ddp": "DDP", "fsdp2": "FSDP2"}
 def plan(
     file: Annotated[Path, typer.Argument(help="TrainingRun YAML file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    changes: Annotated[list[str] | None, typer.Option("--set", help="Change a field: PATH=VALUE.", metavar="PATH=VALUE")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a field: PATH=VALUE.", metavar="PATH=VALUE")
+    ] = None,
 ) -> None:
     """Show strategy, micro-batch and predicted memory. Exit code 64 when the run does not fit, with what would."""
     from atelier_api.errors import ConfigError
@@ -95,13 +97,15 @@ def _table(run: TrainingRun, model: ModelFacts, machine: Machine, fit: Fit) -> N
     from dataclasses import asdict
 
     choice, prediction = fit.choice, fit.prediction
+    per_process = f"micro-batch {choice.micro_batch_size}, {_accumulation(run, fit)} accumulated"
+    batch = f"{run.spec.hyperparameters.global_batch_size}: {processes(choice.processes)}, {per_process}"
     device = "CPU" if machine.device == "cpu" else "GPU"
     terminal.say(run.metadata.name, style="bold")
     terminal.facts(
         [
             ("model", model.origin),
             ("strategy", f"{STRATEGIES[choice.strategy]}, {processes(choice.processes)} on the {device}"),
-            ("batch", f"{run.spec.hyperparameters.global_batch_size} = {processes(choice.processes)} × {choice.micro_batch_size} × {_accumulation(run, fit)} accumulated"),
+            ("batch", batch),
             ("recompute", "gradient checkpointing" if choice.gradient_checkpointing else "none"),
         ]
     )

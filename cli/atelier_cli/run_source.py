@@ -116,7 +116,9 @@ def _put(document: dict[str, Any], steps: Sequence[str | int], value: Any, path:
     for step, following in zip(steps, [*steps[1:], None], strict=True):
         if isinstance(step, int):
             if not isinstance(here, list) or step > len(here):
-                raise ConfigError(f"--set {path}: there are {len(here) if isinstance(here, list) else 0} items; the first is [0]")
+                raise ConfigError(
+                    f"--set {path}: there are {len(here) if isinstance(here, list) else 0} items; the first is [0]"
+                )
             if step == len(here):
                 here.append(None)
         elif not isinstance(here, dict):

@@ -12,14 +12,14 @@ from atelier_api.errors import ConfigError
 from atelier_api.exit_codes import MEANINGS, ExitCode
 from atelier_api.result import AgentResult
 from atelier_api.run_file import RunFile
-from atelier_api.v1alpha1.adapter import LoraAdapter
+from atelier_api.v1alpha1.adapter import Adapter, FullAdapter
 from atelier_cli import terminal
 from atelier_cli.changes import refused_changes
 from atelier_cli.follow import Display, Watch, display_for, fetch
 from atelier_cli.gang import Gang, decisive
 from atelier_cli.outcome import tell, tell_failure
 from atelier_cli.plan import STRATEGIES, processes
-from atelier_runtime.node import hold_lock, holder
+from atelier_runtime.node import hold_lock, holder, in_use
 from atelier_runtime.observe.progress import read_progress
 from atelier_runtime.observe.scratch import Scratch
 from atelier_runtime.store import ObjectMissing, Store, open_store
@@ -36,8 +36,14 @@ class Interrupts:
     def __init__(self) -> None:
         self.count = 0
         self._told = 0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        self.take_over()
+
+    def take_over(self) -> None:
+        """Handle the signals, also after torchx has put its own handlers in place."""
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._take)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            signal.signal(signal.SIGHUP, self._take)
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
         # Only a person who presses again means it: what stops a process may send its signal twice.
@@ -75,7 +81,7 @@ class Session:
         """The exit code of the run."""
         with self._locked():
             store = open_store(self._run_file.store_uri, self._run_file.spec.storage.s3)
-            before = self._before(store)
+            before = self._before(store, must_be_readable=not fresh)
             if fresh:
                 self._start_anew(store)
             elif before is not None:
@@ -100,11 +106,11 @@ class Session:
         with hold_lock(self._scratch.root / "run.lock", what):
             for lock in self._scratch.root.glob("agent-*.lock"):
                 if other := holder(lock):
-                    raise ConfigError(f"{what} is being trained by process {other} on this machine; wait for it or stop it first")
+                    raise ConfigError(in_use(what, other))
             yield
 
-    def _before(self, store: Store) -> RunFile | None:
-        """The run of this name that the store holds."""
+    def _before(self, store: Store, *, must_be_readable: bool) -> RunFile | None:
+        """The run of this name that the store holds. Raises ConfigError when it must be read and cannot be."""
         try:
             data = store.get_bytes(RUN_KEY)
         except ObjectMissing:
@@ -112,6 +118,8 @@ class Session:
         try:
             return RunFile.model_validate_json(data)
         except ValueError as error:
+            if not must_be_readable:
+                return None
             raise ConfigError(
                 f"{store.uri}/{RUN_KEY} cannot be read ({type(error).__name__}), another version may have written it; "
                 "give the run another metadata.name, or start anew with --fresh"
@@ -120,7 +128,10 @@ class Session:
     def _check(self, before: RunFile) -> None:
         refused = refused_changes(before.spec, self._run_file.spec)
         if refused:
-            advice = f"run {before.identity.name} has been trained with other settings; change them back, give the run another metadata.name, or start anew with --fresh"
+            advice = (
+                f"run {before.identity.name} has been trained with other settings; change them back, "
+                "give the run another metadata.name, or start anew with --fresh"
+            )
             raise ConfigError("\n".join([*refused, advice]))
 
     def _start_anew(self, store: Store) -> None:
@@ -131,26 +142,24 @@ class Session:
 
     def _introduce(self, *, continues: bool) -> None:
         run_file, spec, plan = self._run_file, self._run_file.spec, self._run_file.plan
-        adapter = spec.adapter
-        if isinstance(adapter, LoraAdapter):
-            trained = f"LoRA of rank {adapter.rank}, alpha {adapter.alpha or adapter.rank:g}, on {', '.join(adapter.targets)}"
-        else:
-            trained = "none, full rank"
         nodes = f"{plan.nodes} nodes of " if plan.nodes > 1 else ""
         where = "CPU" if plan.device == "cpu" else "GPU"
         recompute = ", gradient checkpointing" if plan.gradient_checkpointing else ""
+        batch = f"batch {spec.hyperparameters.global_batch_size}"
         memory = f"{terminal.size(plan.predicted_peak_memory_bytes)} predicted"
         if plan.device_memory_bytes is not None:
             memory += f" of {terminal.size(plan.device_memory_bytes)} a process has"
-        numbers = spec.hyperparameters
         terminal.say(run_file.identity.name, style="bold")
         terminal.facts(
             [
                 ("model", f"{spec.model.family} from {spec.model.source}"),
-                ("adapter", trained),
-                ("strategy", f"{STRATEGIES[plan.strategy]}, {nodes}{processes(plan.processes_per_node)} on the {where}{recompute}"),
+                ("adapter", _trained(spec.adapter)),
+                (
+                    "strategy",
+                    f"{STRATEGIES[plan.strategy]}, {nodes}{processes(plan.processes_per_node)} on the {where}{recompute}",
+                ),
                 ("memory", memory),
-                ("steps", f"{numbers.steps}, batch {numbers.global_batch_size}, learning rate {plan.learning_rate:g}, {numbers.precision}"),
+                ("steps", f"{spec.hyperparameters.steps}, {batch}, learning rate {plan.learning_rate:g}"),
                 ("store", f"{run_file.store_uri} ({'goes on from what is there' if continues else 'new'})"),
                 ("logs", str(self._scratch.root / "logs")),
             ]
@@ -178,7 +187,7 @@ class Session:
 
     def _attempt(self, watch: Watch, display: Display, interrupts: Interrupts) -> AgentResult:
         with Gang(self._run_file, launch_module=self._launch_module) as gang:
-            interrupts.__init__()  # type: ignore[misc]
+            interrupts.take_over()
             while gang.running():
                 interrupts.pass_on(gang, display)
                 port = gang.port()
@@ -189,6 +198,12 @@ class Session:
         if interrupts.killed:
             return result.model_copy(update={"message": f"killed by the second Ctrl-C; {result.message}"})
         return result
+
+
+def _trained(adapter: Adapter) -> str:
+    if isinstance(adapter, FullAdapter):
+        return "none, full rank"
+    return f"LoRA of rank {adapter.rank}, alpha {adapter.alpha or adapter.rank:g}, on {', '.join(adapter.targets)}"
 
 
 def _slept(seconds: float, interrupts: Interrupts) -> bool:

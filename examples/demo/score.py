@@ -120,9 +120,11 @@ def load_pipeline(folder: Path) -> "StableDiffusion3Pipeline":
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    torch.set_num_threads(1)  # the model is too small for more to pay
     # Before the pipeline's import, which would warn about a missing torchvision that nothing here uses.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     from diffusers import StableDiffusion3Pipeline
 

@@ -41,11 +41,7 @@ def denoiser_names(family: Family, folder: str | Path) -> tuple[str, ...]:
 
 def load_encoders(family: Family, folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The stock pipeline without its denoisers, in eval mode and without gradients: text encoders, autoencoder, scheduler."""
-    _checked_config(family, folder)
-    absent = dict.fromkeys(family.denoisers)
-    pipe = _pipeline_class(family).from_pretrained(str(folder), dtype=dtype, local_files_only=True, **absent)
-    _freeze(pipe, device, but=())
-    return pipe
+    return _load_around({}, family, folder, dtype=dtype, device=device)
 
 
 def load_denoiser(folder: str | Path, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -66,25 +62,30 @@ def load_pipeline(
     folder: str | Path,
     dtype: torch.dtype,
     device: torch.device,
+    *,
     denoisers: Mapping[str, nn.Module],
 ) -> Any:
     """The stock pipeline around `denoisers`, which are used as they are: neither moved nor cast, nor their mode changed."""
-    _checked_config(family, folder)
-    absent: dict[str, nn.Module | None] = dict.fromkeys(family.denoisers)
     training = {name: module.training for name, module in denoisers.items()}
-    pipe = _pipeline_class(family).from_pretrained(
-        str(folder), dtype=dtype, local_files_only=True, **(absent | dict(denoisers))
-    )
-    _freeze(pipe, device, but=tuple(denoisers))
+    pipe = _load_around(denoisers, family, folder, dtype=dtype, device=device)
     for name, module in denoisers.items():
         module.train(training[name])
     return pipe
 
 
-def _freeze(pipe: Any, device: torch.device, but: tuple[str, ...]) -> None:
+def _load_around(
+    denoisers: Mapping[str, nn.Module], family: Family, folder: str | Path, *, dtype: torch.dtype, device: torch.device
+) -> Any:
+    config = _checked_config(family, folder)
+    given: dict[str, nn.Module | None] = dict.fromkeys(family.denoisers)
+    # diffusers wants to be told of what the checkpoint goes without, although the index says so.
+    given |= {name: None for name, entry in config.items() if entry == [None, None]}
+    given |= denoisers
+    pipe = _pipeline_class(family).from_pretrained(str(folder), dtype=dtype, local_files_only=True, **given)
     for name, component in pipe.components.items():
-        if isinstance(component, nn.Module) and name not in but:
+        if isinstance(component, nn.Module) and name not in denoisers:
             component.to(device).eval().requires_grad_(False)
+    return pipe
 
 
 def _checked_config(family: Family, folder: str | Path) -> dict[str, Any]:

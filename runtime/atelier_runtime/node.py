@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import psutil  # type: ignore[import-untyped]
 
@@ -21,6 +22,7 @@ from atelier_runtime.process_group import ProcessGroup
 # torchrun kills its ranks this long after a stop unless told otherwise; the agent decides that, so torchrun's time is longer.
 _TORCHRUN_MARGIN_SECONDS = 60
 _KILL_WAIT_SECONDS = 10.0
+_LOCK_TRIES = 5
 
 
 class Attempt:
@@ -127,16 +129,29 @@ def hold_lock(path: Path, what: str) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{what} is being trained by process {holder(path)} on this machine; wait for it or stop it first"
-            ) from None
+        if not _locked(file):
+            raise ConfigError(in_use(what, holder(path)))
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    """Take the lock. Tries for a moment: who asks for the holder has it for an instant as well."""
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+        else:
+            return True
+    return False
+
+
+def in_use(what: str, process: int | None) -> str:
+    """The sentence for a run that another process trains."""
+    return f"{what} is being trained by process {process} on this machine; wait for it or stop it first"
 
 
 def holder(path: Path) -> int | None:

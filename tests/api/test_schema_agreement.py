@@ -22,6 +22,10 @@ quick = settings(
 )
 
 
+IN_TYPE = "spec.storage.checkpoint"
+"""The one rule between fields that a pydantic type checks itself."""
+
+
 def blamed(found: list[Problem]) -> set[str]:
     """The fields in problems as CEL names them: without indices."""
     return {_without_index(problem.path) for problem in found}
@@ -35,6 +39,8 @@ def _without_index(path: str) -> str:
 @given(documents())
 def test_rules_and_cel_refuse_the_same_fields(drawn: Document) -> None:
     said = {_without_index(path) for path in violations(drawn)}
+    if IN_TYPE in said:
+        said = {IN_TYPE}  # the reader tells it with the fields, before it looks at rules
     assert said == blamed(problems(drawn))
 
 

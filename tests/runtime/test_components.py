@@ -30,7 +30,7 @@ def test_a_saved_checkpoint_comes_back_in_parts_that_sample_alike(name: str, tmp
     names = components.denoiser_names(family, tmp_path)
     assert names == tuple(case.denoisers)
     denoisers = {part: components.load_denoiser(tmp_path, part, torch.float32, CPU) for part in names}
-    pipe = components.load_pipeline(family, tmp_path, torch.float32, CPU, denoisers)
+    pipe = components.load_pipeline(family, tmp_path, torch.float32, CPU, denoisers=denoisers)
     first, second = (
         p(**family.sampling_arguments(p, case.request(None, steps=2)), output_type="latent", return_dict=False)[0]
         for p in (case.pipe, pipe)
@@ -59,7 +59,7 @@ def test_a_denoiser_comes_in_the_asked_precision_and_without_gradients(folder: P
 def test_a_pipeline_takes_loaded_denoisers_as_they_are(folder: Path) -> None:
     denoiser = components.load_denoiser(folder, "transformer", torch.float32, CPU).train().requires_grad_(True)
     before = dict(denoiser.named_parameters())
-    pipe = components.load_pipeline(get_family("sd3"), folder, torch.bfloat16, CPU, {"transformer": denoiser})
+    pipe = components.load_pipeline(get_family("sd3"), folder, torch.bfloat16, CPU, denoisers={"transformer": denoiser})
     assert pipe.transformer is denoiser
     assert denoiser.training
     for name, parameter in denoiser.named_parameters():
@@ -93,7 +93,7 @@ def test_a_checkpoint_of_another_family_is_refused_with_both_names(folder: Path)
     for attempt in (
         lambda: components.denoiser_names(get_family("flux"), folder),
         lambda: components.load_encoders(get_family("flux"), folder, torch.float32, CPU),
-        lambda: components.load_pipeline(get_family("flux"), folder, torch.float32, CPU, {}),
+        lambda: components.load_pipeline(get_family("flux"), folder, torch.float32, CPU, denoisers={}),
     ):
         with pytest.raises(ConfigError, match=expected):
             attempt()

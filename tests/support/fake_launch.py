@@ -21,6 +21,7 @@ from atelier_runtime.observe.log import setup_logging
 from atelier_runtime.observe.metrics import TrainMetrics
 from atelier_runtime.observe.progress import ProgressWriter
 from atelier_runtime.observe.scratch import Scratch
+from atelier_runtime.store import open_store
 
 
 class Rank:
@@ -53,11 +54,23 @@ class Rank:
             self.progress.update(stage="Training", step=step, total_steps=steps, done=step, total=steps, loss=1 / step)
         with self.metrics.checkpoint_stall():
             pass
+        if self.rank == 0:
+            self.store_results(steps)
         self.metrics.checkpoint_finished(steps, size_bytes=1000, save_seconds=0.1, upload_seconds=0.2)
         report = CheckpointReport(
             step=steps, manifest="m.json", size_bytes=1000, manifest_sha256="0" * 64, time="2030-01-01T00:00:00Z"
         )
         self.progress.update(checkpoint=report)
+
+    def store_results(self, steps: int) -> None:
+        """What a run leaves in its store."""
+        store = open_store(self.run_file.store_uri, self.run_file.spec.storage.s3)
+        store.put_bytes("run.json", self.run_file.model_dump_json(by_alias=True).encode())
+        store.put_bytes(f"manifests/{steps:08d}-{self.run_file.attempt}.json", b"{}")
+        store.put_bytes("exports/diffusers/pytorch_lora_weights.safetensors", b"weights")
+        store.put_bytes("report.html", b"<html></html>")
+        store.put_bytes(f"samples/{steps:08d}/0.png", b"picture")
+        self.progress.update(samples=[f"samples/{steps:08d}/0.png"])
 
     def act(self, part: str) -> int:
         """Play `part` to its end; gives the exit code."""

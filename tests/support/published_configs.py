@@ -1,4 +1,4 @@
-"""The configs of published checkpoints, as far as they differ from the defaults of their classes: denoisers and what comes with them."""
+"""The configs of published checkpoints, as far as they differ from the defaults of their classes, and of what comes with them."""
 
 from collections.abc import Callable
 from typing import Any

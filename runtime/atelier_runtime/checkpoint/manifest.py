@@ -132,7 +132,7 @@ class Manifest(Block):
     def _plain_names(cls, files: tuple[FileRecord, ...]) -> tuple[FileRecord, ...]:
         """The names become paths below the staging folder: nothing may lead out of it."""
         for file in files:
-            if file.path != Path(file.path).name:
+            if file.path in ("", ".", "..") or "/" in file.path:
                 raise ValueError(f"file name {file.path!r} is not a plain name")
         return files
 

@@ -118,11 +118,18 @@ def flip_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
+def flip_last_byte(path: Path) -> None:
+    """In an index this is no syntax error but a wrong offset or shape."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("damage", [flip_byte, cut, os.unlink])
+@pytest.mark.parametrize("damage", [flip_byte, flip_last_byte, cut, os.unlink])
 @pytest.mark.parametrize("pattern", ["*.safetensors", "*.index"])
 def test_a_damaged_shard_is_removed_and_its_entries_are_missing(tmp_path: Path, damage: object, pattern: str) -> None:
     fill(tmp_path, range(3))

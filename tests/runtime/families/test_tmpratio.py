@@ -1,0 +1,257 @@
+"""One suite over all families: what the runtime trains is what the stock pipeline samples with.
+
+Real diffusers classes at tiny size. A wrong sign, time, packing, text length or latent scale trains just as smoothly as the right
+one, so nothing but the comparison with the pipeline would reveal it.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter
+from atelier_runtime import adapters, components
+from atelier_runtime.family import Blocks, Conditions
+from family_cases import CASES, FRAMES, FROM_GRID, PROMPTS, Case, make_case, record, sampling_arguments, walk
+from tiny_families import save_tiny
+
+LEVELS = (0.3, 0.9)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    """Shared by the tests that change no weight."""
+    return make_case(request.param)
+
+
+@pytest.fixture(params=CASES)
+def fresh(request: pytest.FixtureRequest) -> Case:
+    return make_case(request.param)
+
+
+def predicted(
+    case: Case, denoiser: nn.Module, conditions: Conditions, levels: tuple[float, ...] = LEVELS
+) -> tuple[Tensor, Tensor]:
+    """(prediction, target) for as many real samples as there are levels."""
+    noisy, time, target = case.noised(case.latents(len(levels)), levels)
+    return case.family.predict(denoiser, noisy, time, conditions), target
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@torch.no_grad()
+def test_sampling_with_the_family_follows_the_stock_pipeline_step_by_step(case: Case, guided: bool) -> None:
+    recording = record(case.pipe, sampling_arguments(case, guided=guided))
+    assert len(recording.after) == 4
+    for ours, theirs in walk(case, recording, guided=guided):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("deviation", [0.0, 1.0], ids=["mean", "one standard deviation"])
+@torch.no_grad()
+def test_the_pipeline_decodes_our_latents_to_what_the_autoencoder_makes_of_its_own(
+    case: Case, deviation: float
+) -> None:
+    pipe, pixels = case.pipe, case.pixels(1)
+    posterior = pipe.vae.encode(pixels).latent_dist
+    latents = case.family.encode_pixels(pipe, pixels)
+    if deviation and latents.std is None:
+        pytest.skip("the pipeline takes the posterior's mode, there is no deviation to train on")
+    ours = latents.mean if latents.std is None else latents.mean + deviation * latents.std
+    expected = pipe.vae.decode(posterior.mean + deviation * posterior.std).sample
+    packed = FROM_GRID.get(case.family.name, lambda _, grid: grid)(pipe, ours)
+
+    # Handing our latents over after the only step runs exactly the tail of the pipeline on them.
+    arguments = case.family.sampling_arguments(pipe, case.request(None, steps=1))
+    output = pipe(**arguments, output_type="pt", callback_on_step_end=lambda *_: {"latents": packed})
+    decoded = output.frames.transpose(1, 2) if case.family.facts.modality == "video" else output.images
+    assert decoded.std() > 1e-3
+    torch.testing.assert_close(decoded, (expected / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_latents_have_the_shape_of_the_facts(case: Case) -> None:
+    facts, pixels = case.family.facts, case.pixels(1)
+    shape = case.family.encode_pixels(case.pipe, pixels).mean.shape
+    frames = [(FRAMES - 1) // facts.temporal_factor + 1] if facts.modality == "video" else []
+    height, width = (size // facts.latent_factor for size in pixels.shape[-2:])
+    assert list(shape) == [1, facts.latent_channels, *frames, height, width]
+
+
+@torch.no_grad()
+def test_a_batch_of_two_prompts_of_unequal_length_equals_the_two_alone(case: Case) -> None:
+    clean = case.latents(2)
+    noisy, time, target = case.noised(clean, LEVELS)
+    for denoiser in case.denoisers.values():
+        together = case.family.predict(denoiser, noisy, time, case.conditions(PROMPTS))
+        alone = [
+            case.family.predict(denoiser, noisy[i : i + 1], time[i : i + 1], case.conditions([PROMPTS[i]]))
+            for i in (0, 1)
+        ]
+        torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+        losses = [(one - target[i : i + 1]).square().mean() for i, one in enumerate(alone)]
+        torch.testing.assert_close(
+            (together - target).square().mean(), torch.stack(losses).mean(), atol=1e-5, rtol=1e-5
+        )
+
+
+@torch.no_grad()
+def test_the_prompt_changes_the_prediction(case: Case) -> None:
+    """Text that never arrives would pass every comparison of two wrong things."""
+    denoiser = next(iter(case.denoisers.values()))
+    one, _ = predicted(case, denoiser, case.conditions([PROMPTS[0]] * 2))
+    other, _ = predicted(case, denoiser, case.conditions([PROMPTS[1]] * 2))
+    assert (one - other).abs().max() > 1e-5
+
+
+def test_every_lora_matrix_gets_a_gradient_and_nothing_else(fresh: Case) -> None:
+    conditions = fresh.conditions(PROMPTS)
+    for denoiser in fresh.denoisers.values():
+        adapters.install(denoiser, LoraAdapter(rank=4, targets=["all"]), fresh.family)
+        trained = adapters.trainable(denoiser)
+        for parameter in trained.values():  # the second matrix starts at zero and would keep gradients from the first
+            nn.init.normal_(parameter, std=0.1)
+        prediction, target = predicted(fresh, denoiser, conditions)
+        (prediction - target).square().mean().backward()
+        assert [name for name, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()] == []
+        assert [
+            name
+            for name, parameter in denoiser.named_parameters()
+            if parameter.grad is not None and name not in trained
+        ] == []
+
+
+def test_full_rank_reaches_every_parameter_but_the_frozen_ones(fresh: Case) -> None:
+    conditions = fresh.conditions(PROMPTS)
+    for denoiser in fresh.denoisers.values():
+        dead = tuple(f"{name}." for name in fresh.family.dead_modules(denoiser))
+        adapters.install(denoiser, FullAdapter(type="full"), fresh.family)
+        prediction, target = predicted(fresh, denoiser, conditions)
+        (prediction - target).square().mean().backward()
+        for name, parameter in denoiser.named_parameters():
+            frozen = any(re.fullmatch(expression, name) for expression in fresh.family.frozen_parameters)
+            assert (parameter.grad is None) == frozen, name
+            if parameter.grad is not None and parameter.ndim > 1:
+                assert bool(parameter.grad.any()) == (not name.startswith(dead)), name
+
+
+def test_dead_modules_exist_and_their_output_is_thrown_away(fresh: Case) -> None:
+    conditions = fresh.conditions(PROMPTS)
+    for denoiser in fresh.denoisers.values():
+        before, _ = predicted(fresh, denoiser, conditions)
+        for name in fresh.family.dead_modules(denoiser):
+            for parameter in denoiser.get_submodule(name).parameters():
+                nn.init.normal_(parameter)
+        after, _ = predicted(fresh, denoiser, conditions)
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("preset", ["attention", "mlp", "all"])
+def test_every_suffix_of_a_preset_names_layers_of_the_blocks(case: Case, preset: str) -> None:
+    denoiser = next(iter(case.denoisers.values()))
+    found = adapters.resolve_targets(denoiser, [preset], case.family)
+    for suffix in case.family.lora_targets[preset]:
+        assert [name for name in found if name.endswith(f".{suffix}")], suffix
+    parts = tuple(f"{part.attribute}." for part in case.family.blocks)
+    assert [name for name in found if not name.startswith(parts)] == []
+
+
+def test_recomputing_activations_changes_neither_loss_nor_gradients(fresh: Case) -> None:
+    conditions = fresh.conditions(PROMPTS)
+    for denoiser in fresh.denoisers.values():
+        adapters.install(denoiser, FullAdapter(type="full"), fresh.family)
+        results = []
+        for recompute in (False, True):
+            denoiser.zero_grad()
+            if recompute:
+                denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+            prediction, target = predicted(fresh, denoiser, conditions)
+            loss = (prediction - target).square().mean()
+            loss.backward()
+            results.append(
+                (
+                    loss.detach(),
+                    {name: p.grad.clone() for name, p in adapters.trainable(denoiser).items() if p.grad is not None},
+                )
+            )
+        (loss_off, gradients_off), (loss_on, gradients_on) = results
+        assert torch.equal(loss_off, loss_on)
+        assert gradients_off.keys() == gradients_on.keys()
+        for name, gradient in gradients_off.items():
+            torch.testing.assert_close(gradient, gradients_on[name], atol=1e-7, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "adapter", [FullAdapter(type="full"), LoraAdapter(rank=8, targets=["all"])], ids=["full", "lora"]
+)
+def test_the_loss_falls_on_four_real_samples(fresh: Case, adapter: Any) -> None:
+    name, denoiser = next(iter(fresh.denoisers.items()))
+    stage = next(s for s in fresh.family.stages(dict(fresh.pipe.config), tuple(fresh.denoisers)) if s.denoiser == name)
+    levels = tuple(stage.low + (stage.high - stage.low) * share for share in (0.2, 0.4, 0.6, 0.8))
+    conditions = fresh.conditions(["a palace", "a flower", "a roof", "petals"])
+    noisy, time, target = fresh.noised(fresh.latents(4), levels)
+    torch.manual_seed(0)
+    adapters.install(denoiser, adapter, fresh.family)
+    optimizer = torch.optim.AdamW(adapters.trainable(denoiser).values(), lr=1e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(30):
+        loss = (fresh.family.predict(denoiser, noisy, time, conditions) - target).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    print("RATIO", fresh.name, adapter.type, losses[0], losses[-1]/losses[0])
+
+
+@torch.no_grad()
+def test_a_bf16_forward_pass_is_close_to_fp32(case: Case, tmp_path: Path) -> None:
+    save_tiny(case.name, tmp_path)
+    conditions = case.conditions(PROMPTS)
+    for name, exact in case.denoisers.items():
+        half = components.load_denoiser(tmp_path, name, torch.bfloat16, torch.device("cpu"))
+        assert {p.dtype for p in half.parameters()} >= {torch.bfloat16}
+        expected, _ = predicted(case, exact, conditions)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual, _ = predicted(case, half, conditions)
+        assert (actual.float() - expected).norm() < 0.05 * expected.norm()
+
+
+def test_blocks_are_lists_of_modules_that_return_the_streams_they_claim(case: Case) -> None:
+    denoiser = next(iter(case.denoisers.values()))
+    clean = case.latents(2)
+    grid, patch = clean.shape[2:], case.family.facts.patch
+    tokens = (grid[0] if len(grid) == 3 else 1) * (grid[-2] // patch) * (grid[-1] // patch)
+    for part in case.family.blocks:
+        blocks = denoiser.get_submodule(part.attribute)
+        assert isinstance(blocks, nn.ModuleList)
+        outputs = outputs_of(case, denoiser, blocks)
+        assert len(outputs) == len(blocks)
+        for output in outputs:
+            check_streams(part, output, tokens)
+
+
+@torch.no_grad()
+def outputs_of(case: Case, denoiser: nn.Module, blocks: nn.ModuleList) -> list[Any]:
+    """What the blocks return in one forward pass."""
+    seen: list[Any] = []
+    handles = [block.register_forward_hook(lambda *hook: seen.append(hook[2])) for block in blocks]
+    predicted(case, denoiser, case.conditions(PROMPTS))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def check_streams(part: Blocks, output: Any, tokens: int) -> None:
+    if part.streams == "maps":
+        first = output[0] if isinstance(output, tuple) else output
+        assert first.ndim == 4
+    elif "," in part.streams:
+        assert len(output) == 2
+        picture = output[part.streams.split(",").index("tokens")]
+        assert picture.shape[1] == tokens
+    elif "|" in part.streams:
+        assert output.shape[1] > tokens
+    elif part.attribute != "context_refiner":  # its tokens are the text's
+        assert output.shape[1] >= tokens

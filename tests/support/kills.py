@@ -1,0 +1,77 @@
+"""Work in a forked process that is killed in the middle of it, as a node that loses power would."""
+
+import os
+import random
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from atelier_runtime.store import Store
+
+_CHANGING = {"put_bytes", "put_file", "delete", "remove_unfinished"}
+
+
+def in_fork(work: Callable[[], object], *, kill_after: float | None = None) -> int:
+    """Run `work` in a fork and kill it after so many seconds, if it still runs. Gives 0, 1 (it raised) or minus the signal."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+class KillingStore:
+    """A store whose process is killed at the `nth` operation that changes it, before or after the operation."""
+
+    def __init__(self, store: Store, nth: int, *, before: bool) -> None:
+        self._store = store
+        self._left = nth
+        self._before = before
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+        if name not in _CHANGING:
+            return method
+
+        def counted(*arguments: Any, **settings: Any) -> Any:
+            self._left -= 1
+            if self._left == 0 and self._before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = method(*arguments, **settings)
+            if self._left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return counted
+
+
+def pauses(count: int, low: float, high: float, *, seed: int) -> list[float]:
+    """Random moments for kills, from a printed seed."""
+    print(f"seed of the kills: {seed}")
+    draws = random.Random(seed)
+    return [draws.uniform(low, high) for _ in range(count)]
+
+
+def acknowledge(path: Path, step: int) -> None:
+    """Append a step to a file, as a process does that tells others of a committed checkpoint."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.write(descriptor, f"{step}\n".encode())
+    os.close(descriptor)
+
+
+def acknowledged(path: Path) -> list[int]:
+    """The steps in such a file."""
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
