@@ -90,11 +90,12 @@ def _resolve(path: str) -> tuple[list[str | int], Node]:
 
 
 def _unknown(path: str) -> ConfigError:
-    """The nearest path of all, compared without list indices."""
+    """Fields of that name elsewhere, else the path that is spelt most alike."""
     paths = [known.replace("[]", "").replace("{}", "") for known, _ in walk(tree())]
     plain = re.sub(r"\[\d+\]|\.\d+(?=\.|$)", "", path)
     leaf = plain.rpartition(".")[2]
-    near = nearest(plain, paths) or next((known for known in paths if known.rpartition(".")[2] == leaf), None)
+    named = [known for known in paths if known.rpartition(".")[2] == leaf]
+    near = " or ".join(named[:3]) or nearest(plain, paths)
     return ConfigError(f"--set {path}: there is no such field{f'; did you mean {near}?' if near else ''}")
 
 

@@ -131,11 +131,17 @@ def _batch(spec: TrainingRunSpec) -> Iterator[Problem]:
     micro = numbers.micro_batch_size or 1
     if numbers.global_batch_size % (world * micro) == 0:
         return
-    factors = f"{spec.parallelism.nodes} nodes × {processes_per_node(spec)} processes"
+    factors = f"{_counted(spec.parallelism.nodes, 'node')} × {_counted(processes_per_node(spec), 'process')}"
     factors += f" × microBatchSize {micro}" if micro > 1 else ""
     larger = -(-numbers.global_batch_size // (world * micro)) * world * micro
     allowed = f"must be a multiple of {world * micro} ({factors}), for example {larger}"
     yield refused("spec.hyperparameters.globalBatchSize", numbers.global_batch_size, allowed)
+
+
+def _counted(number: int, what: str) -> str:
+    """`1 node`, `2 processes`."""
+    plural = "es" if what.endswith("s") else "s"
+    return f"{number} {what}{'' if number == 1 else plural}"
 
 
 def _schedule(spec: TrainingRunSpec) -> Iterator[Problem]:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +113,8 @@ def quiet_libraries() -> None:
 
 def open_session(run_file: RunFile, distributed: Distributed, stop: StopFlag) -> Session:
     """Open the store and everything that reports."""
-    store = open_store(run_file.store_uri, run_file.spec.storage.s3)
     metrics = TrainMetrics.from_environment(distributed.rank, os.environ)
+    store = open_store(run_file.store_uri, run_file.spec.storage.s3, observer=metrics)
     progress = ProgressWriter(Scratch(Path(run_file.scratch)).progress if distributed.rank == 0 else None)
     reporter = Reporter(run_file, store, progress, metrics)
     return Session(run_file, get_family(run_file.spec.model.family), distributed, store, metrics, reporter, stop)
@@ -161,14 +162,12 @@ def prepare(session: Session) -> Parts:
         denoisers = Denoisers.load(run_file, family, distributed)
         objective = build_run_objective(run_file, family)
         state = build_state(run_file, denoisers)
-        point = None
-        if run_file.spec.storage.resume.mode == "Auto":
-            template = state.tensors()
-            point = resume(run_file, distributed, session.store, template, staging_folder(run_file))
-            if point is not None:
-                state.restored(template)
-                reporter.resumed(state.step)
-                log.info("resumed", extra={"step": state.step, "manifest": point.manifest})
+        template = state.tensors()
+        started = time.perf_counter()
+        point = resume(run_file, distributed, session.store, template, staging_folder(run_file))
+        if point is not None:
+            state.restored(template)
+            reporter.resumed(point, time.perf_counter() - started)
     if state.step > run_file.spec.hyperparameters.steps:
         raise ConfigError(
             f"the newest checkpoint is of step {state.step}, spec.hyperparameters.steps is {run_file.spec.hyperparameters.steps}; "

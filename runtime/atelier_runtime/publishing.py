@@ -80,7 +80,7 @@ def _report_data(parts: Parts, store: Store, exports: Sequence[PublishedFile]) -
             ("loss, last 20 steps", f"{sum(losses) / len(losses):.4f}" if losses else "–"),
             ("trained parameters", f"{trained:,}"),
             ("samples kept", f"{parts.dataset.funnel.kept} of {parts.dataset.funnel.found}"),
-            ("training, this attempt", f"{seconds:.0f} s"),
+            ("training", f"{seconds:.0f} s"),
             ("peak memory, rank 0", f"{memory / 2**30:.2f} GiB"),
         ],
         rows=[(row[0], row[1]) for row in history.rows],

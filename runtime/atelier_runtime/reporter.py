@@ -10,7 +10,8 @@ import resource
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 from atelier_api.progress import FunnelReport, Stage
 from atelier_api.run_file import RunFile
-from atelier_runtime.checkpoint import Checkpointer
+from atelier_runtime.checkpoint import Checkpointer, ResumePoint
 from atelier_runtime.observe.metrics import TrainMetrics
 from atelier_runtime.observe.progress import EtaEstimator, ProgressWriter
 from atelier_runtime.step_agreement import StepFacts
@@ -65,14 +66,15 @@ class Reporter:
         self._warm = False
         self.learning_rate = 0.0
         self.history = History()
+        self._phases = PhaseClock(self.history.seconds)
 
     def stage(self, stage: Stage, detail: str = "", *, done: int = 0, total: int = 0) -> None:
         """Say which stage the run is in."""
         self._progress.update(stage=stage, detail=detail, done=done, total=total)
 
-    def timed(self, phase: str) -> "_Timed":
+    def timed(self, phase: str) -> AbstractContextManager[None]:
         """Context whose seconds are added to the report's time per phase."""
-        return _Timed(self.history.seconds, phase)
+        return self._phases.phase(phase)
 
     def funnel(self, funnel: FunnelReport) -> None:
         """Show what became of the files found."""
@@ -113,7 +115,7 @@ class Reporter:
         """Tell of saves that have ended since the last call."""
         for outcome in checkpointer.poll():
             if outcome.report is None:
-                self.metrics.checkpoint_failed(outcome.stage, outcome.error)
+                self.metrics.checkpoint_failed(outcome.stage, outcome.error or RuntimeError("unknown"))
                 log.warning("checkpoint failed", extra={"step": outcome.step, "reason": str(outcome.error)})
                 self.history.events.append(f"step {outcome.step}: checkpoint failed: {outcome.error}")
                 continue
@@ -135,13 +137,22 @@ class Reporter:
         self.history.samples[step] = keys
         self._progress.update(samples=keys)
 
-    def resumed(self, step: int) -> None:
-        """Take over the history of the attempts before, up to `step`."""
+    def resumed(self, point: ResumePoint, seconds: float) -> None:
+        """Training goes on from a checkpoint, which took `seconds` to load: take over the history up to it."""
         try:
-            self.history = History.from_bytes(self._store.get_bytes(HISTORY_KEY), before_step=step)
-        except (KeyError, FileNotFoundError, ValueError):
-            log.warning("history unreadable; the curve starts at the resumed step", extra={"step": step})
-        self.history.events.append(f"resumed at step {step}")
+            earlier = History.from_bytes(self._store.get_bytes(HISTORY_KEY), before_step=point.step)
+        except (FileNotFoundError, ValueError):
+            log.warning("history unreadable; the curve starts at the resumed step", extra={"step": point.step})
+        else:
+            for phase, spent in self.history.seconds.items():
+                earlier.seconds[phase] = earlier.seconds.get(phase, 0.0) + spent
+            self.history = earlier
+            self._phases.seconds = earlier.seconds
+        for refusal in point.refused:
+            self.metrics.checkpoint_verify_failed()
+            self.history.events.append(f"checkpoint {refusal.manifest} was refused: {refusal.reason}")
+        self.metrics.checkpoint_restored(point.step, seconds)
+        self.history.events.append(f"resumed at step {point.step}")
 
 
 def peak_memory_bytes() -> int:
@@ -151,12 +162,28 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class _Timed:
-    def __init__(self, seconds: dict[str, float], phase: str, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._seconds, self._phase, self._clock = seconds, phase, clock
+class PhaseClock:
+    """Seconds by phase. A phase inside another stops the outer one's clock, so that the seconds add up to the time that passed."""
 
-    def __enter__(self) -> None:
-        self._started = self._clock()
+    def __init__(self, seconds: dict[str, float], clock: Callable[[], float] = time.perf_counter) -> None:
+        self.seconds = seconds
+        self._clock = clock
+        self._open: list[str] = []
+        self._since = 0.0
 
-    def __exit__(self, *_: object) -> None:
-        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + self._clock() - self._started
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside to `name`."""
+        self._credit()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._credit()
+            self._open.pop()
+
+    def _credit(self) -> None:
+        now = self._clock()
+        if self._open:
+            self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since
+        self._since = now

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from atelier_api.errors import DivergedError
+from atelier_api.errors import DivergedError, StoreError
 from atelier_api.run_file import RunFile
 from atelier_runtime import components, parallel
 from atelier_runtime.checkpoint import Checkpointer
@@ -136,6 +136,8 @@ class Trainer:
                 self._save()
             parts.checkpointer.wait()
             parts.reporter.poll(parts.checkpointer)
+        if stopped:
+            self._require_saved()
         return not stopped
 
     def _step(self, step: int, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
@@ -224,6 +226,15 @@ class Trainer:
                 parts.reporter.keep_history()
         self._last_saved_step = parts.state.step
         self._last_checkpoint_time = time.monotonic()
+
+    def _require_saved(self) -> None:
+        """A stop promises a checkpoint of the last step; without one the reason must not read `Stopped`."""
+        report = self._parts.checkpointer.latest_report
+        if self._parts.distributed.rank == 0 and (report is None or report.step != self._parts.state.step):
+            raise StoreError(
+                f"the checkpoint of step {self._parts.state.step}, made on the request to stop, could not be stored; "
+                f"the newest good one is of step {report.step if report else 'none'}: see the log for the reason"
+            )
 
     def _time_for_checkpoint(self, every_seconds: int) -> bool:
         """Whether rank 0's clock asks for a checkpoint; other ranks never do, since clocks differ."""

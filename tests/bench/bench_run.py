@@ -141,7 +141,5 @@ def bench_run(folder: Path, *, batch_size: int, steps: int) -> BenchRun:
     objective = build_run_objective(run_file, family)
     state = build_state(run_file, denoisers)
     checkpointer = Checkpointer(run_file, distributed, store, staging_folder(run_file), dataset_hash=dataset.hash)
-    parts = Parts(
-        run_file, family, distributed, denoisers, objective, dataset, state, checkpointer, metrics, reporter
-    )
+    parts = Parts(run_file, family, distributed, denoisers, objective, dataset, state, checkpointer, metrics, reporter)
     return BenchRun(parts, reporter, clock)

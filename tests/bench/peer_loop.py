@@ -73,9 +73,7 @@ class PeerLoop:
         self.data_seconds = 0.0
 
     def _prepare(self, parts: Parts, fused: bool) -> _Prepared:
-        model = components.load_denoiser(
-            parts.run_file.model_folder, "transformer", torch.float32, torch.device("cpu")
-        )
+        model = components.load_denoiser(parts.run_file.model_folder, "transformer", torch.float32, torch.device("cpu"))
         targets = adapters.resolve_targets(model, ["attention"], parts.family)
         model.add_adapter(LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=list(targets)))
         model.train()

@@ -33,7 +33,8 @@ def invoke(*arguments: str) -> Result:
 def test_nothing_heavy_is_imported_for_a_quick_answer(
     local_run: LocalRun, arguments: list[str], absent: set[str]
 ) -> None:
-    code = f"import sys; from atelier_cli.main import app; app(sys.argv[1:], standalone_mode=False); print({absent!r} & set(sys.modules))"
+    command = "import sys; from atelier_cli.main import app; app(sys.argv[1:], standalone_mode=False)"
+    code = f"{command}; print({absent!r} & set(sys.modules))"
     (local_run.folder).mkdir(parents=True)
     (local_run.folder / "report.html").write_text("")
     given = [str(local_run.path) if argument == "RUN" else argument for argument in arguments]
@@ -51,7 +52,7 @@ def test_the_run_command_imports_no_torch() -> None:
     [
         (["run", "x.yaml", "--frsh"], "error: No such option: --frsh"),
         (["trian"], "error: No such command 'trian'"),
-        (["plan"], "error: Missing argument 'FILE'"),
+        (["plan"], "error: Missing argument 'file'"),
         (["plan", "nowhere.yaml"], "error: nowhere.yaml does not exist"),
         (["run", "nowhere.yaml"], "error: nowhere.yaml does not exist"),
     ],

@@ -69,7 +69,7 @@ def test_a_list_grows_by_its_next_item(file: Path) -> None:
             "hyperparameters.stps=4",
             "--set spec.hyperparameters.stps: there is no such field; did you mean spec.hyperparameters.steps?",
         ),
-        ("steps=4", "--set spec.steps: there is no such field; did you mean spec.hyperparameters.steps?"),
+        ("steps=4", "--set spec.steps: there is no such field; did you mean spec.hyperparameters.steps or"),
         ("data.sources[0].url=x", "did you mean spec.data.sources.uri?"),
         ("data.sources.uri=x", "spec.data.sources is a list; name an item, such as spec.data.sources[0]"),
         ("data.sources[5].uri=x", "--set spec.data.sources[5].uri: there are 1 items; the first is [0]"),

@@ -23,9 +23,10 @@ from tiny_data import CountingFamily, OneRank
 
 @dataclass(frozen=True)
 class Mischief:
-    """What is to go wrong: the process kills itself after so many pictures, or a rank is asked to stop while it encodes."""
+    """What is to go wrong: the process kills itself after so many pictures; a rank's autoencoder fails; a rank is asked to stop."""
 
     kill_after: int = sys.maxsize
+    fail_rank: int | None = None
     stop_rank: int | None = None
     cache_per_rank: bool = False
 
@@ -35,13 +36,16 @@ class StopAsked(Exception):
 
 
 class DoomedFamily(CountingFamily):
-    """Kills its process after so many pictures."""
+    """Kills its process after so many pictures, or fails at the first."""
 
-    def __init__(self, kill_after: int) -> None:
+    def __init__(self, kill_after: int, *, fails: bool) -> None:
         super().__init__()
         self.kill_after = kill_after
+        self.fails = fails
 
     def encode_pixels(self, pipe: Any, pixels: Tensor) -> Latents:
+        if self.fails:
+            raise ArithmeticError("the autoencoder fails")
         if self.pictures >= self.kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().encode_pixels(pipe, pixels)
@@ -63,7 +67,7 @@ def main(run_path: Path, rank: int, world_size: int, mischief: Mischief) -> None
     loads = []
     load = components.load_encoders
     components.load_encoders = lambda *arguments: loads.append(1) or load(*arguments)  # type: ignore[func-returns-value]
-    family = DoomedFamily(mischief.kill_after)
+    family = DoomedFamily(mischief.kill_after, fails=rank == mischief.fail_rank)
     run_file = RunFile.read(run_path)
     if mischief.cache_per_rank:
         run_file = run_file.model_copy(update={"cache_uri": f"{run_file.cache_uri}-{rank}"})

@@ -37,6 +37,7 @@ from atelier_runtime.store.s3_errors import (
     CLIENT_ERRORS,
     RENEWABLE,
     Place,
+    arrived_damaged,
     code_of,
     is_transient,
     no_credentials,
@@ -109,7 +110,10 @@ class S3Store:
             if self.conditional_writes != "refused":
                 arguments["IfNoneMatch"] = "*"
         try:
-            self._call("PutObject", lambda client: client.put_object(Bucket=self.bucket, **arguments))
+            self._with_retries(
+                lambda: self._call("PutObject", lambda client: client.put_object(Bucket=self.bucket, **arguments)),
+                arrived_damaged,
+            )
         except StoreError as error:
             # Either somebody else was first, or the reply to our own first try was lost: the bytes tell.
             if if_absent and code_of(error.__cause__ or error) in _ALREADY_THERE:
@@ -270,11 +274,13 @@ class S3Store:
                 self._client = self.make_client()
             return self._client
 
-    def _with_retries(self, work: Callable[[], T]) -> T:
+    def _with_retries(self, work: Callable[[], T], helps: Callable[[BaseException], bool] = is_transient) -> T:
+        """The result of `work`, done again after errors whose cause `helps` says so of, and after damage."""
+
         def again(error: Exception) -> bool:
             if isinstance(error, CredentialsError) or not isinstance(error, RunError):
                 return False
-            return isinstance(error, CorruptObject) or is_transient(error.__cause__ or error)
+            return isinstance(error, CorruptObject) or helps(error.__cause__ or error)
 
         def on_retry(error: Exception) -> None:
             if self._observer is not None:

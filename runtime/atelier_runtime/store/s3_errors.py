@@ -70,6 +70,11 @@ def code_of(error: BaseException) -> str:
     return type(error).__name__
 
 
+def arrived_damaged(error: BaseException) -> bool:
+    """Whether the store refused a body that was changed on the way. The client does not send it again."""
+    return code_of(error) in _DAMAGED_ON_THE_WAY
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a moment later, though the client has already retried what it knows how to."""
     if isinstance(error, boto.ClientError):

@@ -5,7 +5,7 @@ import os
 import secrets
 import subprocess
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -218,13 +218,13 @@ def test_a_kill_at_any_change_of_the_store_loses_nothing_that_was_acknowledged(t
     assert killed == 7  # two files, the records, the manifest; then manifest, files, unfinished uploads
 
 
-def check_kills(run: TinyRun, tmp_path: Path, *, longest: float) -> None:
+def check_kills(make: Callable[[], TinyRun], acks: Path, *, longest: float) -> None:
     """Kill a process that saves without pause, 20 times, and resume after each."""
-    acks = tmp_path / "acks"
+    run = make()
     trained = 0
 
     def train(first: int) -> None:
-        run.claim()
+        run = make().claim()  # with connections of its own
         saver = run.saver()
         for step in range(first, first + 1_000):
             outcome = run.try_save(step, saver=saver)
@@ -245,7 +245,7 @@ def check_kills(run: TinyRun, tmp_path: Path, *, longest: float) -> None:
     assert trained > 0
     run.claim().save(trained + 1)
     run.saver().collect_garbage()
-    kept = {ManifestFolder.partition("/")[0] for ManifestFolder in _keys(run, "checkpoints/")}
+    kept = {key.partition("/")[0] for key in _keys(run, "checkpoints/")}
     assert len(kept) == len(_keys(run, "manifests/")) <= 3
     assert run.store.remove_unfinished(-2) <= 20
 
@@ -256,12 +256,15 @@ def _keys(run: TinyRun, prefix: str) -> list[str]:
 
 @pytest.mark.processes
 def test_twenty_kills_at_random_moments_on_a_folder(tmp_path: Path) -> None:
-    check_kills(TinyRun.make(tmp_path), tmp_path, longest=0.8)
+    check_kills(lambda: TinyRun.make(tmp_path), tmp_path / "acks", longest=0.8)
 
 
 @pytest.mark.processes
 def test_twenty_kills_at_random_moments_on_s3(proxied_store: S3Store, tmp_path: Path) -> None:
-    check_kills(TinyRun.make(tmp_path, proxied_store), tmp_path, longest=1.5)
+    def make() -> TinyRun:
+        return TinyRun.make(tmp_path, S3Store(proxied_store.uri, proxied_store.settings))
+
+    check_kills(make, tmp_path / "acks", longest=1.5)
 
 
 @pytest.mark.processes
@@ -300,11 +303,10 @@ def test_bits_flipped_while_a_checkpoint_is_uploaded_do_no_harm(
     run = TinyRun.make(tmp_path, proxied_store).claim()
     for match in (".distcp", ".metadata", "records/", "manifests/"):
         s3_proxy.fault("flip_req", method="PUT", match=match)
-    outcomes = [run.try_save(step) for step in (10, 20, 30)]
+    run.save(10)
     assert s3_proxy.broken == 4
-    assert [outcome.report is not None for outcome in outcomes] == [False, False, True]
     point = run.resumed()
-    assert (point.step, point.refused) == (30, ())
+    assert (point.step, point.refused) == (10, ())
 
 
 def test_states_of_different_steps_differ() -> None:

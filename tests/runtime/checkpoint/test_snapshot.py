@@ -94,7 +94,10 @@ def test_the_memory_is_kept_and_grows_when_the_state_does(memory: SharedMemory) 
 
 @pytest.mark.parametrize(
     "tensor",
-    [torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1), (2,)), Shard.make(torch.ones(1), (2,), (0,))],
+    [
+        torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1), (2,), check_invariants=True),
+        Shard.make(torch.ones(1), (2,), (0,)),
+    ],
     ids=["sparse", "subclass"],
 )
 def test_what_cannot_be_saved_is_named(memory: SharedMemory, tensor: torch.Tensor) -> None:

@@ -98,6 +98,11 @@ def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path, run: RunFile) -> 
     assert all("/nowhere" in result["message"] for result in results)
 
 
+def test_an_error_in_one_ranks_work_is_raised_on_all(tmp_path: Path, run: RunFile) -> None:
+    results: Any = start(run, tmp_path / "failing", 2, Mischief(fail_rank=1))
+    assert results == [{"error": "ArithmeticError", "message": "the autoencoder fails"}] * 2
+
+
 def test_a_stop_that_reaches_one_rank_ends_all_and_keeps_what_was_encoded(tmp_path: Path, run: RunFile) -> None:
     results: Any = start(run, tmp_path / "stopped", 2, Mischief(stop_rank=1))
     assert [result["error"] for result in results] == ["StopAsked"] * 2

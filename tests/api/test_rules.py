@@ -1,0 +1,241 @@
+"""What fields must be to each other and to the family: one row for each rule, refused and accepted."""
+
+from typing import Any
+
+import pytest
+
+from atelier_api.families import FAMILIES
+from atelier_api.read import parse_run, problems
+from atelier_api.rules import bucket_alignment, notes, processes_per_node, world_size
+from atelier_api.v1alpha1 import TrainingRun
+from run_documents import document
+
+WAN = {"family": "wan", "source": "base"}
+SDXL = {"family": "sdxl", "source": "base"}
+PROMPTS = [{"text": "a cat"}]
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "frames that a family cannot have": (
+        {"model": WAN, "data__clip__frames": 48},
+        "spec.data.clip.frames is 48; must be 4n+1 for wan, for example 45 or 49",
+    ),
+    "frames of a sample": (
+        {"model": WAN, "validation": {"prompts": PROMPTS, "frames": 2}},
+        "spec.validation.frames is 2; must be 4n+1 for wan, for example 1 or 5",
+    ),
+    "frames of pictures": (
+        {"data__clip__frames": 81},
+        "spec.data.clip.frames is 81; only for video families, and flux is of image",
+    ),
+    "a frame rate of pictures": ({"data__clip__fps": "12"}, "spec.data.clip.fps is '12'; only for video families"),
+    "bucket edges between the family's": (
+        {"data__bucketAlign": 40},
+        "spec.data.bucketAlign is 40; must be a multiple of 16 for flux, for example 48",
+    ),
+    "pictures smaller than a bucket": (
+        {"data__resolution": 96, "data__bucketAlign": 128},
+        "spec.data.resolution is 96; must be at least 128, the alignment of the buckets",
+    ),
+    "a diffusion option of a flow family": (
+        {"objective__minSnrGamma": "5"},
+        "spec.objective.minSnrGamma is '5'; only for diffusion families, and flux is of flow",
+    ),
+    "noise of a flow family": (
+        {"objective__noise__offset": "0.1"},
+        "spec.objective.noise.offset is '0.1'; only for diffusion families",
+    ),
+    "a prediction of a flow family": (
+        {"objective__prediction": "v"},
+        "spec.objective.prediction is 'v'; only for diffusion families",
+    ),
+    "a density of a diffusion family": (
+        {"model": SDXL, "objective__timesteps__sampling": "uniform"},
+        "spec.objective.timesteps.sampling is 'uniform'; only for flow families, and sdxl is of diffusion",
+    ),
+    "a shift of a diffusion family": (
+        {"model": SDXL, "objective__timesteps__shift": "3"},
+        "spec.objective.timesteps.shift is '3'; only for flow families",
+    ),
+    "zero terminal SNR of epsilon": (
+        {"model": SDXL, "objective": {"prediction": "epsilon", "noise": {"zeroTerminalSnr": True}}},
+        "spec.objective.noise.zeroTerminalSnr is true; only for prediction v",
+    ),
+    "c of another loss": ({"objective__huberC": "0.2"}, "spec.objective.huberC is '0.2'; only for loss huber"),
+    "a parameter of another density": (
+        {"objective__timesteps__betaA": "3"},
+        "spec.objective.timesteps.betaA is '3'; only for sampling beta",
+    ),
+    "the end of a constant": (
+        {"hyperparameters__schedule__end": "0.1"},
+        "spec.hyperparameters.schedule.end is '0.1'; only for type linear or cosine or polynomial",
+    ),
+    "the power of a line": (
+        {"hyperparameters__schedule": {"type": "linear", "power": "2"}},
+        "spec.hyperparameters.schedule.power is '2'; only for type polynomial",
+    ),
+    "samples without prompts": (
+        {"validation__everySteps": 100},
+        "spec.validation.everySteps is 100; only with spec.validation.prompts",
+    ),
+    "a batch that cannot be dealt out": (
+        {"hyperparameters__globalBatchSize": 3, "parallelism": {"nodes": 2, "gpusPerNode": 2}},
+        "spec.hyperparameters.globalBatchSize is 3; must be a multiple of 4 (2 nodes × 2 processes), for example 4",
+    ),
+    "a batch that cannot be cut": (
+        {"hyperparameters": {"steps": 1, "globalBatchSize": 6, "microBatchSize": 4}},
+        "spec.hyperparameters.globalBatchSize is 6; must be a multiple of 4 (1 node × 1 process × microBatchSize 4), for example 8",
+    ),
+    "a warm-up longer than the run": (
+        {"hyperparameters": {"steps": 9, "schedule": {"warmupSteps": 10}}},
+        "spec.hyperparameters.schedule.warmupSteps is 10; must be at most spec.hyperparameters.steps, which is 9",
+    ),
+    "a whole fp32 model in bf16": (
+        {
+            "adapter": {"type": "full"},
+            "hyperparameters": {"steps": 1, "precision": "fp32", "optimizer": {"type": "adamw-bf16"}},
+        },
+        "spec.hyperparameters.optimizer.type is 'adamw-bf16'; with adapter type full it would round",
+    ),
+    "processes beside GPUs": (
+        {"parallelism__processesPerNode": 2},
+        "spec.parallelism.processesPerNode is 2; only for gpusPerNode 0, which is 1",
+    ),
+    "a single process of two": (
+        {"parallelism": {"strategy": "single", "gpusPerNode": 2}, "hyperparameters__globalBatchSize": 2},
+        "spec.parallelism.strategy is 'single'; needs one process, and the run has 2; use ddp or fsdp2",
+    ),
+    "no memory": ({"parallelism__deviceMemory": "0Gi"}, "spec.parallelism.deviceMemory is '0Gi'; must be more than 0"),
+    "kohya of a whole model": (
+        {"adapter": {"type": "full"}, "publish__formats": ["kohya"]},
+        "spec.publish.formats is ['kohya']; kohya is for LoRA; with adapter type full it must hold diffusers",
+    ),
+    "a format twice": (
+        {"publish__formats": ["kohya", "kohya"]},
+        "spec.publish.formats is ['kohya', 'kohya']; must name each format once",
+    ),
+    "a sample between the family's pixels": (
+        {"validation": {"prompts": PROMPTS, "width": 1000}},
+        "spec.validation.width is 1000; must be a multiple of 16 for flux, for example 1008",
+    ),
+    "an unknown flavour": (
+        {"model__flavour": "def"},
+        "spec.model.flavour is 'def'; did you mean dev? allowed: dev, krea, schnell",
+    ),
+    "a target that is no expression": (
+        {"adapter__targets": ["attention", "(to_q"]},
+        "spec.adapter.targets[1] is '(to_q'; must be a preset (attention, mlp, all) or a regular expression: missing )",
+    ),
+    "a source twice": (
+        {"data__sources": [{"uri": "a"}, {"uri": "b"}, {"uri": "a/"}]},
+        "spec.data.sources[2].uri is 'a/'; sources[0] is the same; to weigh it more, set its repeats",
+    ),
+    "a bucket in capitals": (
+        {"storage__uri": "s3://Runs"},
+        "spec.storage.uri is 's3://Runs'; must be s3://bucket/prefix",
+    ),
+    "a store of another kind": (
+        {"data__sources": [{"uri": "gs://bucket/x"}]},
+        "spec.data.sources[0].uri is 'gs://bucket/x'; must be a folder or s3://bucket/prefix",
+    ),
+    "a model in S3": (
+        {"model__source": "s3://models/flux"},
+        "spec.model.source is 's3://models/flux'; must be a folder or hf://owner/name",
+    ),
+    "a hub source without owner": (
+        {"model__source": "hf://FLUX.1-dev"},
+        "spec.model.source is 'hf://FLUX.1-dev'; must be hf://owner/name, with an optional @revision",
+    ),
+    "a revision of a folder": (
+        {"model__revision": "main"},
+        "spec.model.revision is 'main'; only an hf:// source has one, not 'base'",
+    ),
+    "two revisions": (
+        {"model__source": "hf://a/b@c", "model__revision": "d"},
+        "spec.model.revision is 'd'; the source 'hf://a/b@c' names one too; keep one",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_a_broken_rule_is_one_sentence_that_says_what_is_allowed(changes: dict[str, Any], sentence: str) -> None:
+    found = [str(problem) for problem in problems(document(**changes))]
+    assert len(found) == 1
+    assert found[0].startswith(sentence)
+
+
+ACCEPTED: dict[str, dict[str, Any]] = {
+    "frames of the rule": {"model": WAN, "data__clip__frames": 81},
+    "one frame": {"model": WAN, "data__clip__frames": 1},
+    "the default of an option that would do nothing": {"data__clip__frames": 49, "objective__huberC": "1e-1"},
+    "a whole model with every default": {"adapter": {"type": "full"}},
+    "v with zero terminal SNR": {"model": SDXL, "objective": {"prediction": "v", "noise": {"zeroTerminalSnr": True}}},
+    "a LoRA in bf16 on an fp32 model": {
+        "hyperparameters": {"steps": 1, "precision": "fp32", "optimizer": {"type": "adamw-bf16"}}
+    },
+    "processes on the CPU": {
+        "parallelism": {"gpusPerNode": 0, "processesPerNode": 2},
+        "hyperparameters__globalBatchSize": 4,
+    },
+    "a resolution below a coarse bucket": {"data__resolution": 32},
+    "places": {
+        "data__sources": [{"uri": "s3://data/a"}, {"uri": "~/b"}, {"uri": "../c d"}],
+        "storage__uri": "s3://runs",
+    },
+    "a hub source": {"model__source": "hf://black-forest-labs/FLUX.1-dev@refs/pr/1"},
+    "regular expressions": {"adapter__targets": [r"transformer_blocks\.\d+\.attn\.to_[qkv]"]},
+}
+
+
+@pytest.mark.parametrize("changes", ACCEPTED.values(), ids=ACCEPTED)
+def test_a_sound_run_has_no_problem(changes: dict[str, Any]) -> None:
+    assert problems(document(**changes)) == []
+
+
+def test_a_rule_with_two_reasons_names_the_field_once() -> None:
+    changed = document(model=SDXL, objective__timesteps__betaA="3", validation={"frames": 9})
+    assert sorted(problem.path for problem in problems(changed)) == [
+        "spec.objective.timesteps.betaA",
+        "spec.validation.frames",
+    ]
+
+
+def test_kohya_of_a_whole_model_is_noted_where_something_else_is_published() -> None:
+    run = TrainingRun.model_validate(document(adapter={"type": "full"}))
+    assert notes(run) == [
+        "spec.publish.formats: kohya is left out; that layout is for LoRA, and spec.adapter.type is full"
+    ]
+    assert notes(TrainingRun.model_validate(document())) == []
+
+
+@pytest.mark.parametrize(
+    ("resolution", "given", "expected"), [(1024, None, 64), (512, None, 64), (511, None, 16), (1024, 32, 32)]
+)
+def test_buckets_are_coarse_from_512_pixels_on(resolution: int, given: int | None, expected: int) -> None:
+    run = TrainingRun.model_validate(
+        document(data={"sources": [{"uri": "a"}], "resolution": resolution, "bucketAlign": given})
+    )
+    assert bucket_alignment(run.spec, FAMILIES["flux"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "processes", "world"),
+    [
+        ({}, 1, 1),
+        ({"nodes": 2, "gpusPerNode": 4}, 4, 8),
+        ({"gpusPerNode": 0, "processesPerNode": 3}, 3, 3),
+        ({"gpusPerNode": 0}, 1, 1),
+    ],
+)
+def test_processes_are_gpus_or_what_is_asked_on_the_cpu(
+    parallelism: dict[str, Any], processes: int, world: int
+) -> None:
+    spec = TrainingRun.model_validate(document(parallelism=parallelism)).spec
+    assert (processes_per_node(spec), world_size(spec)) == (processes, world)
+
+
+def test_every_family_trains_the_smallest_run() -> None:
+    for family in FAMILIES:
+        text = f"""
+            {{apiVersion: atelier.dev/v1alpha1, kind: TrainingRun, metadata: {{name: a}}, spec: {{model: {{family: {family}, source: base}},
+            data: {{sources: [{{uri: pictures}}]}}, hyperparameters: {{steps: 1}}}}}}"""
+        assert parse_run(text, "run.yaml").spec.model.family == family

@@ -1,0 +1,118 @@
+"""`make bench`: the speed of the loop, the data path and checkpoints, as ratios of interleaved runs and as counts.
+
+    python tests/bench/main.py [--quick] [--only C1 …] [--state-mib 256] [--out build/bench.json]
+
+Prints a table and writes everything measured, with the machine and the versions, as JSON. Seconds are only compared with seconds of the
+same minute of the same process; counts are what a test may rest on.
+"""
+
+import argparse
+import atexit
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests" / "support")]
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
+_numbers = tempfile.mkdtemp(prefix="atelier-bench-")
+atexit.register(shutil.rmtree, _numbers, ignore_errors=True)
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = _numbers  # ranks count into mapped files, as under the agent; read at import
+
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+import checkpoint_stall  # noqa: E402
+import data_path  # noqa: E402
+import loop_overhead  # noqa: E402
+from pairs import Findings  # noqa: E402
+
+from atelier_runtime.launch import quiet_libraries  # noqa: E402
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "atelier-training")
+
+
+def machine() -> dict[str, Any]:
+    """Where this ran, and how busy it was."""
+    return {
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "load": list(os.getloadavg()),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def cpu_name() -> str:
+    """Model and, where the system tells it, nothing else."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def show(findings: dict[str, Findings], facts: dict[str, Any], load_after: float) -> None:
+    """The machine's line and the table."""
+    console = Console(width=max(150, Console().width))
+    versions = facts["versions"]
+    console.print(
+        f"{facts['cores']} cores of {facts['cpu']}, load {facts['load'][0]:.1f} before and {load_after:.1f} after, "
+        f"{facts['threads']} thread, python {facts['python']}, torch {versions['torch']}, diffusers {versions['diffusers']}, "
+        f"accelerate {versions['accelerate']}"
+    )
+    table = Table("", "what", "measured", "target", "how far")
+    for one in findings.values():
+        for row in one.rows:
+            style = "" if not row.standing else "green" if row.standing == "met" else "yellow"
+            table.add_row(row.id, row.what, row.measured, row.target, row.standing, style=style)
+        table.add_section()
+    console.print(table)
+    if load_after > facts["cores"]:
+        console.print("The machine was busy with other work: trust the CPU figures and the counts, not wall time.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="few pairs and small sizes: the counts are true, the seconds are not"
+    )
+    parser.add_argument("--only", nargs="+", choices=("C1", "C2", "C4"), default=("C1", "C2", "C4"))
+    parser.add_argument("--state-mib", type=int, default=256, help="size of the checkpointed state")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench.json")
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.tempdir = str(options.out.parent.resolve())  # on a disk, not in the memory that /tmp may be
+    torch.set_num_threads(1)
+    quiet_libraries()
+    benchmarks = {
+        "C1": lambda: loop_overhead.run(quick=options.quick),
+        "C2": lambda: data_path.run(quick=options.quick),
+        "C4": lambda: checkpoint_stall.run(quick=options.quick, mebibytes=options.state_mib),
+    }
+    facts, started = machine(), time.monotonic()
+    findings = {name: run() for name, run in benchmarks.items() if name in options.only}
+    load_after = os.getloadavg()[0]
+    show(findings, facts, load_after)
+    document = {
+        "machine": {**facts, "load_after": load_after},
+        "quick": options.quick,
+        "seconds": round(time.monotonic() - started),
+        "benchmarks": {name: {"rows": [asdict(row) for row in one.rows], **one.raw} for name, one in findings.items()},
+    }
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"raw figures: {options.out}")
+
+
+if __name__ == "__main__":
+    main()
