@@ -49,7 +49,7 @@ crds: setup  ## regenerate the CRD and the reference page from the types
 	$(BIN)/python -m atelier_api.docgen
 
 bench: setup  ## speed, as ratios of interleaved runs and as counts (performance.md names the targets)
-	$(BIN)/python -m tests.bench.main
+	$(BIN)/python tests/bench/main.py
 
 clean:  ## remove what the targets above have made, but not the runs
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

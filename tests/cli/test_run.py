@@ -87,7 +87,7 @@ def test_a_run_is_announced_followed_and_its_results_are_named(local_run: LocalR
         f"weights  {local_run.folder}/exports/diffusers/pytorch_lora_weights.safetensors",
         f"report   {local_run.folder}/report.html",
         "from diffusers import DiffusionPipeline",
-        f'pipe = DiffusionPipeline.from_pretrained("{local_run.path.parent / "base"}")',
+        f'pipe = DiffusionPipeline.from_pretrained("{(local_run.path.parent / "base").resolve()}")',
     ):
         assert line in text
     assert re.search(r"memory     \d+ MiB predicted of ", text)

@@ -14,9 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from atelier_api.run_file import RunFile
+from atelier_runtime.data import Dataset, MicroBatch, build_dataset
 from atelier_runtime.families.sd3 import StableDiffusion3
 from atelier_runtime.family import Features, Latents
 from run_files import run_file
+
+SAMPLE_SIZES = [(40, 40), (64, 40), (40, 64), (41, 40)]
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -101,3 +104,21 @@ class CountingFamily(StableDiffusion3):
 
 def no_report(stage: str, detail: str, done: int, total: int) -> None:
     """A report that nobody reads."""
+
+
+def built(run: RunFile) -> tuple[Dataset, CountingFamily]:
+    """The data set of a run, and the family that counted what was encoded for it."""
+    family = CountingFamily()
+    return build_dataset(run, family, OneRank(), no_report), family
+
+
+def all_samples(dataset: Dataset, epoch: int = 0) -> dict[str, MicroBatch]:
+    """Each sample of an epoch as a micro-batch of its own, by file name."""
+    samples = {}
+    steps = dataset.order.steps_per_epoch
+    for step in range(epoch * steps, (epoch + 1) * steps):
+        batch = dataset.order.batch(step)
+        for slot in batch.slots:
+            loaded = dataset.load([slot], step=step, epoch=batch.epoch)
+            samples[loaded.names[0]] = loaded
+    return samples

@@ -76,6 +76,7 @@ class Checkpointer:
         self._writing: Save | None = None
         self._slot_being_read: int | None = None
         self._waiting: Save | None = None
+        self._closed = False
         self.latest_report: CheckpointReport | None = None
         group = Group.open(ranks)
         try:
@@ -137,7 +138,10 @@ class Checkpointer:
             self._handle(self._receive())
 
     def close(self) -> None:
-        """Give the save being written a little time, drop a waiting one, and end the writer process."""
+        """Give the save being written a little time, drop a waiting one, and end the writer process. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
         deadline = time.monotonic() + _CLOSE_SECONDS
         self._waiting = None
         try:
@@ -162,7 +166,7 @@ class Checkpointer:
 
     def _take_in(self) -> None:
         """Handle what the writer has said."""
-        while self._pipe.waiting():
+        while not self._closed and self._pipe.waiting():
             self._handle(self._receive())
 
     def _handle(self, message: object) -> None:

@@ -88,6 +88,7 @@ class Writer:
         group = _join(settings)
         store = _open(settings, self._pipe)
         saver = Saver(settings, group, store)
+        _yield_to_training()
         saver.describe_base()
         while True:
             save = self._agree(group, self._saves.get())
@@ -117,7 +118,6 @@ def main() -> None:
     """Entry point of the process."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _yield_to_training()
     descriptors = [int(argument) for argument in sys.argv[1:]]
     pipe = Pipe.inherited(descriptors[0])
     saves: queue.Queue[Save] = queue.Queue()
@@ -151,7 +151,7 @@ def _listen(pipe: Pipe, saves: "queue.Queue[Save]", parent: int) -> None:
 
 
 def _yield_to_training() -> None:
-    """Take CPU and disk only when training does not want them."""
+    """Take CPU and disk only when training does not want them. Not before the imports: the first save waits for those."""
     os.nice(_NICE)  # which on Linux lowers the disk priority as well
     torch.set_num_threads(1)
 

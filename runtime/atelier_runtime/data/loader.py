@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from atelier_api.errors import ConfigError
 from atelier_runtime.data.dataset import Dataset, MicroBatch
 from atelier_runtime.data.order import Slot, StepBatch
@@ -71,6 +73,10 @@ class Loader(Iterator[tuple[int, list[MicroBatch]]]):
 
     def _read(self, step: int) -> None:
         try:
+            if self._dataset.device.index is not None and self._dataset.device.type == "cuda":
+                torch.cuda.set_device(
+                    self._dataset.device
+                )  # per thread; else pinning may open a context on the first GPU
             while not self._closed.is_set():
                 self._put((step, self._step(step)))
                 step += 1

@@ -1,30 +1,28 @@
-"""The whole way with the stock encoders of a tiny checkpoint: what is encoded, what is found again, what is left out."""
+"""The whole way with the stock encoders of a tiny checkpoint: what is encoded, what is trained on, what is left out."""
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from atelier_api.errors import ConfigError, DataError, StoreError
-from atelier_api.run_file import RunFile
+from atelier_api.errors import DataError
 from atelier_runtime import components
-from atelier_runtime.data import Dataset, MicroBatch, build_dataset
 from atelier_runtime.data import build as build_module
+from atelier_runtime.data import build_dataset
 from atelier_runtime.data import encode as encode_module
 from atelier_runtime.data.buckets import Bucket, place
-from atelier_runtime.data.encode import Limits
 from atelier_runtime.data.image import UnreadableError, fit, read_picture
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Latents
 from tiny_data import (
+    SAMPLE_SIZES,
     CountingFamily,
     OneRank,
+    all_samples,
+    built,
     grey_frames,
     no_report,
     picture,
@@ -35,72 +33,18 @@ from tiny_data import (
 )
 from tiny_families import save_tiny
 
-SIZES = [(40, 40), (64, 40), (40, 64), (41, 40)]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("sd3", tmp_path_factory.mktemp("checkpoint") / "sd3")
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    write_pictures(tmp_path / "pictures", SIZES)
-    return tmp_path / "pictures"
-
-
-@pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Folders that encoders have been loaded from."""
-    folders: list[Path] = []
-    load = components.load_encoders
-
-    def counting(family: Any, folder: Any, dtype: torch.dtype, device: torch.device) -> Any:
-        folders.append(Path(folder))
-        return load(family, folder, dtype, device)
-
-    monkeypatch.setattr(components, "load_encoders", counting)
-    return folders
-
-
-def build(run: RunFile) -> tuple[Dataset, CountingFamily]:
-    family = CountingFamily()
-    return build_dataset(run, family, OneRank(), no_report), family
-
-
-def all_samples(dataset: Dataset, epoch: int = 0) -> dict[str, MicroBatch]:
-    """Each sample of an epoch as a micro-batch of its own, by file name."""
-    samples = {}
-    steps = dataset.order.steps_per_epoch
-    for step in range(epoch * steps, (epoch + 1) * steps):
-        batch = dataset.order.batch(step)
-        for slot in batch.slots:
-            loaded = dataset.load([slot], step=step, epoch=batch.epoch)
-            samples[loaded.names[0]] = loaded
-    return samples
-
-
-def same(left: Dataset, right: Dataset) -> bool:
-    ours, theirs = all_samples(left), all_samples(right)
-    return ours.keys() == theirs.keys() and all(
-        torch.equal(ours[name].latents, theirs[name].latents)
-        and all(torch.equal(ours[name].text[0][key], theirs[name].text[0][key]) for key in ours[name].text[0])
-        for name in ours
-    )
-
-
 KEEP_CAPTIONS = {"captions": {"dropout": 0}}
 
 
 def test_latents_and_features_are_those_of_the_stock_encoders(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
-    dataset, _ = build(training_run_file(tmp_path, [pictures], checkpoint, data=KEEP_CAPTIONS))
+    dataset, _ = built(training_run_file(tmp_path, [pictures], checkpoint, data=KEEP_CAPTIONS))
     family = get_family("sd3")
     pipe = components.load_encoders(family, checkpoint, torch.float32, torch.device("cpu"))
     samples = all_samples(dataset)
     assert sorted(samples) == ["000.png", "001.png", "002.png", "003.png"]
     expected_buckets = {"000.png": (32, 32), "001.png": (48, 32), "002.png": (32, 48), "003.png": (32, 32)}
     for number, (name, (width, height)) in enumerate(expected_buckets.items()):
-        placement = place(*SIZES[number], Bucket(width, height))
+        placement = place(*SAMPLE_SIZES[number], Bucket(width, height))
         pixels = fit(read_picture((pictures / name).read_bytes()), placement)
         with torch.no_grad():
             latents = family.encode_pixels(pipe, pixels[None])
@@ -118,7 +62,7 @@ def test_latents_and_features_are_those_of_the_stock_encoders(tmp_path: Path, pi
 def test_micro_batches_are_stacked_in_the_order_of_their_slots(tmp_path: Path, checkpoint: Path) -> None:
     write_pictures(tmp_path / "square", [(40, 40)] * 3)
     run = training_run_file(tmp_path, [tmp_path / "square"], checkpoint, hyperparameters={"globalBatchSize": 4})
-    dataset, _ = build(run)
+    dataset, _ = built(run)
     batch = dataset.order.batch(0)
     loaded = dataset.load(batch.slots[1:], step=0, epoch=0)
     assert loaded.latents.shape == (3, 16, 4, 4)
@@ -128,112 +72,6 @@ def test_micro_batches_are_stacked_in_the_order_of_their_slots(tmp_path: Path, c
     assert [loaded.names[i] for i in range(3)] == [f"{slot.sample:03d}.png" for slot in batch.slots[1:]]
     singles = [dataset.load([slot], step=0, epoch=0) for slot in batch.slots[1:]]
     assert torch.equal(loaded.latents, torch.cat([single.latents for single in singles]))
-
-
-def test_a_restart_loads_no_encoder_reads_no_file_and_gives_the_same(
-    tmp_path: Path, pictures: Path, checkpoint: Path, loads: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = training_run_file(tmp_path, [pictures], checkpoint)
-    first, family = build(run)
-    assert loads == [checkpoint]
-    assert (family.pictures, sorted(family.captions)) == (4, ["", *(f"a picture {n}" for n in range(4))])
-    monkeypatch.setattr("atelier_runtime.data.prepare.probe", pytest.fail)
-    monkeypatch.setattr("atelier_runtime.data.prepare.read_caption", pytest.fail)
-    monkeypatch.setattr("atelier_runtime.data.keys.file_sha256", pytest.fail)
-    second, family = build(run)
-    assert loads == [checkpoint]
-    assert (family.pictures, family.captions) == (0, [])
-    assert second.hash == first.hash
-    assert same(first, second)
-
-
-def test_another_run_with_the_same_encoders_shares_the_cache(
-    tmp_path: Path, pictures: Path, checkpoint: Path, loads: list[Path]
-) -> None:
-    build(training_run_file(tmp_path, [pictures], checkpoint))
-    shutil.copytree(checkpoint, tmp_path / "moved")
-    other = training_run_file(
-        tmp_path, [pictures], tmp_path / "moved", hyperparameters={"seed": 9, "globalBatchSize": 2}
-    )
-    build(other)
-    assert len(loads) == 1
-
-
-def edit_picture(run: RunFile, folder: Path) -> RunFile:
-    picture(40, 40, seed=99).save(folder / "000.png")
-    return run
-
-
-def edit_caption(run: RunFile, folder: Path) -> RunFile:
-    (folder / "000.txt").write_text("something else")
-    return run
-
-
-def edit_data(**changes: Any) -> Callable[[RunFile, Path], RunFile]:
-    def edit(run: RunFile, folder: Path) -> RunFile:
-        data = run.spec.data.model_copy(update=changes)
-        return run.model_copy(update={"spec": run.spec.model_copy(update={"data": data})})
-
-    return edit
-
-
-def edit_weights(component: str) -> Callable[[RunFile, Path], RunFile]:
-    def edit(run: RunFile, folder: Path) -> RunFile:
-        changed = folder.parent / "changed"
-        shutil.copytree(run.model_folder, changed)
-        [path] = (changed / component).glob("*.safetensors")
-        weights = load_file(path)
-        save_file({name: tensor * 1.5 for name, tensor in weights.items()}, path, {"format": "pt"})
-        return run.model_copy(update={"model_folder": str(changed)})
-
-    return edit
-
-
-def edit_precision(run: RunFile, folder: Path) -> RunFile:
-    hyperparameters = run.spec.hyperparameters.model_copy(update={"precision": "bf16"})
-    return run.model_copy(update={"spec": run.spec.model_copy(update={"hyperparameters": hyperparameters})})
-
-
-@pytest.mark.parametrize(
-    ("edit", "pictures_encoded", "captions_encoded"),
-    [
-        pytest.param(edit_picture, 1, 0, id="one file"),
-        pytest.param(edit_caption, 0, 1, id="one caption"),
-        pytest.param(edit_data(crop="random"), 3, 0, id="crop: 000 has nothing to cut"),
-        pytest.param(edit_data(resolution=48, max_upscale=4), 4, 0, id="resolution"),
-        pytest.param(edit_weights("vae"), 4, 0, id="autoencoder"),
-        pytest.param(edit_weights("text_encoder_3"), 0, 5, id="text encoder"),
-        pytest.param(edit_weights("transformer"), 0, 0, id="not the denoiser"),
-        pytest.param(edit_precision, 4, 5, id="precision"),
-    ],
-)
-def test_an_edit_encodes_again_what_depends_on_it_and_nothing_else(
-    tmp_path: Path,
-    pictures: Path,
-    checkpoint: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    edit: Callable[[RunFile, Path], RunFile],
-    pictures_encoded: int,
-    captions_encoded: int,
-) -> None:
-    monkeypatch.setattr(
-        "atelier_runtime.data.prepare.crop_draw", lambda seed, content: (0.99, 0.99)
-    )  # never the centre
-    run = training_run_file(tmp_path, [pictures], checkpoint)
-    before, _ = build(run)
-    after, family = build(edit(run, pictures))
-    assert (family.pictures, len(family.captions)) == (pictures_encoded, captions_encoded)
-    assert (after.hash == before.hash) == (pictures_encoded == captions_encoded == 0)
-
-
-def test_stored_values_have_the_precision_of_the_run(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        dataset, _ = build(
-            training_run_file(tmp_path, [pictures], checkpoint, hyperparameters={"precision": precision})
-        )
-        sample = next(iter(all_samples(dataset).values()))
-        assert sample.latents.dtype == dtype
-        assert {tensor.dtype for tensor in sample.text[0].values()} == {dtype}
 
 
 def test_bad_files_are_listed_with_their_reasons_and_the_rest_is_trained_on(
@@ -249,7 +87,7 @@ def test_bad_files_are_listed_with_their_reasons_and_the_rest_is_trained_on(
     (pictures / "latin.txt").write_bytes("Käfer".encode("latin-1"))
     run = training_run_file(tmp_path, [pictures], checkpoint)
     for _ in range(2):  # the second time from what is remembered
-        dataset, _ = build(run)
+        dataset, _ = built(run)
         funnel = dataset.funnel
         assert (funnel.found, funnel.kept, len(dataset)) == (10, 4, 4)
         assert (funnel.unreadable, funnel.too_small, funnel.no_caption, funnel.too_short) == (3, 1, 2, 0)
@@ -269,12 +107,12 @@ def test_no_sample_left_is_an_error_with_the_funnel_before_any_encoder_is_loaded
 ) -> None:
     write_pictures(tmp_path / "tiny", [(8, 8), (9, 9)])
     with pytest.raises(DataError, match=r"0 of 2 files .*2 too small"):
-        build(training_run_file(tmp_path, [tmp_path / "tiny"], checkpoint))
+        built(training_run_file(tmp_path, [tmp_path / "tiny"], checkpoint))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"0 files .* png, jpg"):
-        build(training_run_file(tmp_path, [tmp_path / "empty"], checkpoint))
+        built(training_run_file(tmp_path, [tmp_path / "empty"], checkpoint))
     with pytest.raises(DataError, match="no such folder"):
-        build(training_run_file(tmp_path, [tmp_path / "nowhere"], checkpoint))
+        built(training_run_file(tmp_path, [tmp_path / "nowhere"], checkpoint))
     assert loads == []
 
 
@@ -290,7 +128,7 @@ def test_a_file_that_fails_only_when_it_is_encoded_is_listed(
         return real(content)
 
     monkeypatch.setattr(encode_module, "read_picture", failing)
-    dataset, _ = build(training_run_file(tmp_path, [pictures], checkpoint))
+    dataset, _ = built(training_run_file(tmp_path, [pictures], checkpoint))
     assert (dataset.funnel.unreadable, dataset.funnel.kept) == (1, 3)
     assert dataset.funnel.rejected == {"001.png": "gone bad"}
     assert "001.png" not in all_samples(dataset)
@@ -306,7 +144,7 @@ def test_a_file_that_changes_while_the_cache_is_built_is_listed(
         return real(*arguments)
 
     monkeypatch.setattr(build_module, "select", change_and_select)
-    dataset, _ = build(training_run_file(tmp_path, [pictures], checkpoint))
+    dataset, _ = built(training_run_file(tmp_path, [pictures], checkpoint))
     assert dataset.funnel.rejected == {"001.png": "it changed while the cache was built"}
 
 
@@ -330,82 +168,11 @@ def test_latents_that_are_not_finite_are_listed_and_not_kept(tmp_path: Path, pic
     assert dataset.funnel.kept == 4
 
 
-def test_a_damaged_shard_is_built_again(tmp_path: Path, pictures: Path, checkpoint: Path, loads: list[Path]) -> None:
-    run = training_run_file(tmp_path, [pictures], checkpoint)
-    first, _ = build(run)
-    expected = all_samples(first)
-    shards = sorted((tmp_path / "cache" / "shards").glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    for shard in shards:
-        data = bytearray(shard.read_bytes())
-        data[-10] ^= 0xFF
-        shard.unlink()  # the first data set still looks into the old file
-        shard.write_bytes(data)
-    second, family = build(run)
-    assert (family.pictures, len(family.captions), len(loads)) == (4, 5, 2)
-    rebuilt = all_samples(second)
-    assert all(torch.equal(expected[name].latents, rebuilt[name].latents) for name in expected)
-
-
-def test_an_interrupted_build_goes_on_with_what_was_committed(
-    tmp_path: Path, pictures: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Interrupted(CountingFamily):
-        def encode_pixels(self, pipe: Any, pixels: Tensor) -> Latents:
-            if self.pictures == 2:
-                raise RuntimeError("the device fell off the bus")
-            return super().encode_pixels(pipe, pixels)
-
-    monkeypatch.setattr(build_module, "Limits", lambda: Limits(batch_samples=1, round_samples=1, shard_bytes=1))
-    run = training_run_file(tmp_path, [pictures], checkpoint)
-    with pytest.raises(RuntimeError, match="fell off the bus"):
-        build_dataset(run, Interrupted(), OneRank(), no_report)
-    dataset, family = build(run)
-    assert (family.pictures, family.captions) == (2, [])
-    assert len(all_samples(dataset)) == 4
-
-
-def test_encoding_backs_off_to_one_sample_when_memory_runs_out(tmp_path: Path, checkpoint: Path) -> None:
-    class SmallDevice(CountingFamily):
-        def encode_pixels(self, pipe: Any, pixels: Tensor) -> Latents:
-            if len(pixels) > 1:
-                raise torch.OutOfMemoryError("out of memory")
-            return super().encode_pixels(pipe, pixels)
-
-    write_pictures(tmp_path / "square", [(40, 40)] * 5)
-    family = SmallDevice()
-    dataset = build_dataset(
-        training_run_file(tmp_path, [tmp_path / "square"], checkpoint), family, OneRank(), no_report
-    )
-    assert family.pictures == 5
-    assert len(all_samples(dataset)) == 5
-
-
-def test_encoders_are_freed_before_the_data_set_is_given_out(
-    tmp_path: Path, pictures: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import gc
-    import weakref
-
-    references = []
-    load = components.load_encoders
-
-    def remembering(*arguments: Any) -> Any:
-        pipe = load(*arguments)
-        references.append(weakref.ref(pipe.text_encoder_3))
-        return pipe
-
-    monkeypatch.setattr(components, "load_encoders", remembering)
-    dataset, _ = build(training_run_file(tmp_path, [pictures], checkpoint))
-    gc.collect()
-    assert [reference() for reference in references] == [None]
-    assert len(dataset) == 4
-
-
 def test_dropped_captions_train_on_the_features_of_the_empty_caption(
     tmp_path: Path, pictures: Path, checkpoint: Path
 ) -> None:
     run = training_run_file(tmp_path, [pictures], checkpoint, data={"captions": {"dropout": 0.5}})
-    dataset, _ = build(run)
+    dataset, _ = built(run)
     family = get_family("sd3")
     pipe = components.load_encoders(family, checkpoint, torch.float32, torch.device("cpu"))
     with torch.no_grad():
@@ -423,7 +190,7 @@ def test_dropped_captions_train_on_the_features_of_the_empty_caption(
 def test_alternative_captions_take_turns_over_the_epochs(tmp_path: Path, checkpoint: Path) -> None:
     write_pictures(tmp_path / "one", [(40, 40)])
     (tmp_path / "one" / "000.txt").write_text("abc\nxyz\n")
-    dataset, family = build(training_run_file(tmp_path, [tmp_path / "one"], checkpoint, data=KEEP_CAPTIONS))
+    dataset, family = built(training_run_file(tmp_path, [tmp_path / "one"], checkpoint, data=KEEP_CAPTIONS))
     assert sorted(family.captions) == ["", "abc", "xyz"]
     epochs = [all_samples(dataset, epoch)["000.png"].text[0]["embeds"] for epoch in range(20)]
     distinct = {tuple(np.round(embeds.flatten().tolist(), 4)) for embeds in epochs}
@@ -439,7 +206,7 @@ def test_sources_are_trained_together_each_with_its_repeats(tmp_path: Path, chec
         checkpoint,
         data={"sources": [{"uri": str(tmp_path / "a"), "repeats": 2}, {"uri": str(tmp_path / "b")}]},
     )
-    dataset, family = build(run)
+    dataset, family = built(run)
     assert len(dataset) == 5
     assert dataset.order.samples_per_epoch == 2 * 3 + 3
     assert family.pictures == 3  # 000 and 001 are the same files in both
@@ -448,7 +215,7 @@ def test_sources_are_trained_together_each_with_its_repeats(tmp_path: Path, chec
 
 def test_a_source_named_twice_is_trained_on_twice(tmp_path: Path, checkpoint: Path) -> None:
     write_pictures(tmp_path / "a", [(40, 40)] * 2)
-    dataset, family = build(training_run_file(tmp_path, [tmp_path / "a"] * 2, checkpoint))
+    dataset, family = built(training_run_file(tmp_path, [tmp_path / "a"] * 2, checkpoint))
     assert (len(dataset), dataset.order.samples_per_epoch, family.pictures) == (4, 4, 2)
 
 
@@ -459,7 +226,7 @@ def test_the_fallback_is_for_missing_captions_not_for_broken_ones(tmp_path: Path
     run = training_run_file(
         tmp_path, [tmp_path / "a"], checkpoint, data={"captions": {"fallback": "a thing", "trigger": "sks"}}
     )
-    dataset, family = build(run)
+    dataset, family = built(run)
     assert sorted(family.captions) == ["", "sks, a picture 2", "sks, a thing"]
     assert list(dataset.funnel.rejected) == ["001.png"]
 
@@ -489,23 +256,8 @@ def test_a_report_that_raises_stops_the_build(tmp_path: Path, pictures: Path, ch
     run = training_run_file(tmp_path, [pictures], checkpoint)
     with pytest.raises(Stop):
         build_dataset(run, CountingFamily(), OneRank(), stop)
-    _, family = build(run)
+    _, family = built(run)
     assert family.captions == []  # what was finished before is kept
-
-
-def test_a_cache_folder_that_cannot_be_made_is_refused(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
-    (tmp_path / "cache").write_text("a file is in the way")
-    with pytest.raises(ConfigError, match=r"cache folder .* cannot be made"):
-        build(training_run_file(tmp_path, [pictures], checkpoint))
-
-
-def test_entries_that_vanish_right_after_they_were_built_are_a_store_error(
-    tmp_path: Path, pictures: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build_module, "_VISIBLE_SECONDS", 0.0)
-    monkeypatch.setattr("atelier_runtime.data.cache.ShardWriter.commit", lambda self: None)
-    with pytest.raises(StoreError, match=r"9 entries of the cache .* missing right after"):
-        build(training_run_file(tmp_path, [pictures], checkpoint))
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,9 @@ import data_worker
 from atelier_api.run_file import RunFile
 from data_worker import Mischief
 from tiny_data import training_run_file, write_pictures, write_truncated_picture
-from tiny_families import save_tiny
 
 NONE = Mischief()
 pytestmark = pytest.mark.processes
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("sd3", tmp_path_factory.mktemp("checkpoint") / "sd3")
 
 
 @pytest.fixture

@@ -1,0 +1,159 @@
+"""Predicted memory against arithmetic, and against peaks measured on the real networks."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from atelier_api.families import FAMILIES
+from atelier_api.v1alpha1 import TrainingRun
+from atelier_operator.planner import ModelFacts, Prediction, table_facts
+from atelier_operator.planner.memory import GIB, Choice, predict, trained_parameters
+from planned_runs import run
+
+# Peak of a training step without what a process holds before it has a model: tensors alive at once in two steps of the published
+# networks with AdamW, LoRA of rank 16, autocast and flash attention, counted with fake tensors (torch 2.13, diffusers 0.42).
+# 1024 x 1024 pixels, one frame for clips. GiB with recompute, without.
+MEASURED = {
+    "flux dev": {"attention": (24.8, 50.0), "all": (25.7, 59.3)},
+    "sd3 3.5-large": {"attention": (17.0, 32.7), "all": (17.6, 37.0)},
+    "wan 2.1-t2v-1.3b": {"attention": (3.6, 13.7), "all": (4.0, 16.4)},
+    "wan 2.1-t2v-14b": {"attention": (30.2, 70.7), "all": (30.8, 76.8)},
+    "z_image turbo": {"attention": (14.0, 45.8), "all": (14.4, 50.8)},
+    "sdxl base-1.0": {"attention": (5.7, 12.3), "all": (6.0, 13.6)},
+}
+CASES = [
+    (model, targets, recompute, peaks[0 if recompute else 1])
+    for model, by_targets in MEASURED.items()
+    for targets, peaks in by_targets.items()
+    for recompute in (True, False)
+]
+
+
+def predicted(spec_of: TrainingRun, model: ModelFacts | None = None, **choice: Any) -> Prediction:
+    chosen = Choice(
+        **({"strategy": "single", "processes": 1, "micro_batch_size": 1, "gradient_checkpointing": False} | choice)
+    )
+    return predict(spec_of.spec, model or table_facts(spec_of.spec.model), chosen, "cuda")
+
+
+@pytest.mark.parametrize(("model", "targets", "recompute", "peak"), CASES)
+def test_the_prediction_is_near_the_measured_peak_and_hardly_ever_below(
+    model: str, targets: str, recompute: bool, peak: float
+) -> None:
+    family, flavour = model.split(" ")
+    clip = {"data__clip__frames": 1} if FAMILIES[family].modality == "video" else {}
+    measured = run(family, model__flavour=flavour, adapter={"targets": [targets]}, **clip)
+    parts = predicted(measured, gradient_checkpointing=recompute).train
+    assert 0.96 * peak <= (parts.total - parts.overhead) / GIB <= 1.2 * peak
+
+
+# Bytes per parameter of the runtime: fp32 weight, gradient and two moments are 16, autocast's copy 2; in bf16 all four are 8.
+STATES = {
+    "fp32": ({}, (4, 4, 8, 2)),
+    "bf16": ({"hyperparameters__optimizer__type": "adamw-bf16"}, (2, 2, 4, 0)),
+    "fp32 in fp32": ({"hyperparameters__precision": "fp32"}, (4, 4, 8, 0)),
+}
+
+
+@pytest.mark.parametrize(("changes", "each"), STATES.values(), ids=STATES)
+def test_full_rank_state_is_bytes_per_parameter(changes: dict[str, Any], each: tuple[int, ...]) -> None:
+    full = run("sdxl", adapter={"type": "full"}, **changes)
+    parts, parameters = predicted(full).train, table_facts(full.spec.model).parameters
+    state = (parts.trained_weights, parts.gradients, parts.optimizer, parts.copies)
+    assert state == tuple(parameters * size for size in each)
+    assert parts.base_weights == 0
+
+
+def test_lora_keeps_the_base_in_the_runs_precision() -> None:
+    parameters = table_facts(run().spec.model).parameters
+    assert predicted(run()).train.base_weights == 2 * parameters
+    assert predicted(run(hyperparameters__precision="fp32")).train.base_weights == 4 * parameters
+
+
+def test_a_moving_average_is_four_bytes_for_each_trained_parameter() -> None:
+    averaged = run(hyperparameters__ema={"decay": "0.99"})
+    assert predicted(run()).train.ema == 0
+    assert predicted(averaged).train.ema == 4 * trained_parameters(averaged.spec, table_facts(averaged.spec.model))
+
+
+# Trained parameters of peft on the published networks, rank 16, in millions (measured).
+TRAINED = {
+    ("flux", "dev", "attention"): 26.1,
+    ("sd3", "3.5-large", "attention"): 23.6,
+    ("sd3", "3.5-large", "all"): 52.8,
+    ("wan", "2.1-t2v-1.3b", "attention"): 11.8,
+    ("wan", "2.1-t2v-14b", "attention"): 52.4,
+    ("sdxl", "base-1.0", "attention"): 23.2,
+}
+
+
+@pytest.mark.parametrize(("family", "flavour", "targets"), TRAINED)
+def test_the_estimate_of_trained_parameters_is_rather_too_high(family: str, flavour: str, targets: str) -> None:
+    counted = run(family, model__flavour=flavour, adapter={"targets": [targets]}).spec
+    estimate = trained_parameters(counted, table_facts(counted.model)) / 1e6
+    assert 0.97 * TRAINED[family, flavour, targets] <= estimate <= 2 * TRAINED[family, flavour, targets]
+
+
+def test_expressions_count_as_every_target() -> None:
+    expression, every = run(adapter={"targets": [r".*to_q"]}).spec, run(adapter={"targets": ["attention", "mlp"]}).spec
+    model = table_facts(expression.model)
+    assert trained_parameters(expression, model) == trained_parameters(every, model)
+    assert trained_parameters(run(adapter={"targets": ["mlp"]}).spec, model) < trained_parameters(every, model)
+
+
+def test_fsdp2_shards_the_base_of_an_adapter_and_replicates_the_adapter() -> None:
+    alone, spread = predicted(run()).train, predicted(run(), strategy="fsdp2", processes=4).train
+    assert spread.base_weights == -(-alone.base_weights // 4)
+    assert (spread.trained_weights, spread.optimizer) == (alone.trained_weights, alone.optimizer)
+    assert spread.copies == 2 * 2 * table_facts(run().spec.model).largest_block
+
+
+def test_fsdp2_shards_the_whole_state_of_full_rank() -> None:
+    full = run(adapter={"type": "full"})
+    alone, spread = predicted(full).train, predicted(full, strategy="fsdp2", processes=8).train
+    for part in ("trained_weights", "gradients", "optimizer"):
+        assert getattr(spread, part) == -(-getattr(alone, part) // 8)
+    assert spread.copies == (2 * 2 + 4) * table_facts(full.spec.model).largest_block
+
+
+def test_both_experts_have_weights_and_moments_and_one_a_gradient() -> None:
+    two = run("wan", model__flavour="2.2-t2v-a14b")
+    one = replace(table_facts(two.spec.model), experts=1)
+    both, single = predicted(two).train, predicted(two, one).train
+    assert both.base_weights == 2 * single.base_weights
+    assert both.optimizer == 2 * single.optimizer
+    assert both.gradients == single.gradients
+    assert predicted(two, strategy="ddp", processes=2).train.gradients == 2 * single.gradients
+
+
+def test_activations_grow_with_samples_pixels_frames_and_precision() -> None:
+    def kept(spec_of: TrainingRun, **choice: Any) -> int:
+        return predicted(spec_of, **choice).train.activations
+
+    assert kept(run(), micro_batch_size=4) == 4 * kept(run())
+    assert kept(run(data__resolution=512)) < kept(run()) / 3
+    assert kept(run(hyperparameters__precision="fp32")) == 2 * kept(run())
+    assert kept(run("wan", data__clip__frames=81)) > 1.5 * kept(run("wan", data__clip__frames=49))
+    assert kept(run(), gradient_checkpointing=True) < kept(run()) / 5
+
+
+def test_samples_load_the_encoders_beside_the_training_state() -> None:
+    quiet, drawn = run("wan"), run("wan", validation={"prompts": [{"text": "a cat"}]})
+    assert predicted(quiet).sample == 0
+    model = table_facts(drawn.spec.model)
+    prediction = predicted(drawn, gradient_checkpointing=True)
+    assert prediction.sample > prediction.train.total - prediction.train.activations + 2 * model.encoder_parameters
+    assert prediction.phase == "sample"
+    assert prediction.peak == prediction.sample
+
+
+def test_a_model_smaller_than_its_encoders_peaks_while_they_encode() -> None:
+    prediction = predicted(run("wan", data__resolution=256, data__clip__frames=1), gradient_checkpointing=True)
+    assert prediction.phase == "encode"
+    assert prediction.peak > 2 * table_facts(run("wan").spec.model).encoder_parameters
+
+
+def test_the_flavour_that_is_named_is_planned_with_and_else_the_first() -> None:
+    assert table_facts(run().spec.model).origin == "flux dev"
+    assert table_facts(run(model__flavour="schnell").spec.model).text_tokens == 256

@@ -1,0 +1,335 @@
+"""The checkpointer with its writer process."""
+
+import gc
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from atelier_api.errors import CredentialsError
+from atelier_runtime.checkpoint import Checkpointer
+from atelier_runtime.checkpoint.messages import Save, Superseded
+from atelier_runtime.checkpoint.snapshot import SnapshotFacts
+from atelier_runtime.checkpoint.writer import Writer
+from atelier_runtime.store import open_store
+from checkpoint_runs import OneRank, TinyRun, blank_state, state_of
+from kills import acknowledge, acknowledged, in_fork, pauses
+from s3_server import BUCKET, S3Server
+from s3_settings import s3_settings
+
+pytest_plugins = ("store_fixtures",)
+processes = pytest.mark.processes
+
+
+def open_checkpointer(run: TinyRun, **settings: Any) -> Checkpointer:
+    return Checkpointer(run.run_file, OneRank(), run.store, run.staging, **settings)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> TinyRun:
+    return TinyRun.make(tmp_path)
+
+
+@pytest.fixture
+def checkpointer(run: TinyRun) -> Iterator[Checkpointer]:
+    opened = open_checkpointer(run, dataset_hash="f" * 64)
+    yield opened
+    opened.close()
+
+
+def is_running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def wait_until_gone(pid: int) -> None:
+    for _ in range(600):
+        if not is_running(pid):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} still runs")
+
+
+@processes
+def test_a_save_is_committed_beside_the_training_and_reported_once(run: TinyRun, checkpointer: Checkpointer) -> None:
+    assert checkpointer.poll() == []
+    checkpointer.save(10, state_of(10))
+    checkpointer.wait()
+    (outcome,) = checkpointer.poll()
+    assert checkpointer.poll() == []
+    assert outcome.report is not None
+    assert outcome.report == checkpointer.latest_report
+    assert outcome.report.manifest == "manifests/00000010-1.0.json"
+    assert 0 < outcome.upload_seconds < outcome.save_seconds
+    assert run.resumed().step == 10
+    checkpointer.close()
+    assert not is_running(checkpointer._process.pid)
+    assert list(run.staging.iterdir()) == []
+
+
+@processes
+def test_what_changes_after_save_returns_is_not_in_the_checkpoint(run: TinyRun, checkpointer: Checkpointer) -> None:
+    state = state_of(10)
+    checkpointer.save(10, state)
+    for tensor in state["weights"].values():
+        tensor.zero_()
+    state["note"]["losses"].clear()
+    state["step"] = 11
+    checkpointer.wait()
+    assert run.resumed().step == 10
+
+
+@processes
+def test_a_waiting_save_is_replaced_by_a_newer_one(
+    run: TinyRun, checkpointer: Checkpointer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "atelier_runtime")
+    checkpointer.save(1, state_of(1))
+    checkpointer.wait()
+    checkpointer.poll()
+    checkpointer._process.send_signal(signal.SIGSTOP)
+    for step in (2, 3, 4):
+        checkpointer.save(step, state_of(step))
+    checkpointer._process.send_signal(signal.SIGCONT)
+    checkpointer.wait()
+    assert [outcome.step for outcome in checkpointer.poll()] == [2, 4]
+    (line,) = [record for record in caplog.records if record.message == "checkpoint dropped for a newer one"]
+    assert (line.step, line.newer) == (3, 4)
+    assert run.resumed().step == 4
+
+
+@processes
+def test_only_as_many_checkpoints_stay_as_the_run_wants(tmp_path: Path) -> None:
+    run = TinyRun.make(tmp_path, checkpoint={"keepLast": 2, "keepEvery": 3})
+    checkpointer = open_checkpointer(run)
+    for step in range(1, 9):
+        checkpointer.save(step, state_of(step))
+        checkpointer.wait()
+    checkpointer.close()
+    assert sorted(int(path.name[:8]) for path in (run.root / "checkpoints").iterdir()) == [3, 6, 7, 8]
+    assert len(list((run.root / "manifests").iterdir())) == 4
+
+
+@processes
+def test_memory_stays_flat_over_fifty_saves(run: TinyRun, checkpointer: Checkpointer) -> None:
+    state = {"weights": {str(index): torch.randn(1 << 18) for index in range(8)}}  # 8 MiB
+    sizes: list[tuple[int, int]] = []
+    files: list[tuple[int, int]] = []
+    writer, own = psutil.Process(checkpointer._process.pid), psutil.Process()
+    for step in range(50):
+        checkpointer.save(step, state)
+        checkpointer.wait()
+        gc.collect()
+        sizes.append((own.memory_info().rss, writer.memory_info().rss))
+        files.append((own.num_fds(), writer.num_fds()))
+    assert len(checkpointer.poll()) == 50
+    for before, after in zip(sizes[9], sizes[-1], strict=True):
+        assert after - before < 16 << 20, sizes
+    assert files[9] == files[-1]
+
+
+@processes
+def test_signals_for_the_training_do_not_end_the_writer(run: TinyRun, checkpointer: Checkpointer) -> None:
+    checkpointer.save(1, state_of(1))
+    checkpointer.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        checkpointer._process.send_signal(number)
+    checkpointer.save(2, state_of(2))
+    checkpointer.wait()
+    assert run.resumed().step == 2
+
+
+@processes
+def test_a_writer_that_is_killed_ends_the_training(checkpointer: Checkpointer) -> None:
+    checkpointer.save(1, state_of(1))
+    checkpointer._process.kill()
+    with pytest.raises(RuntimeError, match="the checkpoint writer process is gone, exit code -9"):
+        checkpointer.wait()
+    with pytest.raises(RuntimeError, match="is gone"):
+        checkpointer.save(2, state_of(2))
+
+
+@processes
+def test_the_writer_dies_with_its_trainer(run: TinyRun, tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+
+    def train() -> None:
+        checkpointer = open_checkpointer(run)
+        checkpointer.save(1, state_of(1))
+        checkpointer.wait()
+        acknowledge(note, checkpointer._process.pid)
+        time.sleep(600)
+
+    killer = threading.Thread(target=lambda: in_fork(train, kill_after=None), daemon=True)
+    killer.start()
+    while not acknowledged(note):
+        time.sleep(0.05)
+    (writer,) = acknowledged(note)
+    assert is_running(writer)
+    os.kill(psutil.Process(writer).ppid(), signal.SIGKILL)
+    killer.join()
+    wait_until_gone(writer)
+    assert run.resumed().step == 1
+
+
+@processes
+def test_kills_of_trainer_and_writer_lose_nothing_that_was_acknowledged(run: TinyRun, tmp_path: Path) -> None:
+    acks = tmp_path / "acks"
+
+    def train() -> None:
+        state = blank_state()
+        point = run.resume(state)
+        checkpointer = open_checkpointer(run)
+        for step in range(point.step + 1 if point else 1, 1_000_000):
+            checkpointer.save(step, state_of(step))
+            for outcome in checkpointer.poll():
+                assert outcome.report is not None
+                acknowledge(acks, outcome.step)
+            time.sleep(0.01)
+
+    for pause in pauses(3, 6, 12, seed=int.from_bytes(os.urandom(4), "big")):
+        assert in_fork(train, kill_after=pause) == -9
+        point = run.resume(blank_state())
+        assert (point.step if point else 0) >= max(acknowledged(acks), default=0)
+        assert point is None or point.refused == ()
+    assert run.resumed().step >= max(acknowledged(acks), default=1)
+
+
+@processes
+def test_a_failed_save_is_reported_and_the_next_one_works(run: TinyRun, checkpointer: Checkpointer) -> None:
+    checkpointer.save(1, state_of(1))
+    checkpointer.wait()
+    (run.root / "checkpoints").rename(run.root / "elsewhere")
+    (run.root / "checkpoints").write_bytes(b"in the way")
+    checkpointer.save(2, state_of(2))
+    checkpointer.wait()
+    (run.root / "checkpoints").unlink()
+    (run.root / "elsewhere").rename(run.root / "checkpoints")
+    checkpointer.save(3, state_of(3))
+    checkpointer.wait()
+    assert [(outcome.step, outcome.report is None) for outcome in checkpointer.poll()] == [
+        (1, False),
+        (2, True),
+        (3, False),
+    ]
+    assert run.resumed().step == 3
+
+
+@processes
+def test_a_restart_writes_under_a_number_of_its_own(run: TinyRun) -> None:
+    """The same step twice, as after a resume from before it: no checkpoint is overwritten."""
+    keys = []
+    for _ in range(2):
+        checkpointer = open_checkpointer(run)
+        checkpointer.save(10, state_of(10))
+        checkpointer.wait()
+        assert checkpointer.latest_report is not None
+        keys.append(checkpointer.latest_report.manifest)
+        checkpointer.close()
+    assert keys == ["manifests/00000010-1.0.json", "manifests/00000010-1.1.json"]
+
+
+@processes
+def test_the_writer_uses_the_same_s3_store(s3_tls_server: S3Server, tmp_path: Path, monkeypatch: Any) -> None:
+    for name, value in s3_tls_server.environment.items():
+        monkeypatch.setenv(name, value)
+    s3 = s3_settings(s3_tls_server).model_dump(by_alias=True)
+    run = TinyRun.make(tmp_path, uri=f"s3://{BUCKET}/writer", s3=s3)
+    run.store = open_store(run.run_file.store_uri, run.run_file.spec.storage.s3)
+    seen: list[str] = []
+
+    class Observer:
+        def storage_request(self, operation: str, code: str, seconds: float) -> None:
+            seen.append(f"{operation} {code}")
+
+        def storage_retry(self, reason: str) -> None:
+            seen.append(reason)
+
+    checkpointer = open_checkpointer(run, observer=Observer())
+    checkpointer.save(10, state_of(10))
+    checkpointer.wait()
+    checkpointer.close()
+    assert run.resumed().step == 10
+    assert "UploadFile ok" in seen
+
+
+@processes
+def test_refused_credentials_are_told_before_training(
+    s3_environment: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    run = TinyRun.make(tmp_path, open_store(f"s3://{BUCKET}/refused", s3_settings(s3_environment)))
+    with pytest.raises(CredentialsError, match="SignatureDoesNotMatch"):
+        open_checkpointer(run)
+
+
+class _TwoRanks:
+    """A group of two threads."""
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(2)
+        self._values: dict[int, int] = {}
+
+    def of(self, rank: int) -> Any:
+        group = self
+
+        class Place:
+            def gather(self, value: int) -> list[int]:
+                group._values[rank] = value
+                group._barrier.wait(10)
+                values = [group._values[0], group._values[1]]
+                group._barrier.wait(10)
+                return values
+
+        return Place()
+
+
+class _Trainer:
+    """Gives its writer the next of its saves whenever the writer says that the one before is superseded."""
+
+    def __init__(self, steps: list[int]) -> None:
+        self.saves: Queue[Save] = Queue()
+        self._steps = iter(steps)
+        self.told: list[int] = []
+        self.first = self.next()
+
+    def next(self) -> Save:
+        return Save(next(self._steps), 0, SnapshotFacts(0, 0, 0, sharded=False), 0.0)
+
+    def send(self, message: object) -> None:
+        assert isinstance(message, Superseded)
+        self.told.append(message.step)
+        self.saves.put(self.next())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "agreed"),
+    [([20], [20], 20), ([20, 30], [30], 30), ([30], [20, 30], 30), ([20, 40], [30, 40], 40), ([20, 30, 40], [40], 40)],
+)
+def test_writers_that_were_given_different_saves_agree_on_the_newest(
+    first: list[int], second: list[int], agreed: int
+) -> None:
+    group = _TwoRanks()
+    trainers = [_Trainer(first), _Trainer(second)]
+    chosen: dict[int, int] = {}
+
+    def agree(rank: int) -> None:
+        trainer = trainers[rank]
+        writer = Writer(trainer, [], trainer.saves)  # type: ignore[arg-type]
+        chosen[rank] = writer._agree(group.of(rank), trainer.first).step
+
+    threads = [threading.Thread(target=agree, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert chosen == {0: agreed, 1: agreed}
+    assert [trainer.told for trainer in trainers] == [first[:-1], second[:-1]]
