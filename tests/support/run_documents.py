@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from atelier_api.families import FAMILIES
 from atelier_api.fields import MISSING, Node, tree
+from atelier_api.read import problems
 from atelier_api.v1alpha1.base import format_decimal
 
 Document = dict[str, Any]
@@ -151,3 +152,37 @@ def _decimal(draw: st.DrawFn, node: Node) -> str:
     number = draw(st.one_of(st.sampled_from([*ends, *default]) if ends or default else inside, inside))
     spelled = [format_decimal(number), f"{number:e}" if float(f"{number:e}") == number else format_decimal(number)]
     return draw(st.sampled_from([text for text in spelled if len(text) <= 32]))
+
+
+def sound_documents() -> st.SearchStrategy[Document]:
+    """Documents that are valid as a whole: what breaks a rule is left out, or put right where it must be there."""
+    return documents().map(_mended)
+
+
+def _mended(drawn: Document) -> Document:
+    sound = copy.deepcopy(drawn)
+    for _ in range(8):
+        found = problems(sound)
+        if not found:
+            return sound
+        for problem in found:
+            _mend(sound, problem.path)
+    raise AssertionError(f"still broken: {[str(problem) for problem in found]}")
+
+
+def _mend(sound: Document, path: str) -> None:
+    spec = sound["spec"]
+    if path == "spec.hyperparameters.globalBatchSize":
+        parallelism, numbers = spec.get("parallelism", {}), spec["hyperparameters"]
+        processes = parallelism.get("gpusPerNode", 1) or parallelism.get("processesPerNode") or 1
+        numbers["globalBatchSize"] = parallelism.get("nodes", 1) * processes * (numbers.get("microBatchSize") or 1)
+    elif path.startswith("spec.data.sources"):
+        spec["data"]["sources"] = [{"uri": "pictures"}]
+    elif path == "spec.model.source":
+        spec["model"]["source"] = "base"
+    else:
+        *blocks, field = path.split("[", maxsplit=1)[0].removeprefix("spec.").split(".")
+        block = spec
+        for name in blocks:
+            block = block[name]
+        block.pop(field, None)

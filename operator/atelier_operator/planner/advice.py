@@ -17,6 +17,7 @@ Changes = Mapping[str, Any]
 
 MOST_ADVICE = 4
 MOST_COMBINED = 3
+SMALLEST_RANK = 4
 GPUS_PER_NODE = (2, 4, 8, 16)
 
 
@@ -111,7 +112,7 @@ def _levers(run: TrainingRun, model: ModelFacts, machine: Machine) -> Iterator[l
     if numbers.ema is not None:
         yield [{"spec.hyperparameters.ema": None}]
     if isinstance(spec.adapter, LoraAdapter):
-        yield [{"spec.adapter.rank": rank} for rank in (64, 32, 16, 8, 4) if rank < spec.adapter.rank]
+        yield [{"spec.adapter.rank": rank} for rank in _halvings(spec.adapter.rank) if rank >= SMALLEST_RANK]
     if isinstance(spec.adapter, FullAdapter):
         yield [{"spec.adapter": {"type": "lora"}}]
     if model.family.modality == "video":
@@ -140,8 +141,7 @@ def _fewer_frames(run: TrainingRun, model: ModelFacts) -> Iterator[Changes]:
     """Shorter clips that fit the family's rule."""
     frames = run.spec.data.clip.frames
     modulus, remainder = model.family.frame_rule or (1, 0)
-    for part in (3, 2, 1):
-        fewer = frames * part // 4
+    for fewer in (frames * 3 // 4, *_halvings(frames)):
         fewer -= (fewer - remainder) % modulus
         if fewer > modulus:
             yield {"spec.data.clip.frames": fewer}
@@ -154,6 +154,12 @@ def _smaller(run: TrainingRun, model: ModelFacts) -> Iterator[Changes]:
         resolution = run.spec.data.resolution * part // 8 // align * align
         if resolution >= align:
             yield {"spec.data.resolution": resolution}
+
+
+def _halvings(number: int) -> Iterator[int]:
+    while number > 1:
+        number //= 2
+        yield number
 
 
 def _text(path: str, value: Any) -> str:

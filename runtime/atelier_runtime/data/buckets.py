@@ -36,7 +36,7 @@ class Placement:
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
-        """Resized height and width, crop top and left, target height and width: what SDXL is told about a picture."""
+        """Resized height and width, crop top and left, target height and width, in pixels: a model may be told these."""
         return (*self.resized, self.top, self.left, self.bucket.height, self.bucket.width)
 
 

@@ -43,7 +43,7 @@ def build_dataset(run_file: RunFile, family: Family, dist: Ranks, report: Report
     alignment(run_file.spec.data, family.facts)  # a wrong one is refused before any file is read
     folder = _cache_folder(run_file)
     team = _Team(dist, folder_share(dist, folder), Announcer(dist, report))
-    scanned = Scan(run_file, rule, team.ranks, team.share, team.announcer).all_sources()
+    scanned = Scan(run_file, rule, ranks=dist, share=team.share, announcer=team.announcer).all_sources()
     funnel = Funnel(len(scanned))
     chosen = select(scanned, run_file, family.facts, funnel)
     kinds = ", ".join(extensions(rule))

@@ -100,7 +100,7 @@ class Scan:
     """Looks at all sources, with what is remembered from earlier scans. Collective."""
 
     def __init__(
-        self, run_file: RunFile, rule: ClipRule | None, ranks: Ranks, share: Share, announcer: Announcer
+        self, run_file: RunFile, rule: ClipRule | None, *, ranks: Ranks, share: Share, announcer: Announcer
     ) -> None:
         self._run_file = run_file
         self._rule = rule

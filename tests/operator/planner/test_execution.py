@@ -5,16 +5,17 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from atelier_api.errors import ConfigError
 from atelier_api.families import FAMILIES
-from atelier_api.read import problems
+from atelier_api.run_file import ExecutionPlan
 from atelier_api.v1alpha1 import TrainingRun
 from atelier_operator.planner import Machine, Paths, plan, resolve, table_facts
+from atelier_operator.planner.strategy import best_fit
 from planned_runs import cpu, gpu, run
-from run_documents import Document, documents
+from run_documents import Document, sound_documents
 
 
 def planned(of: TrainingRun, machine: Machine) -> tuple[str, int, bool]:
@@ -37,7 +38,7 @@ CHOICES: dict[str, tuple[TrainingRun, Machine, tuple[str, int, bool]]] = {
         ("single", 8, False),
     ),
     "a divisor of the batch": (run("sdxl", **batch(7), data__resolution=256), gpu(80), ("single", 7, False)),
-    "recompute on a smaller device": (run(**batch(8)), gpu(40), ("single", 8, True)),
+    "recompute on a smaller device": (run(**batch(8)), gpu(40), ("single", 4, True)),
     "DDP on two that hold the model": (run(**batch(2, 2)), gpu(80), ("ddp", 1, False)),
     "DDP with recompute before FSDP2": (run(**batch(2, 2)), gpu(40), ("ddp", 1, True)),
     "FSDP2 where one does not hold it": (run(**batch(8, 8)), gpu(24), ("fsdp2", 1, True)),
@@ -115,7 +116,7 @@ def test_processes_on_the_cpu_share_its_memory() -> None:
 
 def test_the_memory_in_the_spec_goes_before_what_was_found() -> None:
     of = run(parallelism__deviceMemory="24Gi")
-    with pytest.raises(ConfigError, match=r"has 22\.6 GiB usable of 24 GiB|the device has 22\.6 usable of 24"):
+    with pytest.raises(ConfigError, match=r"the device has 22\.6 usable of 24 "):
         plan(of, table_facts(of.spec.model), gpu(80))
     assert planned(run(parallelism__deviceMemory="40960Mi"), gpu(8)) == ("single", 1, True)
 
@@ -127,20 +128,16 @@ def test_unknown_memory_refuses_nothing() -> None:
     assert execution.gradient_checkpointing
 
 
-quick = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @quick
-@given(documents(), st.sampled_from([None, 1, 24, 80, 100000]))
+@given(sound_documents(), st.sampled_from([None, 1, 24, 80, 100000]))
 def test_every_valid_run_is_planned_or_refused_in_a_sentence(drawn: Document, gibibytes: int | None) -> None:
-    assume(not problems(drawn))
     of = TrainingRun.model_validate(_with_type(drawn))
     device = cpu(gibibytes) if of.spec.parallelism.gpus_per_node == 0 else gpu(gibibytes)
-    try:
-        execution = plan(of, table_facts(of.spec.model), device)
-    except ConfigError as refusal:
-        assert "does not fit: needs" in str(refusal)
-        assert "spec.parallelism.deviceMemory" in str(refusal)
+    execution = planned_or_refused(of, device)
+    if execution is None:
         return
     product = execution.micro_batch_size * execution.gradient_accumulation * execution.world_size
     assert product == of.spec.hyperparameters.global_batch_size
@@ -149,6 +146,16 @@ def test_every_valid_run_is_planned_or_refused_in_a_sentence(drawn: Document, gi
     )
     file = resolve(of, execution, paths(len(of.spec.data.sources)))
     assert type(file).model_validate_json(file.model_dump_json(by_alias=True)) == file
+
+
+def planned_or_refused(of: TrainingRun, device: Machine) -> ExecutionPlan | None:
+    """The plan; None when the run was refused, and rightly in words."""
+    model = table_facts(of.spec.model)
+    if best_fit(of.spec, model, device) is not None:
+        return plan(of, model, device)
+    with pytest.raises(ConfigError, match=r"does not fit: needs .*spec\.parallelism\.deviceMemory"):
+        plan(of, model, device)
+    return None
 
 
 def paths(sources: int = 1) -> Paths:

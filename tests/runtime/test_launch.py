@@ -1,0 +1,120 @@
+"""One rank from its RunFile to its exports, for every family: the parts fit together, and nothing in the trainer knows a family."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+
+from atelier_api.run_file import RunFile
+from atelier_runtime import launch, parallel
+from atelier_runtime.reporter import History
+from run_files import run_file
+from runs import write_digits
+from tiny_data import write_clip
+from tiny_families import save_tiny
+
+pytestmark = pytest.mark.processes  # the checkpointer starts its writer
+
+CASES = [
+    ("sd3", "lora", "fp32"),
+    ("flux", "lora", "bf16"),
+    ("sdxl", "lora", "bf16"),
+    ("sdxl", "full", "bf16"),
+    ("z_image", "full", "fp32"),
+    ("wan", "lora", "bf16"),
+    ("wan22", "lora", "fp32"),
+]
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    yield
+    parallel.stop()
+
+
+def write_clips(folder: Path, count: int) -> Path:
+    """Clips of a real handwritten digit that moves to the right."""
+    folder.mkdir()
+    for index in range(count):
+        digit = np.kron(load_digits().images[index] * 15.9, np.ones((3, 3))).astype(np.uint8)
+        frames = []
+        for time in range(9):
+            canvas = np.zeros((32, 32), np.uint8)
+            canvas[4:28, time // 2 : time // 2 + 24] = digit
+            frames.append(np.repeat(canvas[:, :, None], 3, axis=2))
+        write_clip(folder / f"{index}.mp4", frames, 16)
+        (folder / f"{index}.txt").write_text("a digit that moves\n")
+    return folder
+
+
+def resolved(folder: Path, tiny: str, adapter: str, precision: str) -> RunFile:
+    video = tiny.startswith("wan")
+    base = save_tiny(tiny, folder / "base")
+    data = write_clips(folder / "clips", 3) if video else write_digits(folder / "pictures", 3)
+    made = run_file(
+        folder,
+        model={"family": "wan" if video else tiny, "source": str(base)},
+        adapter={"type": adapter},
+        data={"sources": [{"uri": str(data)}], "resolution": 32, "maxUpscale": 4, "clip": {"frames": 5}},
+        hyperparameters={
+            "steps": 8,
+            "globalBatchSize": 4,
+            "precision": precision,
+            "learningRate": "1e-3",
+            "ema": {"decay": "0.9"},
+        },
+        validation={"prompts": [{"text": "a digit"}], "steps": 2, "frames": 5},
+        publish={"formats": ["diffusers"]},
+    )
+    changes = {
+        "strategy": "single",
+        "micro_batch_size": 2,
+        "gradient_accumulation": 2,
+        "threads_per_process": 1,
+        "learning_rate": 1e-3,
+    }
+    return made.model_copy(update={"model_folder": str(base), "plan": made.plan.model_copy(update=changes)})
+
+
+@pytest.mark.parametrize(("tiny", "adapter", "precision"), CASES)
+@pytest.mark.usefixtures("alone")
+def test_a_run_of_every_family_trains_samples_and_exports(
+    tiny: str, adapter: str, precision: str, tmp_path: Path
+) -> None:
+    plan = resolved(tmp_path, tiny, adapter, precision)
+    session = launch.open_session(plan, parallel.start(plan.plan), launch.StopFlag())
+    assert launch.train(session)
+    root = Path(plan.store_uri)
+    rows = History.from_bytes((root / "logs/history.jsonl").read_bytes(), before_step=8).rows
+    assert [row[0] for row in rows] == list(range(8))
+    assert all(math.isfinite(row[1]) and row[2] > 0 for row in rows)
+    assert len(list((root / "samples/00000008").iterdir())) == 1
+    assert (root / "report.html").stat().st_size > 5000
+    files = sorted((root / "exports").rglob("*.safetensors"))
+    assert len(files) == (2 if tiny == "wan22" else 1)
+    if adapter == "lora":
+        for file in files:  # of two experts, too, each one has been trained
+            ups = [
+                tensor
+                for name, tensor in load_file(file).items()
+                if "lora_B" in name or "lora_up" in name or "lora.up" in name
+            ]
+            assert ups
+            assert any(tensor.abs().max() > 0 for tensor in ups)
+
+
+@pytest.mark.usefixtures("alone")
+def test_three_pictures_and_a_batch_of_four_train_every_picture_once_an_epoch(tmp_path: Path) -> None:
+    plan = resolved(tmp_path, "sd3", "lora", "fp32")
+    session = launch.open_session(plan, parallel.start(plan.plan), launch.StopFlag())
+    parts = launch.prepare(session)
+    parts.checkpointer.close()
+    batch = parts.dataset.order.batch(5)
+    assert batch.total_weight == 3
+    assert len(batch.slots) == 4
+    assert torch.equal(parts.dataset.load(batch.slots, step=5, epoch=5).weights, torch.tensor([1.0, 1.0, 1.0, 0.0]))
