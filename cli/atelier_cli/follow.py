@@ -142,7 +142,7 @@ class Bar:
     def __init__(self) -> None:
         self._bars = Bars(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=30, complete_style="cyan", finished_style="green", pulse_style="cyan"),
             TextColumn("{task.fields[count]}"),
             TextColumn("{task.fields[text]}"),
             console=terminal.console(),

@@ -31,11 +31,13 @@ class Denoisers:
         hyperparameters, adapter = run_file.spec.hyperparameters, run_file.spec.adapter
         base_dtype, trained_dtype = _dtypes(hyperparameters.precision, hyperparameters.optimizer.type, adapter.type)
         compute_dtype = torch.bfloat16 if hyperparameters.precision == "bf16" else None
+        # Sharding moves block by block to the device: the whole model may not fit there, which is why it is sharded.
+        loading_device = torch.device("cpu") if run_file.plan.strategy == "fsdp2" else distributed.device
         names = components.denoiser_names(family, run_file.model_folder)
         models: dict[str, nn.Module] = {}
         wrapped: dict[str, nn.Module] = {}
         for name in names:
-            model = components.load_denoiser(run_file.model_folder, name, base_dtype, distributed.device)
+            model = components.load_denoiser(run_file.model_folder, name, base_dtype, loading_device)
             if adapter.type == "lora":
                 check_formats(run_file, family, adapters.resolve_targets(model, adapter.targets, family))
             torch.manual_seed(hyperparameters.seed)

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import write_digits
-from tiny_data import no_report
 
 from atelier_api.run_file import ExecutionPlan, RunFile, RunIdentity
 from atelier_api.v1alpha1 import TrainingRunSpec
@@ -21,6 +19,8 @@ from atelier_runtime.observe.progress import ProgressWriter
 from atelier_runtime.reporter import Reporter
 from atelier_runtime.store import open_store
 from atelier_runtime.trainer import Parts, build_run_objective, build_state, staging_folder
+from runs import write_digits
+from tiny_data import no_report
 
 BASE_MODEL = Path(__file__).parents[2] / "examples" / "demo" / "base"
 LEARNING_RATE = 1e-4
@@ -28,9 +28,10 @@ PICTURES = 64
 
 
 class LoopClock:
-    """Seconds of the loop's own time for what the loop does every so often: it stands still while others have their turn.
+    """The clock of what the loop does every so often: the loop's own CPU time, which stands still while others have their turn.
 
-    With `step_seconds` it goes by steps instead of time, so that what is counted does not depend on the machine.
+    On an idle machine that is wall time; on a busy one, nothing comes more often per step because steps take longer. With
+    `step_seconds` it goes by steps instead of time, so that what is counted does not depend on the machine at all.
     """
 
     def __init__(self) -> None:
@@ -42,14 +43,14 @@ class LoopClock:
     def __call__(self) -> float:
         if self.step_seconds is not None:
             return self._stepped
-        return (self._paused_at or time.perf_counter()) - self._offset
+        return (time.thread_time() if self._paused_at is None else self._paused_at) - self._offset
 
     def pause(self) -> None:
-        self._paused_at = time.perf_counter()
+        self._paused_at = time.thread_time()
 
     def go_on(self) -> None:
         assert self._paused_at is not None
-        self._offset += time.perf_counter() - self._paused_at
+        self._offset += time.thread_time() - self._paused_at
         self._paused_at = None
 
     def go_by_steps(self, step_seconds: float) -> None:

@@ -2,8 +2,8 @@
 
     python tests/bench/main.py [--quick] [--only C1 …] [--state-mib 256] [--out build/bench.json]
 
-Prints a table and writes everything measured, with the machine and the versions, as JSON. Seconds are only compared with seconds of the
-same minute of the same process; counts are what a test may rest on.
+Prints a table and writes everything measured, with the machine and the versions, as JSON. Seconds are only compared with seconds of
+the same minute of the same process; counts are what a test may rest on. A ratio is a median of pairs, with its quartiles.
 """
 
 import argparse
@@ -27,14 +27,13 @@ _numbers = tempfile.mkdtemp(prefix="atelier-bench-")
 atexit.register(shutil.rmtree, _numbers, ignore_errors=True)
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = _numbers  # ranks count into mapped files, as under the agent; read at import
 
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-
 import checkpoint_stall  # noqa: E402
 import data_path  # noqa: E402
 import loop_overhead  # noqa: E402
+import torch  # noqa: E402
 from pairs import Findings  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
 
 from atelier_runtime.launch import quiet_libraries  # noqa: E402
 

@@ -48,9 +48,7 @@ class Ratio:
     pairs: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.median:.3f} (middle half {self.first_quartile:.3f}–{self.third_quartile:.3f}, {self.pairs} pairs)"
-        )
+        return f"{self.median:.3f} ({self.first_quartile:.3f}–{self.third_quartile:.3f}, {self.pairs} pairs)"
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:

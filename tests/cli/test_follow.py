@@ -1,11 +1,14 @@
 """What is told while a run goes on."""
 
+import io
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from atelier_api.progress import CheckpointReport, FunnelReport, Progress
-from atelier_cli.follow import Lines, Watch, funnel_lines, last_lines, numbers
+from atelier_cli.follow import Bar, Lines, Watch, funnel_lines, last_lines, numbers
 
 
 class Record:
@@ -87,6 +90,19 @@ def test_a_log_gets_a_line_per_stage_and_not_per_step(capsys: pytest.CaptureFixt
             lines.show(Progress(stage="Training", done=step, total=5, loss=0.25))
         lines.show(Progress(stage="Failed", detail="no"))
     assert capsys.readouterr().out == "Caching 1/8: captions\nTraining 1/5: loss 0.2500\n"
+
+
+def test_a_terminal_gets_a_bar_with_the_numbers_and_lines_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    window = io.StringIO()
+    monkeypatch.setattr(
+        "atelier_cli.terminal.console", lambda: Console(file=window, force_terminal=True, highlight=False, width=120)
+    )
+    with Bar() as bar:
+        bar.show(Progress(stage="Caching", detail="captions"))
+        bar.show(Progress(stage="Training", done=3, total=12, loss=0.25))
+        bar.note("checkpoint at step 2")
+    assert "checkpoint at step 2\n" in window.getvalue()
+    assert re.search(r"Training .*3/12 loss 0\.2500", window.getvalue())
 
 
 def test_json_lines_of_a_log_are_made_readable(tmp_path: Path) -> None:

@@ -109,9 +109,12 @@ def test_twenty_steps_a_kill_and_twenty_more_equal_forty(adapter: str, tmp_path:
     straight = tiny_run(
         tmp_path,
         name="straight",
+        pictures=48,
         adapter=lora if adapter == "lora" else {"type": "full"},
         hyperparameters={
             "steps": 40,
+            "globalBatchSize": 48,
+            "microBatchSize": 2,  # many passes a step: the kill must find the run still busy
             "ema": {"decay": "0.9"},
             "optimizer": {"type": "adamw-bf16" if adapter == "lora" else "adamw"},
         },
@@ -123,7 +126,7 @@ def test_twenty_steps_a_kill_and_twenty_more_equal_forty(adapter: str, tmp_path:
     process = broken.start()
     wait_for(broken, lambda progress: progress.checkpoint is not None and progress.step >= 23, process)
     kill_tree(process)
-    assert max(history(broken)) < 39
+    assert max(history(broken)) < 39, "the run was over before it could be killed"
     broken.train()
     expected, got = checkpoint_state(straight, 40), checkpoint_state(broken, 40)
     assert expected.keys() == got.keys()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -151,8 +152,12 @@ def test_a_killed_rank_is_restarted_with_the_next_attempt(node: Node) -> None:
     assert node.wait() == ExitCode.DONE
     assert node.result.attempt == "1.1"
     assert json.loads(node.scratch.run_file("1.1", 0).read_text())["attempt"] == "1.1"
-    lines = [line for line in (node.folder / "agent-0.log").read_text().splitlines() if line.strip() != "environment 3 1"]
-    assert {"starting the ranks", "restarting", "leaving"} <= {json.loads(line)["message"] for line in lines}, "every line is JSON"
+    lines = [
+        line for line in (node.folder / "agent-0.log").read_text().splitlines() if line.strip() != "environment 3 1"
+    ]
+    assert {"starting the ranks", "restarting", "leaving"} <= {json.loads(line)["message"] for line in lines}, (
+        "every line is JSON"
+    )
 
 
 @pytest.mark.processes
@@ -276,9 +281,12 @@ def test_the_ranks_stop_when_the_agent_is_killed(node: Node) -> None:
 @pytest.mark.processes
 def test_two_nodes_agree_on_the_cause_and_leave_the_restart_to_their_gang(tmp_path: Path, node: Node) -> None:
     other = Node(tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        meeting = f"localhost:{probe.getsockname()[1]}"
     try:
-        node.start("done,broken", nodes=2, rendezvous="localhost:29417")
-        other.start("done,broken", nodes=2, node_rank=1, rendezvous="localhost:29417")
+        node.start("done,broken", nodes=2, rendezvous=meeting)
+        other.start("done,broken", nodes=2, node_rank=1, rendezvous=meeting)
         assert other.wait() == ExitCode.INTERNAL
         second = AgentResult.model_validate_json(node.scratch.result(1).read_bytes())
         assert (second.rank, second.message) == (1, "division by zero")

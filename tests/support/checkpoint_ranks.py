@@ -57,69 +57,79 @@ def whole(state: Any) -> Any:
     return state.full_tensor() if isinstance(state, DTensor) else state
 
 
-def save_sharded(run_file: RunFile, staging: Path, step: int, from_resumed: bool = False) -> Any:
-    """Save a state of seed `step` (or what a resume gives, changed) and give it whole."""
+def save_twice(run_file: RunFile, staging: Path) -> list[Any]:
+    """Save states of seeds 10 and 20 at those steps, and give them whole."""
+    place = ranks()
+    checkpointer = Checkpointer(run_file, place, open_store(run_file.store_uri, run_file.spec.storage.s3), staging)
+    saved = [_save(checkpointer, step, sharded_state(seed=step)) for step in (10, 20)]
+    checkpointer.close()
+    return saved
+
+
+def change(run_file: RunFile, staging: Path) -> tuple[Any, Any, Any]:
+    """Resume, add 1 to the weights, save as step 30. Gives the resume point and both states whole."""
     place = ranks()
     store = open_store(run_file.store_uri, run_file.spec.storage.s3)
-    state = sharded_state(seed=step)
-    if from_resumed:
-        assert resume(run_file, place, store, state, staging) is not None
-        for name, value in state["weights"].items():
-            state["weights"][name] = value + 1
-        state["step"] = step
+    state = sharded_state(seed=999)
+    point = resume(run_file, place, store, state, staging)
+    seen = whole(state)
+    changed = state | {"step": 30, "weights": {name: value + 1 for name, value in state["weights"].items()}}
     checkpointer = Checkpointer(run_file, place, store, staging)
-    checkpointer.save(step, state)
-    expected = whole(state)
-    checkpointer.wait()
-    outcomes = checkpointer.poll()
+    saved = _save(checkpointer, 30, changed)
     checkpointer.close()
-    assert [outcome.error for outcome in outcomes] == [None]
-    return expected
+    return point, seen, saved
 
 
-def resume_sharded(run_file: RunFile, staging: Path) -> tuple[Any, Any]:
+def resume_together(run_file: RunFile, staging: Path) -> tuple[Any, Any]:
     """Resume into a state of other numbers; gives the resume point and the state, whole."""
     return _resume(run_file, staging, ranks())
 
 
-def resume_apart(run_file: RunFile, staging: Path) -> tuple[Any, Any]:
-    """The same, where each rank is alone on its node and has a staging folder of its own."""
+def resume_in_three_ways(run_file: RunFile, staging: Path) -> list[tuple[Any, Any]]:
+    """All ranks on one node; each on a node of its own; and so that rank 1's node reads a damaged file of step 30."""
     place = ranks()
-    return _resume(run_file, staging / str(place.rank), dataclasses.replace(place, local_rank=0))
+    alone = dataclasses.replace(place, local_rank=0)
+    own = staging / str(place.rank)
+    damaged = "00000030" if place.rank == 1 else None
+    return [
+        _resume(run_file, staging, place),
+        _resume(run_file, own, alone),
+        _resume(run_file, own, alone, damaged=damaged),
+    ]
 
 
-def _resume(run_file: RunFile, staging: Path, place: OneRank) -> tuple[Any, Any]:
+def _save(checkpointer: Checkpointer, step: int, state: dict[str, Any]) -> Any:
+    checkpointer.save(step, state)
+    expected = whole(state)
+    checkpointer.wait()
+    assert [outcome.error for outcome in checkpointer.poll()] == [None]
+    return expected
+
+
+def _resume(run_file: RunFile, staging: Path, place: OneRank, *, damaged: str | None = None) -> tuple[Any, Any]:
     store = open_store(run_file.store_uri, run_file.spec.storage.s3)
+    if damaged is not None:
+        real = store.get_file
+
+        def get_file(key: str, path: Path, *, sha256: str | None = None, link: bool = False) -> None:
+            wrong = damaged in key and key.endswith(".distcp")
+            real(key, path, sha256="0" * 64 if wrong else sha256, link=link)
+
+        store.get_file = get_file  # type: ignore[method-assign]
     state = sharded_state(seed=999)
     point = resume(run_file, place, store, state, staging)
     return point, whole(state)
 
 
-def resume_with_damage_seen_by_one(run_file: RunFile, staging: Path) -> Any:
-    """Resume on nodes of one rank each, where rank 1's node reads a damaged file (its disk, its network)."""
-    place = ranks()
-    store = open_store(run_file.store_uri, run_file.spec.storage.s3)
-    if place.rank == 1:
-        real = store.get_file
-
-        def damaged(key: str, path: Path, *, sha256: str | None = None, link: bool = False) -> None:
-            real(key, path, sha256="0" * 64 if key.endswith(".distcp") and "00000020" in key else sha256, link=link)
-
-        store.get_file = damaged  # type: ignore[method-assign]
-    state = sharded_state(seed=999)
-    place = dataclasses.replace(place, local_rank=0)
-    return resume(run_file, place, store, state, staging / str(place.rank)), whole(state)
-
-
-def save_in_disorder(run_file: RunFile, staging: Path, count: int) -> list[int]:
-    """Saves without waiting, with pauses of its own on each rank; gives the steps that this rank saw committed."""
+def save_in_disorder(run_file: RunFile, staging: Path) -> list[int]:
+    """Thirty saves without waiting, with pauses of its own on each rank; gives the steps that this rank saw committed."""
     place = ranks()
     store = open_store(run_file.store_uri, run_file.spec.storage.s3)
     checkpointer = Checkpointer(run_file, place, store, staging)
     draws = random.Random(place.rank)
     committed: list[int] = []
     weight = torch.zeros(100)
-    for step in range(1, count + 1):
+    for step in range(1, 31):
         weight += 1
         checkpointer.save(step, {"step": step, "weight": weight})
         for _ in range(draws.randrange(3)):

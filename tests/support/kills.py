@@ -14,8 +14,13 @@ from atelier_runtime.store import Store
 _CHANGING = {"put_bytes", "put_file", "delete", "remove_unfinished"}
 
 
-def in_fork(work: Callable[[], object], *, kill_after: float | None = None) -> int:
-    """Run `work` in a fork and kill it after so many seconds, if it still runs. Gives 0, 1 (it raised) or minus the signal."""
+def in_fork(
+    work: Callable[[], object], *, kill_after: float | None = None, counted_from: Callable[[], bool] | None = None
+) -> int:
+    """Run `work` in a fork and kill it after so many seconds, counted from when `counted_from` is true, if it still runs.
+
+    Gives 0, 1 (it raised) or minus the signal.
+    """
     child = os.fork()
     if child == 0:
         code = 1
@@ -26,6 +31,9 @@ def in_fork(work: Callable[[], object], *, kill_after: float | None = None) -> i
             traceback.print_exc()
         finally:
             os._exit(code)
+    deadline = time.monotonic() + 240
+    while counted_from is not None and not counted_from() and time.monotonic() < deadline:
+        time.sleep(0.02)
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)

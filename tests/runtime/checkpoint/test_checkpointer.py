@@ -1,12 +1,15 @@
 """The checkpointer with its writer process."""
 
 import gc
+import itertools
 import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -15,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from atelier_api.errors import CredentialsError
+from atelier_api.errors import CredentialsError, StoreError
 from atelier_runtime.checkpoint import Checkpointer
 from atelier_runtime.checkpoint.messages import Save, Superseded
 from atelier_runtime.checkpoint.snapshot import SnapshotFacts
@@ -34,16 +37,37 @@ def open_checkpointer(run: TinyRun, **settings: Any) -> Checkpointer:
     return Checkpointer(run.run_file, OneRank(), run.store, run.staging, **settings)
 
 
+@dataclass
+class Serving:
+    """A run whose writer serves several tests; each takes steps of its own."""
+
+    run: TinyRun
+    checkpointer: Checkpointer
+    numbers: Iterator[int]
+
+    def steps(self, count: int) -> list[int]:
+        return [next(self.numbers) for _ in range(count)]
+
+    def save(self, *steps: int) -> None:
+        for step in steps:
+            self.checkpointer.save(step, state_of(step))
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> TinyRun:
     return TinyRun.make(tmp_path)
 
 
-@pytest.fixture
-def checkpointer(run: TinyRun) -> Iterator[Checkpointer]:
-    opened = open_checkpointer(run, dataset_hash="f" * 64)
-    yield opened
-    opened.close()
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    run = TinyRun.make(tmp_path_factory.mktemp("serving"), checkpoint={"keepLast": 2, "keepEvery": 3})
+    checkpointer = open_checkpointer(run)
+    yield Serving(run, checkpointer, itertools.count(1))
+    checkpointer.close()
+    checkpointer.close()  # a second time is no error
+    assert checkpointer.poll() == []
+    assert not is_running(checkpointer._process.pid)
+    assert list(run.staging.iterdir()) == []
 
 
 def is_running(pid: int) -> bool:
@@ -59,72 +83,69 @@ def wait_until_gone(pid: int) -> None:
 
 
 @processes
-def test_a_save_is_committed_beside_the_training_and_reported_once(run: TinyRun, checkpointer: Checkpointer) -> None:
+def test_a_save_is_committed_beside_the_training_and_reported_once(serving: Serving) -> None:
+    checkpointer, (step,) = serving.checkpointer, serving.steps(1)
     assert checkpointer.poll() == []
-    checkpointer.save(10, state_of(10))
+    serving.save(step)
     checkpointer.wait()
     (outcome,) = checkpointer.poll()
     assert checkpointer.poll() == []
     assert outcome.report is not None
     assert outcome.report == checkpointer.latest_report
-    assert outcome.report.manifest == "manifests/00000010-1.0.json"
+    assert outcome.report.manifest == f"manifests/{step:08d}-1.0.json"
     assert 0 < outcome.upload_seconds < outcome.save_seconds
-    assert run.resumed().step == 10
-    checkpointer.close()
-    assert not is_running(checkpointer._process.pid)
-    assert list(run.staging.iterdir()) == []
+    assert serving.run.resumed().step == step
 
 
 @processes
-def test_what_changes_after_save_returns_is_not_in_the_checkpoint(run: TinyRun, checkpointer: Checkpointer) -> None:
-    state = state_of(10)
-    checkpointer.save(10, state)
+def test_what_changes_after_save_returns_is_not_in_the_checkpoint(serving: Serving) -> None:
+    (step,) = serving.steps(1)
+    state = state_of(step)
+    serving.checkpointer.save(step, state)
     for tensor in state["weights"].values():
         tensor.zero_()
     state["note"]["losses"].clear()
-    state["step"] = 11
-    checkpointer.wait()
-    assert run.resumed().step == 10
+    state["step"] = 0
+    serving.checkpointer.wait()
+    serving.checkpointer.poll()
+    assert serving.run.resumed().step == step
 
 
 @processes
-def test_a_waiting_save_is_replaced_by_a_newer_one(
-    run: TinyRun, checkpointer: Checkpointer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_waiting_save_is_replaced_by_a_newer_one(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "atelier_runtime")
-    checkpointer.save(1, state_of(1))
-    checkpointer.wait()
-    checkpointer.poll()
+    checkpointer, (first, second, third) = serving.checkpointer, serving.steps(3)
     checkpointer._process.send_signal(signal.SIGSTOP)
-    for step in (2, 3, 4):
-        checkpointer.save(step, state_of(step))
+    serving.save(first, second, third)
     checkpointer._process.send_signal(signal.SIGCONT)
     checkpointer.wait()
-    assert [outcome.step for outcome in checkpointer.poll()] == [2, 4]
+    assert [outcome.step for outcome in checkpointer.poll()] == [first, third]
     (line,) = [record for record in caplog.records if record.message == "checkpoint dropped for a newer one"]
-    assert (line.step, line.newer) == (3, 4)
-    assert run.resumed().step == 4
+    assert (line.step, line.newer) == (second, third)  # type: ignore[attr-defined]
+    assert serving.run.resumed().step == third
 
 
 @processes
-def test_only_as_many_checkpoints_stay_as_the_run_wants(tmp_path: Path) -> None:
-    run = TinyRun.make(tmp_path, checkpoint={"keepLast": 2, "keepEvery": 3})
-    checkpointer = open_checkpointer(run)
-    for step in range(1, 9):
-        checkpointer.save(step, state_of(step))
-        checkpointer.wait()
-    checkpointer.close()
-    assert sorted(int(path.name[:8]) for path in (run.root / "checkpoints").iterdir()) == [3, 6, 7, 8]
-    assert len(list((run.root / "manifests").iterdir())) == 4
+def test_only_as_many_checkpoints_stay_as_the_run_wants(serving: Serving) -> None:
+    steps = serving.steps(4)
+    for step in steps:
+        serving.save(step)
+        serving.checkpointer.wait()
+    serving.checkpointer.poll()
+    for folder in ("checkpoints", "manifests"):
+        left = {int(path.name[:8]) for path in (serving.run.root / folder).iterdir()}
+        assert {step for step in left if step % 3} == {step for step in steps[-2:] if step % 3}
+        assert {step for step in steps if step % 3 == 0} <= left
 
 
 @processes
-def test_memory_stays_flat_over_fifty_saves(run: TinyRun, checkpointer: Checkpointer) -> None:
-    state = {"weights": {str(index): torch.randn(1 << 18) for index in range(8)}}  # 8 MiB
+def test_memory_stays_flat_over_fifty_saves(serving: Serving) -> None:
+    checkpointer = serving.checkpointer
+    state = {"weights": {str(index): torch.randn(1 << 16) for index in range(8)}}  # 2 MiB
     sizes: list[tuple[int, int]] = []
     files: list[tuple[int, int]] = []
     writer, own = psutil.Process(checkpointer._process.pid), psutil.Process()
-    for step in range(50):
+    for step in serving.steps(50):
         checkpointer.save(step, state)
         checkpointer.wait()
         gc.collect()
@@ -137,24 +158,44 @@ def test_memory_stays_flat_over_fifty_saves(run: TinyRun, checkpointer: Checkpoi
 
 
 @processes
-def test_signals_for_the_training_do_not_end_the_writer(run: TinyRun, checkpointer: Checkpointer) -> None:
-    checkpointer.save(1, state_of(1))
-    checkpointer.wait()
+def test_signals_for_the_training_do_not_end_the_writer(serving: Serving) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
-        checkpointer._process.send_signal(number)
-    checkpointer.save(2, state_of(2))
-    checkpointer.wait()
-    assert run.resumed().step == 2
+        serving.checkpointer._process.send_signal(number)
+    (step,) = serving.steps(1)
+    serving.save(step)
+    serving.checkpointer.wait()
+    serving.checkpointer.poll()
+    assert serving.run.resumed().step == step
 
 
 @processes
-def test_a_writer_that_is_killed_ends_the_training(checkpointer: Checkpointer) -> None:
+def test_a_failed_save_is_reported_and_the_next_one_works(serving: Serving) -> None:
+    checkpointer, root, (first, second) = serving.checkpointer, serving.run.root, serving.steps(2)
+    (root / "checkpoints").rename(root / "elsewhere")
+    (root / "checkpoints").write_bytes(b"in the way")
+    serving.save(first)
+    checkpointer.wait()
+    (root / "checkpoints").unlink()
+    (root / "elsewhere").rename(root / "checkpoints")
+    serving.save(second)
+    checkpointer.wait()
+    failed, committed = checkpointer.poll()
+    assert (failed.step, failed.report, failed.stage) == (first, None, "upload")
+    assert isinstance(failed.error, StoreError)
+    assert committed.report is not None
+    assert serving.run.resumed().step == second
+
+
+@processes
+def test_a_writer_that_is_killed_ends_the_training(run: TinyRun) -> None:
+    checkpointer = open_checkpointer(run)
     checkpointer.save(1, state_of(1))
     checkpointer._process.kill()
     with pytest.raises(RuntimeError, match="the checkpoint writer process is gone, exit code -9"):
         checkpointer.wait()
     with pytest.raises(RuntimeError, match="is gone"):
         checkpointer.save(2, state_of(2))
+    checkpointer.close()
 
 
 @processes
@@ -195,8 +236,10 @@ def test_kills_of_trainer_and_writer_lose_nothing_that_was_acknowledged(run: Tin
                 acknowledge(acks, outcome.step)
             time.sleep(0.01)
 
-    for pause in pauses(3, 6, 12, seed=int.from_bytes(os.urandom(4), "big")):
-        assert in_fork(train, kill_after=pause) == -9
+    for pause in pauses(2, 0.2, 2, seed=int.from_bytes(os.urandom(4), "big")):
+        before = len(acknowledged(acks))
+        first_ack = partial(lambda count: len(acknowledged(acks)) > count, before)
+        assert in_fork(train, kill_after=pause, counted_from=first_ack) == -9
         point = run.resume(blank_state())
         assert (point.step if point else 0) >= max(acknowledged(acks), default=0)
         assert point is None or point.refused == ()
@@ -204,37 +247,18 @@ def test_kills_of_trainer_and_writer_lose_nothing_that_was_acknowledged(run: Tin
 
 
 @processes
-def test_a_failed_save_is_reported_and_the_next_one_works(run: TinyRun, checkpointer: Checkpointer) -> None:
-    checkpointer.save(1, state_of(1))
-    checkpointer.wait()
-    (run.root / "checkpoints").rename(run.root / "elsewhere")
-    (run.root / "checkpoints").write_bytes(b"in the way")
-    checkpointer.save(2, state_of(2))
-    checkpointer.wait()
-    (run.root / "checkpoints").unlink()
-    (run.root / "elsewhere").rename(run.root / "checkpoints")
-    checkpointer.save(3, state_of(3))
-    checkpointer.wait()
-    assert [(outcome.step, outcome.report is None) for outcome in checkpointer.poll()] == [
-        (1, False),
-        (2, True),
-        (3, False),
-    ]
-    assert run.resumed().step == 3
-
-
-@processes
 def test_a_restart_writes_under_a_number_of_its_own(run: TinyRun) -> None:
     """The same step twice, as after a resume from before it: no checkpoint is overwritten."""
-    keys = []
-    for _ in range(2):
-        checkpointer = open_checkpointer(run)
-        checkpointer.save(10, state_of(10))
-        checkpointer.wait()
-        assert checkpointer.latest_report is not None
-        keys.append(checkpointer.latest_report.manifest)
-        checkpointer.close()
-    assert keys == ["manifests/00000010-1.0.json", "manifests/00000010-1.1.json"]
+    run.claim().save(10)
+    checkpointer = open_checkpointer(run)
+    assert checkpointer.attempt == "1.1"
+    checkpointer.save(10, state_of(10))
+    checkpointer.wait()
+    checkpointer.close()
+    assert [info.key for info in run.store.list("manifests/")] == [
+        "manifests/00000010-1.0.json",
+        "manifests/00000010-1.1.json",
+    ]
 
 
 @processes
