@@ -259,7 +259,7 @@ class S3Store:
             except ClientError as error:
                 if code_of(error) not in RENEWABLE:
                     raise
-                raise
+                return work(self._renew(client))
         except CLIENT_ERRORS as error:
             code = code_of(error)
             raise translate(error, self.place, operation) from error

@@ -60,7 +60,9 @@ def test_rejected_files_are_named_with_their_reason() -> None:
     assert "broken.png</td><td>truncated" in render_report(data())
 
 
-@pytest.mark.parametrize("rows", [[], [(0, 1.0)], [(0, float("nan")), (1, float("inf"))]], ids=["none", "one", "not finite"])
+@pytest.mark.parametrize(
+    "rows", [[], [(0, 1.0)], [(0, float("nan")), (1, float("inf"))]], ids=["none", "one", "not finite"]
+)
 def test_too_few_steps_give_a_sentence_instead_of_a_curve(rows: list[tuple[int, float]]) -> None:
     assert "<svg" not in loss_curve(rows)
 
