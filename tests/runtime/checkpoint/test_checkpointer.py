@@ -123,6 +123,8 @@ def test_a_waiting_save_is_replaced_by_a_newer_one(serving: Serving, caplog: pyt
     (line,) = [record for record in caplog.records if record.message == "checkpoint dropped for a newer one"]
     assert (line.step, line.newer) == (second, third)  # type: ignore[attr-defined]
     assert serving.run.resumed().step == third
+    serving.run.manifest(third).unlink()
+    assert serving.run.resumed().step == first  # with its own numbers, not those of the saves that came while it waited
 
 
 @processes

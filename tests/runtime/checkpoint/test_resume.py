@@ -131,6 +131,19 @@ def test_a_crafted_pickle_is_never_executed(run: TinyRun, tmp_path: Path, name: 
     assert (tmp_path / "exploded").exists()  # it was live
 
 
+def test_what_will_be_unpickled_is_copied_before_it_is_verified(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    linked: dict[str, bool] = {}
+    real = LocalStore.get_file
+
+    def get_file(self: LocalStore, key: str, path: Path, *, sha256: str | None = None, link: bool = False) -> None:
+        linked[path.name] = link
+        real(self, key, path, sha256=sha256, link=link)
+
+    monkeypatch.setattr(LocalStore, "get_file", get_file)
+    run.resumed()
+    assert linked == {".metadata": False, "__0_0.distcp": True}
+
+
 def test_files_that_no_manifest_speaks_for_are_not_looked_at(run: TinyRun, tmp_path: Path) -> None:
     run.save(30)
     run.manifest(30).unlink()

@@ -289,17 +289,27 @@ def test_no_request_leaves_for_another_host(
     monkeypatch.setattr(boto3.s3.transfer, "HAS_CRT", True)
     monkeypatch.setattr(boto3.s3.transfer, "has_minimum_crt_version", lambda _: True)
     monkeypatch.setattr(
-        boto3.s3.transfer, "awscrt", type("Fast", (), {"s3": type("S", (), {"is_optimized_for_system": bool})}), False
+        boto3.s3.transfer,
+        "awscrt",
+        type("Fast", (), {"s3": type("S", (), {"is_optimized_for_system": lambda: True})}),
+        False,
     )
     monkeypatch.setattr(boto3.s3.transfer, "create_crt_transfer_manager", crt, False)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://192.0.2.1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://192.0.2.1")
     store = open_store(f"s3://{BUCKET}/hosts", s3_settings(s3_environment))
     probe(store)
     store.put_file("a", *big)
     store.get_file("a", tmp_path / "back", sha256=big[1])
     store.delete(info.key for info in store.list(""))
     assert set(asked) == {"127.0.0.1"}
+
+
+def test_the_environment_does_not_move_the_store(s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run file says where the store is; one process with another environment must not write elsewhere."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://192.0.2.1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://192.0.2.1")
+    for settings in (S3Settings(), s3_settings(s3_environment)):
+        client = S3Store(f"s3://{BUCKET}/x", settings).make_client()
+        assert "192.0.2.1" not in client.meta.endpoint_url
 
 
 def test_a_store_that_ignores_conditions_is_asked_before_writing(proxied_store: S3Store, s3_proxy: FaultProxy) -> None:
