@@ -234,6 +234,7 @@ def _start_writer(memories: Sequence[SharedMemory]) -> tuple[Pipe, "subprocess.P
         stdin=subprocess.DEVNULL,
         pass_fds=descriptors,
         env=environment,
+        start_new_session=True,  # torchrun signals whole groups, and a writer that is still importing does not ignore it yet
     )
     os.close(theirs)
     return pipe, process
