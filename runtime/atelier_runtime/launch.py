@@ -33,7 +33,7 @@ from atelier_runtime.observe.metrics import TrainMetrics
 from atelier_runtime.observe.progress import ProgressWriter
 from atelier_runtime.observe.scratch import Scratch
 from atelier_runtime.parallel import Distributed
-from atelier_runtime.publishing import publish, write_report
+from atelier_runtime.publishing import publish, write_report, write_result
 from atelier_runtime.reporter import Reporter
 from atelier_runtime.sampling import draw_samples, store_samples
 from atelier_runtime.store import Store, open_store
@@ -206,6 +206,7 @@ def finish(session: Session, parts: Parts) -> None:
         exports = publish(parts, session.store)
     if session.distributed.rank == 0:
         write_report(parts, session.store, exports)
+        write_result(parts, session.store, exports)
     session.reporter.stage("Succeeded", "", done=parts.state.step, total=parts.state.step)
     torch.distributed.barrier()
 

@@ -57,6 +57,21 @@ def _store(store: Store, folder: Path, file: ExportedFile) -> PublishedFile:
     return PublishedFile(file.format, key, file.sha256, file.size_bytes)
 
 
+def write_result(parts: Parts, store: Store, exports: Sequence[PublishedFile]) -> None:
+    """Write `result.json`: the terminal facts of a run that has succeeded, for programs. Written last."""
+    result = {
+        "outcome": "Succeeded",
+        "step": parts.state.step,
+        "loss": parts.reporter.history.rows[-1][1] if parts.reporter.history.rows else None,
+        "funnel": parts.dataset.funnel.model_dump(by_alias=True, exclude={"rejected"}),
+        "exports": [
+            {"format": file.format, "key": file.key, "sha256": file.sha256, "sizeBytes": file.size_bytes}
+            for file in exports
+        ],
+    }
+    store.put_bytes("result.json", (json.dumps(result, indent=2) + "\n").encode())
+
+
 def write_report(parts: Parts, store: Store, exports: Sequence[PublishedFile]) -> None:
     """Write `report.html`. A report that cannot be made is logged; it never fails a run that trained."""
     try:

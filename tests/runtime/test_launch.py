@@ -1,7 +1,9 @@
 """One rank from its RunFile to its exports, for every family: the parts fit together, and nothing in the trainer knows a family."""
 
+import json
 import math
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +97,10 @@ def test_a_run_of_every_family_trains_samples_and_exports(
     assert all(math.isfinite(row[1]) and row[2] > 0 for row in rows)
     assert len(list((root / "samples/00000008").iterdir())) == 1
     assert (root / "report.html").stat().st_size > 5000
+    result = json.loads((root / "result.json").read_text())
+    assert (result["outcome"], result["step"]) == ("Succeeded", 8)
+    for export in result["exports"]:
+        assert sha256((root / export["key"]).read_bytes()).hexdigest() == export["sha256"]
     files = sorted((root / "exports").rglob("*.safetensors"))
     assert len(files) == (2 if tiny == "wan22" else 1)
     if adapter == "lora":
