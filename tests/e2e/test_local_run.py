@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_files(tmp_path: P
     ("changes", "code", "text"),
     [
         ({"adapter": {"targets": ["nothing_like_this"]}}, 64, "nothing_like_this"),
-        ({"data": {"sources": [{"uri": "empty"}]}}, 65, "found"),
+        ({"data": {"sources": [{"uri": "empty"}]}}, 65, "has 0 files to train on"),
     ],
     ids=["an adapter that matches nothing", "an empty folder"],
 )
