@@ -78,7 +78,7 @@ def draw(cells: Floats, ink: Colour, generator: np.random.Generator) -> Image.Im
     canvas = np.zeros((PICTURE_SIZE, PICTURE_SIZE), np.float32)
     down, right = generator.integers(-1, 2, size=2) + MARGIN
     canvas[down : down + inner, right : right + inner] = amount
-    colour = np.clip(np.asarray(ink) + generator.normal(0, 0.02, size=3), 0, 1)
+    colour = np.clip(np.asarray(ink) + generator.normal(0, 0.03, size=3), 0, 1)
     pixels = 1 - canvas[..., None] * (1 - colour)
     return Image.fromarray(np.round(pixels * 255).astype(np.uint8))
 
