@@ -82,6 +82,7 @@ class Rank:
             case "config":
                 return self.fail(ConfigError("spec.adapter.targets is ['foo']; no module of the denoiser matches"))
             case "lost":
+                self.wait_for_failure()  # a rank notices that a peer is gone after it is gone
                 return self.fail(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), step=7)
             case "broken":
                 return self.fail(ZeroDivisionError("division by zero"), step=7)
@@ -102,6 +103,12 @@ class Rank:
                 while True:
                     time.sleep(0.05)
         raise ValueError(part)
+
+    def wait_for_failure(self) -> None:
+        """Until a peer has failed; at most a minute."""
+        deadline = time.monotonic() + 60
+        while not any(self.scratch.failures(self.run_file.attempt).glob("*")) and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def wait(self) -> int:
         """Until SIGTERM, as a training loop does; a failed peer makes torchrun send it as well."""
