@@ -8,11 +8,13 @@ The contestants take turns of a few steps in one process:
 
 Ours is driven through the trainer's question whether to stop, which it asks once per step, after the pass and the optimizer: when a
 turn is over, the answer is late, and the others have theirs. The loader has caught up by then, so none of its work hides in the
-others' time. A last stretch runs under a profiler that counts the calls.
+others' time. Every turn begins with a step that is not measured: it fills the processor's caches, which the others have emptied.
+A last stretch runs under a profiler that counts the calls.
 """
 
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,39 +34,51 @@ OTHERS = ("bare", "accelerate", "accelerate, fused AdamW")
 
 
 class Contest:
-    """The trainer's stop question, answered late."""
+    """The trainer's stop question, answered late: a turn of ours ends there, the others have theirs, and the next one begins."""
 
     def __init__(self, run: BenchRun, others: dict[str, Callable[[], None]], *, turns: int, turn_steps: int) -> None:
         self.ours = Turns()
         self.others = {name: Turns() for name in others}
-        self.wait_seconds = 0.0
+        self.wait_share = 0.0
         self._run = run
         self._steps_of = others
-        self._turns = turns
+        self._turns = turns + WARM_UP_TURNS
         self._turn_steps = turn_steps
         self._steps = 0
+        self._own_seconds = 0.0
+        self._waited_before = 0.0
+        self._turn_began = 0.0
 
     def stop_requested(self) -> bool:
+        turn, place = divmod(self._steps, self._turn_steps + 1)
         self._steps += 1
-        if self._steps % self._turn_steps:
-            return False
-        turn = self._steps // self._turn_steps - 1
-        if turn >= 0 and self._steps > self._turn_steps:
+        if place == 0:
+            self.ours.__enter__()  # the step before was the first one of the turn
+        elif place == self._turn_steps:
             self.ours.__exit__()
-        self._run.clock.pause()
-        if turn == WARM_UP_TURNS:
-            self.wait_seconds = -self._run.reporter.data_wait_seconds
-        if turn == self._turns + WARM_UP_TURNS:
-            self.wait_seconds += self._run.reporter.data_wait_seconds
+            self._add_up(turn)
+            if turn + 1 == self._turns:
+                return True
+            self._run.clock.pause()
+            self._others_turn()
             self._run.clock.go_on()
-            return True
+            self._turn_began = time.perf_counter()
+        return False
+
+    def _others_turn(self) -> None:
         for name, step in self._steps_of.items():
+            step()
             with self.others[name]:
                 for _ in range(self._turn_steps):
                     step()
-        self._run.clock.go_on()
-        self.ours.__enter__()
-        return False
+
+    def _add_up(self, turn: int) -> None:
+        """The share of ours' time, all steps of its turns, that it has waited for data."""
+        if turn < WARM_UP_TURNS:
+            self._waited_before = self._run.reporter.data_wait_seconds
+            return
+        self._own_seconds += time.perf_counter() - self._turn_began
+        self.wait_share = (self._run.reporter.data_wait_seconds - self._waited_before) / self._own_seconds
 
 
 class Count:
@@ -90,7 +104,7 @@ class Count:
 
 def measure(batch_size: int, *, turns: int, turn_steps: int) -> dict[str, Any]:
     """Everything raw at one batch size."""
-    steps = (turns + WARM_UP_TURNS + 2) * turn_steps + COUNTED_STEPS + 10
+    steps = (turns + WARM_UP_TURNS) * (turn_steps + 1) + COUNTED_STEPS + 20
     with tempfile.TemporaryDirectory(prefix="atelier-bench-") as folder:
         run = bench_run(Path(folder), batch_size=batch_size, steps=steps)
         try:
@@ -101,15 +115,16 @@ def measure(batch_size: int, *, turns: int, turn_steps: int) -> dict[str, Any]:
             calls = _count(run, loops)
         finally:
             run.parts.checkpointer.close()
-        seconds = {name: _without_warm_up(turn) for name, turn in {"ours": contest.ours, **contest.others}.items()}
+        measured = {"ours": contest.ours, **contest.others}
+        seconds = {name: _measured(turns_of_one, turns) for name, turns_of_one in measured.items()}
         losses = {"ours": run.losses, "accelerate": peer.losses}
     return {
         "batch_size": batch_size,
         "turn_steps": turn_steps,
         "seconds_per_turn": seconds,
         "calls_per_step": calls,
-        "wait_share": contest.wait_seconds / sum(seconds["ours"]["wall_seconds"]),
-        "mean_loss": {name: statistics.fmean(values[: turns * turn_steps]) for name, values in losses.items()},
+        "wait_share": contest.wait_share,
+        "mean_loss": {name: statistics.fmean(values[: turns * (turn_steps + 1)]) for name, values in losses.items()},
     }
 
 
@@ -127,8 +142,9 @@ def _count(run: BenchRun, loops: dict[str, Callable[[], None]]) -> dict[str, flo
     return {"ours": trainer, "ours, loader thread": loader, **others}
 
 
-def _without_warm_up(turns: Turns) -> dict[str, list[float]]:
-    return {kind: values[WARM_UP_TURNS:] for kind, values in turns.columns().items()}
+def _measured(turns: Turns, count: int) -> dict[str, list[float]]:
+    """The last `count` turns: of the others' turns, each is the one right before that of ours."""
+    return {kind: values[-count:] for kind, values in turns.columns().items()}
 
 
 def _no_samples(_step: int) -> None:
