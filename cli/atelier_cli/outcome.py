@@ -6,6 +6,7 @@ from pathlib import Path
 
 from atelier_api.errors import RunError
 from atelier_api.exit_codes import ExitCode
+from atelier_api.model_files import base_arguments
 from atelier_api.result import AgentResult
 from atelier_api.run_file import RunFile
 from atelier_cli import terminal
@@ -56,15 +57,14 @@ def made(run_file: RunFile) -> Iterator[str]:
 
 def loading(run_file: RunFile, exports: list[str]) -> Iterator[str]:
     """Python that loads the result, or the folder that it belongs into."""
-    root, base = run_file.store_uri, run_file.spec.model.source
+    root, base = run_file.store_uri, base_arguments(run_file.spec.model, run_file.model_folder)
     if root.startswith("s3://"):
         yield f"aws s3 cp --recursive {root}/exports exports"
         root = "."
-    base = base.removeprefix("hf://").partition("@")[0] if base.startswith("hf://") else run_file.model_folder
     if LORA_FILE in exports:
         folder, _, name = LORA_FILE.rpartition("/")
         yield "from diffusers import DiffusionPipeline"
-        yield f'pipe = DiffusionPipeline.from_pretrained("{base}")'
+        yield f"pipe = DiffusionPipeline.from_pretrained({base})"
         yield f'pipe.load_lora_weights("{root}/{folder}", weight_name="{name}")'
         return
     components = sorted(
@@ -76,7 +76,7 @@ def loading(run_file: RunFile, exports: list[str]) -> Iterator[str]:
         for name in components:
             yield f'{name} = {classes[name]}.from_pretrained("{root}/exports/diffusers/{name}")'
         arguments = ", ".join(f"{name}={name}" for name in components)
-        yield f'pipe = DiffusionPipeline.from_pretrained("{base}", {arguments})'
+        yield f"pipe = DiffusionPipeline.from_pretrained({base}, {arguments})"
     elif not components:
         yield "ComfyUI: put the weights into models/loras"
 

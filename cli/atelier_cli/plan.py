@@ -43,7 +43,7 @@ def plan(
         notes.append(f"not for this machine: {error}")
         wanted = run.spec.parallelism.gpus_per_node * run.spec.parallelism.nodes
         machine = local_machine(run.spec, Host(cores=found.cores, memory_bytes=None, gpu_memory_bytes=(None,) * wanted))
-    model = local_facts(run.spec.model, surroundings(file))
+    model = local_facts(run.spec, surroundings(file))
     fit = best_fit(run.spec, model, machine)
     shown = fit or min(fits_of(run.spec, model, machine), key=lambda each: each.prediction.peak)
     if shown.limit is None:

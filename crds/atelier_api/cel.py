@@ -14,6 +14,7 @@ from atelier_api.families import FAMILIES
 from atelier_api.fields import MISSING
 from atelier_api.options import ONLY, Only, node_at
 from atelier_api.rules import COARSE_ALIGNMENT, FINE_BELOW, HUB_URI, S3_URI, SCHEME
+from atelier_api.v1alpha1.profile import EQUAL, NFS_PATH, ONE_KIND, VOLUME_KINDS
 
 WORLD = (
     "self.parallelism.nodes * (self.parallelism.gpusPerNode > 0 ? self.parallelism.gpusPerNode : "
@@ -34,6 +35,18 @@ class CelRule:
 def spec_rules() -> list[CelRule]:
     """All rules between the fields of a spec."""
     return [*_plain_rules(), *_location_rules(), *_family_rules(), *_option_rules()]
+
+
+def profile_rules() -> list[CelRule]:
+    """All rules between the fields of a profile's spec. Their twins are the validators of the types."""
+    kinds = ", ".join(f"has(volume.{kind})" for kind in VOLUME_KINDS)
+    equal = "has(taint.key) && has(taint.value)"
+    tolerated = f"gpu.tolerations.all(taint, taint.operator == 'Equal' ? {equal} : !has(taint.value))"
+    return [
+        CelRule("volumes", f"self.volumes.all(volume, [{kinds}].filter(given, given).size() == 1)", ONE_KIND),
+        CelRule("volumes", "self.volumes.all(volume, !has(volume.nfsPath) || has(volume.nfsServer))", NFS_PATH),
+        CelRule("gpuClasses", f"self.gpuClasses.all(gpu, {tolerated})", EQUAL),
+    ]
 
 
 def _plain_rules() -> Iterator[CelRule]:
@@ -85,14 +98,20 @@ def _plain_rules() -> Iterator[CelRule]:
         "self.adapter.type != 'full' || self.publish.formats.exists(format, format != 'kohya')",
         "kohya is for LoRA; with adapter type full it must hold diffusers",
     )
+    yield CelRule(
+        "publish.formats",
+        "self.adapter.type != 'lora' || !has(self.adapter.dora) || !self.adapter.dora || "
+        "!self.publish.formats.exists(format, format == 'kohya')",
+        "readers of kohya drop or misread the magnitudes of spec.adapter.dora; must be [diffusers]",
+    )
 
 
 def _location_rules() -> Iterator[CelRule]:
     source = "self.model.source"
     yield CelRule(
         "model.source",
-        f"!{_matches(source, SCHEME)} || {_matches(source, HUB_URI, whole=True)}",
-        "must be a folder or hf://owner/name",
+        f"!{_matches(source, SCHEME)} || {_matches(source, HUB_URI, whole=True)} || {_matches(source, S3_URI, whole=True)}",
+        "must be a folder or hf://owner/name or s3://bucket/prefix",
     )
     yield CelRule(
         "model.revision",
@@ -125,6 +144,7 @@ def _family_rules() -> Iterator[CelRule]:
         field = f"self.validation.{side}"
         message = "must be a multiple of the family's pixels"
         yield CelRule(f"validation.{side}", f"!has({field}) || {field} % {multiple} == 0", message)
+    yield from _negative_prompt_rules()
     for name, facts in FAMILIES.items():
         if facts.frame_rule is None:
             continue
@@ -134,6 +154,25 @@ def _family_rules() -> Iterator[CelRule]:
         yield CelRule("data.clip.frames", f"{other} || self.data.clip.frames {fits}", message)
         frames = "self.validation.frames"
         yield CelRule("validation.frames", f"{other} || !has({frames}) || {frames} {fits}", message)
+
+
+def _negative_prompt_rules() -> Iterator[CelRule]:
+    none = "self.validation.prompts.all(prompt, !has(prompt.negative) || prompt.negative == '')"
+    least = _by_family({name: facts.guidance_above for name, facts in FAMILIES.items()})
+    strong = f"has(self.validation.guidance) && double(self.validation.guidance) > {least}"
+    above = "a negative prompt does something only with spec.validation.guidance above what switches it on"
+    yield CelRule("validation.prompts", f"!has(self.validation.guidance) || {strong} || {none}", above)
+    for kind, otherwise, message in (
+        ("distilled", none, "samples of a checkpoint that is distilled on guidance know no negative prompt"),
+        ("off", f"({strong}) || {none}", above),
+    ):
+        for name, facts in FAMILIES.items():
+            flavours = [flavour.name for flavour in facts.flavours if flavour.guidance == kind]
+            if not flavours:
+                continue
+            unnamed = "true" if facts.flavours[0].guidance == kind else "false"
+            is_kind = f"(has(self.model.flavour) ? self.model.flavour in {_literal(flavours)} : {unnamed})"
+            yield CelRule("validation.prompts", f"self.model.family != '{name}' || !{is_kind} || {otherwise}", message)
 
 
 def _option_rules() -> Iterator[CelRule]:

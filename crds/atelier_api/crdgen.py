@@ -1,88 +1,107 @@
-"""The CustomResourceDefinition of `TrainingRun`, made from the types.
+"""The CustomResourceDefinitions, made from the types.
 
-    python -m atelier_api.crdgen            writes crds/trainingruns.atelier.dev.yaml
-    python -m atelier_api.crdgen --check    exit code 1 when the file is not what would be written
-
-The schema is structural: one type for each field, nothing by reference. Kubernetes has no floats, so a decimal is a string with a
-pattern, and its range a CEL rule. The variants of the adapter become one object, whose `type` decides by CEL which fields it may
-have; those have no default here (a default would put LoRA's rank into every full-rank run).
+python -m atelier_api.crdgen            writes crds/*.atelier.dev.yaml
+python -m atelier_api.crdgen --check    exit code 1 when a file is not what would be written
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from atelier_api import API_VERSION
-from atelier_api.cel import spec_rules
-from atelier_api.families import FAMILIES
-from atelier_api.fields import MISSING, Bounds, Node, tree
+from atelier_api.cel import CelRule, profile_rules, spec_rules
+from atelier_api.fields import Node, block_node, tree
 from atelier_api.generated import Generated, main
-from atelier_api.v1alpha1.base import DECIMAL_PATTERN, LONGEST_DECIMAL
+from atelier_api.structural import schema
+from atelier_api.transitions import transition_rules
+from atelier_api.v1alpha1.base import DECIMAL_PATTERN
+from atelier_api.v1alpha1.profile import ClusterTrainingProfile, TrainingProfile
+from atelier_api.v1alpha1.status import RunStatus
 
 GROUP, VERSION = API_VERSION.split("/")
-PLURAL, SINGULAR, KIND, SHORT = "trainingruns", "trainingrun", "TrainingRun", "trun"
-PATH = Path(__file__).parent.parent / f"{PLURAL}.{GROUP}.yaml"
+FOLDER = Path(__file__).parent.parent
 
-COLUMNS = (
-    ("Family", "string", ".spec.model.family"),
-    ("Adapter", "string", ".spec.adapter.type"),
-    ("Steps", "integer", ".spec.hyperparameters.steps"),
-    ("Nodes", "integer", ".spec.parallelism.nodes"),
-    ("GPUs", "integer", ".spec.parallelism.gpusPerNode"),
-    ("Age", "date", ".metadata.creationTimestamp"),
-)
-"""What `kubectl get` shows: facts of the spec. Progress follows with the status."""
-
-SETS = ("publish.formats",)
-"""Lists whose items differ."""
-
-MAPS = {"data.sources": "uri"}
-"""Lists of blocks that differ in a field."""
+Column = tuple[str, str, str]
 
 
-def crd() -> dict[str, Any]:
-    """The whole object."""
-    return {
-        "apiVersion": "apiextensions.k8s.io/v1",
-        "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{PLURAL}.{GROUP}"},
-        "spec": {
-            "group": GROUP,
-            "names": {
-                "kind": KIND,
-                "listKind": f"{KIND}List",
-                "plural": PLURAL,
-                "singular": SINGULAR,
-                "shortNames": [SHORT],
-                "categories": ["all"],
-            },
-            "scope": "Namespaced",
-            "versions": [
-                {
-                    "name": VERSION,
-                    "served": True,
-                    "storage": True,
-                    "additionalPrinterColumns": [
-                        {"name": name, "type": kind, "jsonPath": path} for name, kind, path in COLUMNS
-                    ],
-                    "schema": {"openAPIV3Schema": root_schema()},
-                }
-            ],
-        },
-    }
+@dataclass(frozen=True)
+class Resource:
+    """A kind of ours, and what `kubectl get` shows of it. Columns below `wide` are for `-o wide`."""
+
+    kind: str
+    plural: str
+    short: str
+    scope: str
+    schema: dict[str, Any]
+    columns: tuple[Column, ...]
+    wide: tuple[Column, ...] = ()
+    status: bool = False
+
+    @property
+    def path(self) -> Path:
+        return FOLDER / f"{self.plural}.{GROUP}.yaml"
+
+    def crd(self) -> dict[str, Any]:
+        """The whole object."""
+        columns = [_column(column) for column in self.columns]
+        columns += [_column(column) | {"priority": 1} for column in self.wide]
+        version: dict[str, Any] = {"name": VERSION, "served": True, "storage": True}
+        if self.status:
+            version["subresources"] = {"status": {}}
+        version |= {"additionalPrinterColumns": columns, "schema": {"openAPIV3Schema": self.schema}}
+        names = {
+            "kind": self.kind,
+            "listKind": f"{self.kind}List",
+            "plural": self.plural,
+            "singular": self.kind.lower(),
+            "shortNames": [self.short],
+            "categories": ["atelier"],
+        }
+        if self.status:
+            names["categories"] = ["all", "atelier"]
+        return {
+            "apiVersion": "apiextensions.k8s.io/v1",
+            "kind": "CustomResourceDefinition",
+            "metadata": {"name": f"{self.plural}.{GROUP}"},
+            "spec": {"group": GROUP, "names": names, "scope": self.scope, "versions": [version]},
+        }
+
+    def text(self) -> str:
+        """The file."""
+        head = "# Generated from crds/atelier_api by `make crds`. Do not edit.\n"
+        return head + yaml.dump(self.crd(), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
 
 
 def root_schema() -> dict[str, Any]:
-    """The schema of the object. Of its metadata the API server lets a schema restrict the name alone."""
+    """The schema of a run. Of its metadata the API server lets a schema restrict the name alone."""
     root = tree()
     name = root.fields["metadata"].fields["name"]
-    spec = schema(root.fields["spec"], "") | {
+    spec = schema(root.fields["spec"], "") | _validated(spec_rules(), "")
+    result = _object(root, spec, {"type": "object", "properties": {"name": _without_description(schema(name, ""))}})
+    result["properties"]["status"] = _without_defaults(schema(block_node(RunStatus), ""))
+    return result | _validated(transition_rules(), ".spec")
+
+
+def profile_schema(block: type[TrainingProfile] | type[ClusterTrainingProfile]) -> dict[str, Any]:
+    """The schema of a profile."""
+    root = block_node(block)
+    spec = schema(root.fields["spec"], "") | _validated(profile_rules(), "")
+    return _object(root, spec, {"type": "object"})
+
+
+def _validated(rules: list[CelRule], above: str) -> dict[str, Any]:
+    """The rules as the schema holds them; `above` is the path of what their fields lie in."""
+    return {
         "x-kubernetes-validations": [
-            {"rule": rule.rule, "message": rule.message, "fieldPath": f".{rule.field}"} for rule in spec_rules()
+            {"rule": rule.rule, "message": rule.message, "fieldPath": f"{above}.{rule.field}"} for rule in rules
         ]
     }
+
+
+def _object(root: Node, spec: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
     return {
         "type": "object",
         "description": root.description,
@@ -90,108 +109,80 @@ def root_schema() -> dict[str, Any]:
         "properties": {
             "apiVersion": {"type": "string", "description": root.fields["apiVersion"].description},
             "kind": {"type": "string", "description": root.fields["kind"].description},
-            "metadata": {"type": "object", "properties": {"name": _without_description(schema(name, ""))}},
+            "metadata": metadata,
             "spec": spec,
         },
     }
 
 
-def schema(node: Node, path: str) -> dict[str, Any]:
-    """The structural schema of a node; `path` is its place below spec."""
-    result: dict[str, Any] = {"type": _TYPES[node.kind]}
-    if node.description:
-        result["description"] = node.description
-    if node.default is not MISSING and node.default is not None:
-        result["default"] = node.default
-    if node.nullable:
-        result["nullable"] = True
-    match node.kind:
-        case "block" | "variants":
-            result |= _object(node, path)
-        case "list":
-            assert node.item is not None
-            result |= {"items": schema(node.item, f"{path}[]")} | _sized(node.length, "Items") | _list_type(path)
-        case "integer":
-            result |= {"format": "int64"} | _range(node.bounds)
-        case "decimal":
-            result |= {"pattern": DECIMAL_PATTERN, "maxLength": LONGEST_DECIMAL} | _decimal_range(node.bounds)
-        case "string":
-            result |= _text(node, path)
+def resources() -> tuple[Resource, ...]:
+    """Every kind of ours."""
+    age = ("Age", "date", ".metadata.creationTimestamp")
+    profile_columns = (("Image", "string", ".spec.image"), age)
+    return (
+        Resource(
+            kind="TrainingRun",
+            plural="trainingruns",
+            short="trun",
+            scope="Namespaced",
+            schema=root_schema(),
+            columns=(
+                ("Phase", "string", ".status.phase"),
+                ("Percent", "integer", ".status.progress.percent"),
+                ("Loss", "string", ".status.progress.loss"),
+                ("ETA", "integer", ".status.progress.etaSeconds"),
+                ("Queue", "string", ".status.queue.name"),
+                ("Restarts", "integer", ".status.restarts.counted"),
+                age,
+            ),
+            wide=(
+                ("Reason", "string", ".status.reason"),
+                ("Family", "string", ".spec.model.family"),
+                ("Strategy", "string", ".status.plan.strategy"),
+                ("Nodes", "integer", ".spec.parallelism.nodes"),
+                ("GPUs", "integer", ".spec.parallelism.gpusPerNode"),
+                ("Step", "integer", ".status.progress.step"),
+                ("Checkpoint", "integer", ".status.checkpoint.step"),
+            ),
+            status=True,
+        ),
+        Resource(
+            kind="TrainingProfile",
+            plural="trainingprofiles",
+            short="tprof",
+            scope="Namespaced",
+            schema=profile_schema(TrainingProfile),
+            columns=profile_columns,
+        ),
+        Resource(
+            kind="ClusterTrainingProfile",
+            plural="clustertrainingprofiles",
+            short="ctprof",
+            scope="Cluster",
+            schema=profile_schema(ClusterTrainingProfile),
+            columns=profile_columns,
+        ),
+    )
+
+
+def _column(column: Column) -> dict[str, Any]:
+    name, kind, path = column
+    return {"name": name, "type": kind, "jsonPath": path}
+
+
+def _without_defaults(field: dict[str, Any]) -> dict[str, Any]:
+    """A status holds what the operator has found out, and nothing that the API server fills in."""
+    result = {name: value for name, value in field.items() if name != "default"}
+    if "properties" in result:
+        result["properties"] = {name: _without_defaults(child) for name, child in result["properties"].items()}
+    if "items" in result:
+        result["items"] = _without_defaults(result["items"])
     return result
-
-
-_TYPES = {
-    "block": "object",
-    "variants": "object",
-    "list": "array",
-    "string": "string",
-    "decimal": "string",
-    "integer": "integer",
-    "boolean": "boolean",
-}
-
-
-def _object(node: Node, path: str) -> dict[str, Any]:
-    properties = {name: schema(child, f"{path}.{name}" if path else name) for name, child in node.fields.items()}
-    if node.kind == "variants":
-        for name in node.fields:
-            if name != "type":
-                _belongs_to(properties[name], [kind for kind, names in node.variants.items() if name in names])
-    required = [name for name, child in node.fields.items() if child.required]
-    return {"properties": properties} | ({"required": required} if required else {})
-
-
-def _belongs_to(field: dict[str, Any], kinds: list[str]) -> None:
-    """Say which types have the field, and move its default from the schema to the description."""
-    default = field.pop("default", None)
-    text = f"{field.get('description', '')} Only for type {' and '.join(kinds)}".strip()
-    shown = yaml.safe_dump(default, default_flow_style=True).removesuffix("\n...\n").strip()
-    field["description"] = f"{text}." if default is None else f"{text}; default {shown}."
-
-
-def _text(node: Node, path: str) -> dict[str, Any]:
-    if path == "model.family":
-        return {"enum": list(FAMILIES)}
-    if node.choices:
-        return {"enum": list(node.choices)}
-    return ({"pattern": node.pattern} if node.pattern else {}) | _sized(node.length, "Length")
-
-
-def _list_type(path: str) -> dict[str, Any]:
-    if path in SETS:
-        return {"x-kubernetes-list-type": "set"}
-    if path in MAPS:
-        return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [MAPS[path]]}
-    return {"x-kubernetes-list-type": "atomic"}
-
-
-def _sized(length: Bounds, what: str) -> dict[str, Any]:
-    limits = {f"min{what}": length.low, f"max{what}": length.high}
-    return {name: limit for name, limit in limits.items() if limit is not None}
-
-
-def _range(bounds: Bounds) -> dict[str, Any]:
-    assert not bounds.low_excluded, "whole numbers have closed ranges"
-    assert not bounds.high_excluded, "whole numbers have closed ranges"
-    return {name: limit for name, limit in {"minimum": bounds.low, "maximum": bounds.high}.items() if limit is not None}
-
-
-def _decimal_range(bounds: Bounds) -> dict[str, Any]:
-    low = f"double(self) {'>' if bounds.low_excluded else '>='} {bounds.low:.1f}" if bounds.low is not None else ""
-    high = f"double(self) {'<' if bounds.high_excluded else '<='} {bounds.high:.1f}" if bounds.high is not None else ""
-    rule = " && ".join(part for part in (low, high) if part)
-    return {"x-kubernetes-validations": [{"rule": rule, "message": f"must be {bounds.text()}"}]} if rule else {}
 
 
 def _without_description(field: dict[str, Any]) -> dict[str, Any]:
     """Descriptions of metadata are the API server's own."""
     return {name: value for name, value in field.items() if name != "description"}
-
-
-def text() -> str:
-    """The file."""
-    head = "# Generated from crds/atelier_api by `make crds`. Do not edit.\n"
-    return head + yaml.dump(crd(), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -209,4 +200,4 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 if __name__ == "__main__":
-    main(Generated(PATH, text))
+    main(*(Generated(resource.path, resource.text) for resource in resources()))

@@ -11,6 +11,8 @@
 Anything else is a bug of ours and exits with 70.
 """
 
+from collections.abc import Sequence
+
 from atelier_api.exit_codes import ExitCode
 
 
@@ -37,7 +39,14 @@ class CredentialsError(UserError):
 
 
 class DivergedError(UserError):
+    """The loss is not finite. `step` is the one whose loss it was, `files` are this process's samples in it."""
+
     exit_code = ExitCode.DIVERGED
+
+    def __init__(self, message: str, *, step: int | None = None, files: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.step = step
+        self.files = tuple(files)
 
 
 class StoreError(RunError):

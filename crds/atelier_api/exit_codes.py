@@ -33,10 +33,14 @@ MEANINGS: dict[ExitCode, Meaning] = {
     ExitCode.DONE: Meaning("Completed", False, "the run is done"),
     ExitCode.CONFIG: Meaning("InvalidConfig", False, "the run's settings cannot work"),
     ExitCode.DATA: Meaning("DataError", False, "the training data cannot be used"),
-    ExitCode.STORE_UNREACHABLE: Meaning("StoreUnreachable", True, "the store did not answer within the budget"),
+    ExitCode.STORE_UNREACHABLE: Meaning(
+        "StoreUnreachable", True, "the store, or the hub, did not answer within the budget"
+    ),
     ExitCode.INTERNAL: Meaning("BackendError", True, "a process failed or was lost"),
     ExitCode.STOPPED: Meaning("Stopped", False, "stopped on request, with a checkpoint"),
-    ExitCode.CREDENTIALS: Meaning("CredentialsRejected", False, "the store refused the credentials, or there are none"),
+    ExitCode.CREDENTIALS: Meaning(
+        "CredentialsRejected", False, "the store, or the hub, refused the credentials, or there are none"
+    ),
     ExitCode.OUT_OF_MEMORY: Meaning("OutOfMemory", False, "the device ran out of memory"),
     ExitCode.DIVERGED: Meaning("Diverged", False, "the loss is not finite"),
     ExitCode.COLLECTIVE_TIMEOUT: Meaning("CollectiveTimeout", True, "processes lost each other"),

@@ -12,7 +12,9 @@ class Flavour:
     `text_tokens` are the tokens that take part in attention beside the picture's. `encoder_parameters` counts the text encoders,
     `vae_parameters` the autoencoder. `activation_bytes_per_token` is what one block keeps for the backward pass of LoRA on
     `attention`, in bf16 and without recompute, per token of a sample (averaged where blocks differ). `largest_block` is the
-    parameters of the largest unit that is sharded as a whole, where the blocks differ; 0: they are all alike.
+    parameters of the largest unit that is sharded as a whole, where the blocks differ; 0: they are all alike. `guidance` is what the
+    stock pipeline does with a negative prompt: contrasts with it (`on`), does so only when it is given a guidance (`off`), or ignores
+    it, as the checkpoint embeds its guidance (`distilled`).
     """
 
     name: str
@@ -27,6 +29,7 @@ class Flavour:
     activation_bytes_per_token: int
     experts: int = 1
     largest_block: int = 0
+    guidance: Literal["on", "off", "distilled"] = "on"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class FamilyFacts:
     """One row. `frame_rule` (m, r): a clip has n = r modulo m frames. `shift` is the fallback where a checkpoint names none.
 
     `latent_factor` and `temporal_factor` are the autoencoder's, `patch` is the side of a token in latent pixels. `pipelines` are
-    the `_class_name`s in `model_index.json` of checkpoints that the family can train.
+    the `_class_name`s in `model_index.json` of checkpoints that the family can train. Above `guidance_above` the stock pipeline
+    contrasts with the negative prompt.
     """
 
     name: str
@@ -52,6 +56,7 @@ class FamilyFacts:
     temporal_factor: int = 1
     frame_rate: float | None = None
     pipelines: tuple[str, ...] = ()
+    guidance_above: float = 1.0
 
     def latent_tokens(self, width: int, height: int, frames: int = 1) -> int:
         """Tokens of one sample of `width` x `height` pixels and `frames` frames."""
@@ -130,6 +135,7 @@ _FLUX_DEV = Flavour(
     vae_parameters=83_819_683,
     activation_bytes_per_token=112_000,
     largest_block=339_831_296,
+    guidance="distilled",
 )
 
 FLUX = FamilyFacts(
@@ -152,6 +158,7 @@ FLUX = FamilyFacts(
             source="hf://black-forest-labs/FLUX.1-schnell",
             parameters=11_891_178_560,
             text_tokens=256,
+            guidance="off",
         ),
     ),
     pipelines=("FluxPipeline",),
@@ -213,6 +220,7 @@ Z_IMAGE = FamilyFacts(
     licence="Apache-2.0",
     flavours=(_Z_IMAGE_TURBO, replace(_Z_IMAGE_TURBO, name="base", source="hf://Tongyi-MAI/Z-Image")),
     pipelines=("ZImagePipeline",),
+    guidance_above=0.0,
 )
 
 _WAN_14B = Flavour(

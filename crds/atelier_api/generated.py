@@ -31,16 +31,17 @@ class Generated:
         self.path.write_text(self.text(), encoding="utf-8")
 
 
-def main(file: Generated) -> None:
-    """The command line of a generator: writes the file, or with `--check` exits with 1 when it is not up to date."""
-    parser = argparse.ArgumentParser(description=f"Generate {file.path.name} from the types.")
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 when the file is not up to date"
-    )
+def main(*files: Generated) -> None:
+    """The command line of a generator: writes the files, or with `--check` exits with 1 when one is not up to date."""
+    names = ", ".join(file.path.name for file in files)
+    parser = argparse.ArgumentParser(description=f"Generate {names} from the types.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a file is not up to date")
     if not parser.parse_args().check:
-        file.write()
+        for file in files:
+            file.write()
         return
-    difference = file.difference()
-    if difference:
-        sys.stderr.write("\n".join(islice(difference, MOST_LINES_SHOWN)) + "\n")
-        sys.exit(f"{file.path} is not what the types say; run `make crds`")
+    stale = {file.path: difference for file in files if (difference := file.difference())}
+    if stale:
+        for difference in stale.values():
+            sys.stderr.write("\n".join(islice(difference, MOST_LINES_SHOWN)) + "\n")
+        sys.exit(f"{', '.join(map(str, stale))} is not what the types say; run `make crds`")

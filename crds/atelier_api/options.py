@@ -3,7 +3,7 @@
 An option at its default counts as not given, because the API server fills in every default before anyone sees the object.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from atelier_api.families import FamilyFacts
 from atelier_api.fields import Node, tree
 from atelier_api.problem import Problem, refused
 from atelier_api.v1alpha1 import TrainingRunSpec
+from atelier_api.v1alpha1.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,18 @@ ONLY = (
 
 def unused(spec: TrainingRunSpec, facts: FamilyFacts | None) -> Iterator[Problem]:
     """A problem for each option that would do nothing. Each option is named once, by its first reason."""
-    document = spec.model_dump(mode="json", by_alias=True)
+    return _unused(spec.model_dump(mode="json", by_alias=True), facts, ONLY)
+
+
+def unused_objective(objective: Objective, facts: FamilyFacts) -> Iterator[Problem]:
+    """The same for `spec.objective` alone: options of the other kind of family."""
+    document = {"objective": objective.model_dump(mode="json", by_alias=True)}
+    return _unused(document, facts, [only for only in ONLY if only.owner == "family.objective"])
+
+
+def _unused(document: Mapping[str, Any], facts: FamilyFacts | None, table: Sequence[Only]) -> Iterator[Problem]:
     told: set[str] = set()
-    for only in ONLY:
+    for only in table:
         if only.owner.startswith("family.") and facts is None:
             continue
         owner = _owner(only, document, facts)

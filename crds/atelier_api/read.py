@@ -23,6 +23,7 @@ LARGEST_FILE_BYTES = 1 << 20
 PATTERNS = {
     r"^[a-z]([-a-z0-9]*[a-z0-9])?$": "lower-case letters, digits and '-', beginning with a letter and not ending with '-'",
     r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$": "lower-case letters, digits and '-', not beginning or ending with '-'",
+    r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$": "lower-case letters, digits, '-' and '.', beginning and ending with a letter or digit",
     r"^(auto|dynamic|none|[0-9]+(\.[0-9]+)?)$": 'auto, dynamic, none or a number such as "3.0"',
     r"^[0-9]+(Mi|Gi)$": 'a size such as "80Gi" or "512Mi"',
     r"^https?://": "a URL that begins with http:// or https://",

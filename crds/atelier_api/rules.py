@@ -12,6 +12,7 @@ from atelier_api.options import unused
 from atelier_api.problem import Problem, choice, refused, shown
 from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
 from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter
+from atelier_api.v1alpha1.data import Data
 
 PRESETS = ("attention", "mlp", "all")
 """Names in `adapter.targets` that a family translates; everything else there is a regular expression."""
@@ -55,9 +56,14 @@ def unknown_family(document: object) -> Iterator[Problem]:
 
 def bucket_alignment(spec: TrainingRunSpec, facts: FamilyFacts) -> int:
     """The multiple of pixels that bucket edges have when the run says nothing else."""
-    if spec.data.bucket_align is not None:
-        return spec.data.bucket_align
-    if spec.data.resolution < FINE_BELOW:
+    return edge_multiple(spec.data, facts)
+
+
+def edge_multiple(data: Data, facts: FamilyFacts) -> int:
+    """What `bucket_alignment` says, of the data alone."""
+    if data.bucket_align is not None:
+        return data.bucket_align
+    if data.resolution < FINE_BELOW:
         return facts.pixel_multiple
     return math.lcm(COARSE_ALIGNMENT, facts.pixel_multiple)
 
@@ -76,7 +82,7 @@ def processes_per_node(spec: TrainingRunSpec) -> int:
 
 
 def _locations(spec: TrainingRunSpec) -> Iterator[Problem]:
-    yield from _location("spec.model.source", spec.model.source, ("hf",))
+    yield from _location("spec.model.source", spec.model.source, ("hf", "s3"))
     for index, source in enumerate(spec.data.sources):
         yield from _location(f"spec.data.sources[{index}].uri", source.uri, ("s3",))
     yield from _location("spec.storage.uri", spec.storage.uri, ("s3",))
@@ -183,6 +189,10 @@ def _publish(spec: TrainingRunSpec) -> Iterator[Problem]:
         yield refused(
             "spec.publish.formats", formats, "kohya is for LoRA; with adapter type full it must hold diffusers"
         )
+    elif isinstance(spec.adapter, LoraAdapter) and spec.adapter.dora and "kohya" in formats:
+        # diffusers drops the magnitudes of such a file, ComfyUI divides by another norm than DoRA does.
+        allowed = "readers of kohya drop or misread the magnitudes of spec.adapter.dora; must be [diffusers]"
+        yield refused("spec.publish.formats", formats, allowed)
 
 
 RULES: tuple[Callable[[TrainingRunSpec], Iterator[Problem]], ...] = (
@@ -243,6 +253,29 @@ def _validation_size(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Prob
             yield refused(f"spec.validation.{name}", value, allowed)
 
 
+def _negative_prompts(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
+    kind, guidance = _guidance_of(spec, facts), spec.validation.guidance
+    needs = f"does something only with spec.validation.guidance above {facts.guidance_above:g}"
+    for index, prompt in enumerate(spec.validation.prompts):
+        if not prompt.negative:
+            continue
+        path = f"spec.validation.prompts[{index}].negative"
+        if kind == "distilled":
+            others = [flavour.name for flavour in facts.flavours if flavour.guidance != "distilled"]
+            way = f", or set spec.model.flavour to {' or '.join(others)} where the checkpoint is one" if others else ""
+            allowed = f"samples of {facts.name} distilled on guidance know no negative prompt; remove it{way}"
+            yield refused(path, prompt.negative, allowed)
+        elif guidance is None and kind == "off":
+            yield refused(path, prompt.negative, f"{needs}; set that")
+        elif guidance is not None and guidance <= facts.guidance_above:
+            yield refused(path, prompt.negative, f"{needs}, which is {guidance:g}")
+
+
+def _guidance_of(spec: TrainingRunSpec, facts: FamilyFacts) -> str:
+    name = spec.model.flavour or facts.flavours[0].name
+    return next((flavour.guidance for flavour in facts.flavours if flavour.name == name), "on")
+
+
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
@@ -252,4 +285,5 @@ FAMILY_RULES: tuple[Callable[[TrainingRunSpec, FamilyFacts], Iterator[Problem]],
     _resolution,
     _frames,
     _validation_size,
+    _negative_prompts,
 )

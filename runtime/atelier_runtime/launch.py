@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -18,7 +18,7 @@ import diffusers
 import torch
 import transformers
 
-from atelier_api.errors import ConfigError
+from atelier_api.errors import ConfigError, DivergedError
 from atelier_api.exit_codes import ExitCode
 from atelier_api.run_file import RunFile
 from atelier_runtime import parallel
@@ -37,6 +37,7 @@ from atelier_runtime.publishing import publish, write_report, write_result
 from atelier_runtime.reporter import Reporter
 from atelier_runtime.sampling import draw_samples, store_samples
 from atelier_runtime.store import Store, open_store
+from atelier_runtime.train_state import TrainState
 from atelier_runtime.trainer import Parts, Trainer, build_run_objective, build_state, staging_folder
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,17 @@ class StopFlag:
             raise StopRequested
 
 
+class Reached:
+    """How far the rank is, for the record of a failure."""
+
+    state: TrainState | None = None
+
+    @property
+    def step(self) -> int | None:
+        """Steps done; None before there is a state."""
+        return None if self.state is None else self.state.step
+
+
 @dataclass(frozen=True)
 class Session:
     """What lasts from the start of a rank to its end."""
@@ -74,6 +86,7 @@ class Session:
     metrics: TrainMetrics
     reporter: Reporter
     stop: StopFlag
+    reached: Reached = field(default_factory=Reached)
 
 
 def main() -> int:
@@ -87,6 +100,7 @@ def main() -> int:
     quiet_libraries()
     if run_file.plan.threads_per_process:
         torch.set_num_threads(run_file.plan.threads_per_process)
+    session: Session | None = None
     try:
         distributed = parallel.start(run_file.plan)
         session = open_session(run_file, distributed, stop)
@@ -95,13 +109,23 @@ def main() -> int:
     except StopRequested:
         return ExitCode.STOPPED
     except BaseException as error:
-        record_failure(Scratch(Path(run_file.scratch)).failures(run_file.attempt), rank, error)
+        record(run_file, rank, error, session.reached if session else Reached())
         log.debug("rank failed", exc_info=True)
         # Peers may be inside a collective: leave at once, torchrun ends them.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(ExitCode.INTERNAL)
     return ExitCode.DONE if finished else ExitCode.STOPPED
+
+
+def record(run_file: RunFile, rank: int, error: BaseException, reached: Reached) -> None:
+    """Leave the failure file of this rank: why, at which step, and for a loss that is not finite which samples were in it."""
+    step: int | None = reached.step
+    files: tuple[str, ...] = ()
+    if isinstance(error, DivergedError):
+        step, files = reached.step if error.step is None else error.step, error.files
+    folder = Scratch(Path(run_file.scratch)).failures(run_file.attempt)
+    record_failure(folder, rank, error, step=step, files=files)
 
 
 def quiet_libraries() -> None:
@@ -123,6 +147,7 @@ def open_session(run_file: RunFile, distributed: Distributed, stop: StopFlag) ->
 def train(session: Session) -> bool:
     """The whole run of one rank. False: stopped on request."""
     parts = prepare(session)
+    session.reached.state = parts.state
     total = session.run_file.spec.hyperparameters.steps
     if parts.state.step == 0:
         sample(session, parts, 0)

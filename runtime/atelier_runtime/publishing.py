@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from atelier_api.errors import RunError
+from atelier_api.model_files import base_arguments
 from atelier_api.run_file import RunFile
 from atelier_runtime.checkpoint.export import ExportedFile, Provenance, export_full, export_lora
 from atelier_runtime.denoisers import gathered_weights
@@ -133,10 +134,10 @@ def _picture(store: Store, key: str) -> Picture | None:
 
 def usage(run_file: RunFile, pipeline: str, exports: Sequence[PublishedFile]) -> str:
     """Lines of Python that use the result."""
-    base = run_file.spec.model.source.removeprefix("hf://")
+    base = base_arguments(run_file.spec.model, run_file.model_folder)
     lines = [f"from diffusers import {pipeline}", ""]
     if run_file.spec.adapter.type == "lora":
-        lines.append(f'pipe = {pipeline}.from_pretrained("{base}")')
+        lines.append(f"pipe = {pipeline}.from_pretrained({base})")
         for file in exports:
             if file.format == "diffusers":
                 folder, name = file.key.rsplit("/", 1)
@@ -147,6 +148,6 @@ def usage(run_file: RunFile, pipeline: str, exports: Sequence[PublishedFile]) ->
             lines.append(
                 f'# replace the pipeline\'s {component} by the folder "exports/diffusers/{component}" (from_pretrained)'
             )
-        lines.append(f'pipe = {pipeline}.from_pretrained("{base}")')
+        lines.append(f"pipe = {pipeline}.from_pretrained({base})")
     lines.append('pipe("your prompt").images[0].save("picture.png")')
     return "\n".join(lines)

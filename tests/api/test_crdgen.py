@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import yaml
 
-from atelier_api import crdgen, docgen
+from atelier_api import crdgen, docgen, structural
 from atelier_api.cel import spec_rules
-from atelier_api.fields import MISSING, Node, tree, walk
+from atelier_api.fields import MISSING, Node, block_node, tree, walk
 from atelier_api.read import problems
+from atelier_api.v1alpha1.profile import ClusterTrainingProfile, TrainingProfile
+from atelier_api.v1alpha1.status import RunStatus
 from run_documents import document
 from structural_schema import fill_defaults, violations
 
@@ -44,12 +46,18 @@ def nodes(schema: Schema, path: str = "") -> Iterator[tuple[str, Schema]]:
         yield from nodes(schema["items"], f"{path}[]")
 
 
-ROOT = crdgen.root_schema()
+RESOURCES = {resource.kind: resource for resource in crdgen.resources()}
+RUN = RESOURCES["TrainingRun"]
+ROOT = RUN.schema
 NODES = dict(nodes(ROOT))
+BLOCKS = {"TrainingProfile": TrainingProfile, "ClusterTrainingProfile": ClusterTrainingProfile}
 
 
-def test_every_node_has_one_type_and_no_key_that_a_structural_schema_forbids() -> None:
-    for path, schema in NODES.items():
+@pytest.mark.parametrize("kind", RESOURCES)
+def test_every_node_has_one_type_and_no_key_that_a_structural_schema_forbids(kind: str) -> None:
+    for path, schema in nodes(RESOURCES[kind].schema):
+        if path == "metadata":
+            continue
         assert isinstance(schema.get("type"), str), path
         assert set(schema) <= ALLOWED, path
         assert ("properties" in schema) == (schema["type"] == "object"), path
@@ -59,8 +67,20 @@ def test_every_node_has_one_type_and_no_key_that_a_structural_schema_forbids() -
 
 def test_every_field_of_the_types_is_in_the_schema_and_no_other() -> None:
     ours = {path for path, _ in walk(tree()) if not path.startswith("metadata")}
+    status = {f"status.{path}" for path, _ in walk(block_node(RunStatus))}
     theirs = {path for path in NODES if path and not path.startswith("metadata")}
+    assert theirs == ours | status | {"status"}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_every_field_of_a_profile_is_in_its_schema_and_no_other(kind: str) -> None:
+    ours = {path for path, _ in walk(block_node(BLOCKS[kind]))}
+    theirs = {path for path, _ in nodes(RESOURCES[kind].schema) if path not in ("", "metadata")}
     assert theirs == ours
+
+
+def test_the_api_server_fills_nothing_into_the_status() -> None:
+    assert [path for path, schema in NODES.items() if path.startswith("status") and "default" in schema] == []
 
 
 def test_every_field_has_a_description() -> None:
@@ -103,14 +123,15 @@ def test_a_block_with_required_fields_has_no_default() -> None:
 
 
 def test_texts_that_other_yaml_readers_take_for_numbers_are_quoted() -> None:
-    bare = re.findall(r"default: (-?[0-9.]+(?:[eE][-+]?[0-9]+)?)$", crdgen.text(), re.MULTILINE)
+    bare = re.findall(r"default: (-?[0-9.]+(?:[eE][-+]?[0-9]+)?)$", RUN.text(), re.MULTILINE)
     assert all(re.fullmatch(r"-?[0-9]+", number) for number in bare)
-    assert "default: '1e-08'" in crdgen.text()
+    assert "default: '1e-08'" in RUN.text()
 
 
-def test_the_file_is_yaml_that_reads_back_as_the_object_without_anchors() -> None:
-    assert yaml.safe_load(crdgen.text()) == crdgen.crd()
-    assert "&id" not in crdgen.text()
+@pytest.mark.parametrize("kind", RESOURCES)
+def test_the_file_is_yaml_that_reads_back_as_the_object_without_anchors(kind: str) -> None:
+    assert yaml.safe_load(RESOURCES[kind].text()) == RESOURCES[kind].crd()
+    assert "&id" not in RESOURCES[kind].text()
 
 
 def test_every_rule_names_a_field_and_its_cost_can_be_told() -> None:
@@ -120,21 +141,27 @@ def test_every_rule_names_a_field_and_its_cost_can_be_told() -> None:
         assert schema["type"] != "array" or "maxItems" in schema
 
 
-def test_columns_show_fields_that_exist() -> None:
-    version = crdgen.crd()["spec"]["versions"][0]
+@pytest.mark.parametrize("kind", RESOURCES)
+def test_columns_show_fields_that_exist(kind: str) -> None:
+    known = dict(nodes(RESOURCES[kind].schema))
+    version = RESOURCES[kind].crd()["spec"]["versions"][0]
     for column in version["additionalPrinterColumns"]:
         path = column["jsonPath"].removeprefix(".")
-        assert path == "metadata.creationTimestamp" or NODES[path]["type"] == column["type"]
+        assert path == "metadata.creationTimestamp" or known[path]["type"] == column["type"]
 
 
 def test_names_are_those_that_users_type() -> None:
-    names = crdgen.crd()["spec"]["names"]
-    assert (names["plural"], names["shortNames"], names["categories"]) == ("trainingruns", ["trun"], ["all"])
+    names = RUN.crd()["spec"]["names"]
+    assert (names["plural"], names["shortNames"], names["categories"]) == ("trainingruns", ["trun"], ["all", "atelier"])
 
 
-@pytest.mark.parametrize("generator", [crdgen, docgen], ids=["crd", "page"])
-def test_the_generated_file_in_the_tree_is_up_to_date(generator: Any) -> None:
-    assert generator.PATH.read_text() == generator.text(), "run `make crds`"
+@pytest.mark.parametrize("kind", RESOURCES)
+def test_the_generated_crd_in_the_tree_is_up_to_date(kind: str) -> None:
+    assert RESOURCES[kind].path.read_text() == RESOURCES[kind].text(), "run `make crds`"
+
+
+def test_the_generated_page_in_the_tree_is_up_to_date() -> None:
+    assert docgen.PATH.read_text() == docgen.text(), "run `make crds`"
 
 
 def test_a_range_of_a_decimal_is_a_rule_with_doubles() -> None:
@@ -153,4 +180,4 @@ def test_a_whole_number_with_an_open_range_is_refused() -> None:
     from atelier_api.fields import Bounds
 
     with pytest.raises(AssertionError, match="closed ranges"):
-        crdgen.schema(Node(kind="integer", bounds=Bounds(0, 1, low_excluded=True)), "x")
+        structural.schema(Node(kind="integer", bounds=Bounds(0, 1, low_excluded=True)), "x")

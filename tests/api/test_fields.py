@@ -7,8 +7,15 @@ from pydantic import BaseModel, Field
 
 from atelier_api.fields import MISSING, Bounds, Node, block_node, tree, walk
 from atelier_api.v1alpha1.base import Block
+from atelier_api.v1alpha1.profile import TrainingProfileSpec
+from atelier_api.v1alpha1.status import RunStatus
 
-FROZEN = Path(__file__).parent / "fields.txt"
+FOLDER = Path(__file__).parent
+FROZEN = {
+    "fields.txt": tree(),
+    "status_fields.txt": block_node(RunStatus),
+    "profile_fields.txt": block_node(TrainingProfileSpec),
+}
 
 
 def described(path: str, node: Node) -> str:
@@ -17,24 +24,26 @@ def described(path: str, node: Node) -> str:
     return f"{path} {node.kind}{' or null' if node.nullable else ''} {default}".rstrip()
 
 
-def test_the_list_of_fields_is_the_frozen_one() -> None:
-    lines = [described(path, node) for path, node in walk(tree())]
-    text = "\n".join(lines) + "\n"
-    assert FROZEN.read_text() == text, "the API has changed; if that is meant, put this list into tests/api/fields.txt"
+@pytest.mark.parametrize(("file", "root"), FROZEN.items(), ids=FROZEN)
+def test_the_list_of_fields_is_the_frozen_one(file: str, root: Node) -> None:
+    text = "".join(f"{described(path, node)}\n" for path, node in walk(root))
+    assert (FOLDER / file).read_text() == text, (
+        f"the API has changed; if that is meant, put this list into tests/api/{file}"
+    )
 
 
-def test_every_field_has_a_description_that_ends_a_sentence() -> None:
-    bare = [
-        path for path, node in walk(tree()) if not path.endswith(("[]", "{}")) and not node.description.endswith(".")
-    ]
+@pytest.mark.parametrize("root", FROZEN.values(), ids=FROZEN)
+def test_every_field_has_a_description_that_ends_a_sentence(root: Node) -> None:
+    bare = [path for path, node in walk(root) if not path.endswith(("[]", "{}")) and not node.description.endswith(".")]
     assert bare == []
 
 
-def test_every_text_list_and_number_of_the_spec_is_bounded() -> None:
+@pytest.mark.parametrize("root", [tree().fields["spec"], FROZEN["profile_fields.txt"]], ids=["run", "profile"])
+def test_every_text_list_and_number_of_a_spec_is_bounded(root: Node) -> None:
     """Without a length the API server cannot tell what a CEL rule costs, and refuses the CRD."""
     unbounded = [
         path
-        for path, node in walk(tree().fields["spec"])
+        for path, node in walk(root)
         if (node.kind == "string" and not node.choices and node.length.high is None)
         or (node.kind == "list" and node.length.high is None)
         or (node.kind == "integer" and (node.bounds.low is None or node.bounds.high is None))

@@ -239,10 +239,10 @@ def test_anchors_that_multiply_are_read_in_a_moment() -> None:
 
 
 def test_merge_keys_work() -> None:
-    merged = RUN.replace("  adapter:\n    rank: 8", "  adapter:\n    <<: {rank: 4, dora: true}\n    rank: 8")
+    merged = RUN.replace("  adapter:\n    rank: 8", "  adapter:\n    <<: {rank: 4, rslora: true}\n    rank: 8")
     adapter = parse_run(merged, "run.yaml").spec.adapter
     assert adapter.type == "lora"
-    assert (adapter.rank, adapter.dora) == (8, True)
+    assert (adapter.rank, adapter.rslora) == (8, True)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from run_documents import document
 WAN = {"family": "wan", "source": "base"}
 SDXL = {"family": "sdxl", "source": "base"}
 PROMPTS = [{"text": "a cat"}]
+NEGATIVE = [{"text": "a cat", "negative": "b"}]
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "frames that a family cannot have": (
@@ -109,6 +110,24 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"adapter": {"type": "full"}, "publish__formats": ["kohya"]},
         "spec.publish.formats is ['kohya']; kohya is for LoRA; with adapter type full it must hold diffusers",
     ),
+    "kohya of DoRA": (
+        {"adapter": {"type": "lora", "dora": True}},
+        "spec.publish.formats is ['diffusers', 'kohya']; readers of kohya drop or misread the magnitudes of spec.adapter.dora; "
+        "must be [diffusers]",
+    ),
+    "a negative prompt of a distilled flavour": (
+        {"validation__prompts": [{"text": "a"}, {"text": "a", "negative": "b"}]},
+        "spec.validation.prompts[1].negative is 'b'; samples of flux distilled on guidance know no negative prompt; remove it, or "
+        "set spec.model.flavour to schnell where the checkpoint is one",
+    ),
+    "a negative prompt of a flavour that samples without guidance": (
+        {"model__flavour": "schnell", "validation__prompts": NEGATIVE},
+        "spec.validation.prompts[0].negative is 'b'; does something only with spec.validation.guidance above 1; set that",
+    ),
+    "a negative prompt without guidance": (
+        {"model": SDXL, "validation": {"prompts": NEGATIVE, "guidance": "1"}},
+        "spec.validation.prompts[0].negative is 'b'; does something only with spec.validation.guidance above 1, which is 1",
+    ),
     "a format twice": (
         {"publish__formats": ["kohya", "kohya"]},
         "spec.publish.formats is ['kohya', 'kohya']; must name each format once",
@@ -137,9 +156,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"data__sources": [{"uri": "gs://bucket/x"}]},
         "spec.data.sources[0].uri is 'gs://bucket/x'; must be a folder or s3://bucket/prefix",
     ),
-    "a model in S3": (
-        {"model__source": "s3://models/flux"},
-        "spec.model.source is 's3://models/flux'; must be a folder or hf://owner/name",
+    "a model elsewhere": (
+        {"model__source": "gs://models/flux"},
+        "spec.model.source is 'gs://models/flux'; must be a folder or hf://owner/name or s3://bucket/prefix",
+    ),
+    "a model in a bucket in capitals": (
+        {"model__source": "s3://Models/flux"},
+        "spec.model.source is 's3://Models/flux'; must be s3://bucket/prefix",
     ),
     "a hub source without owner": (
         {"model__source": "hf://FLUX.1-dev"},
@@ -182,6 +205,18 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "storage__uri": "s3://runs",
     },
     "a hub source": {"model__source": "hf://black-forest-labs/FLUX.1-dev@refs/pr/1"},
+    "DoRA for diffusers": {"adapter": {"type": "lora", "dora": True}, "publish__formats": ["diffusers"]},
+    "a negative prompt": {"model": SDXL, "validation__prompts": NEGATIVE},
+    "a negative prompt of z_image, which contrasts above 0": {
+        "model": {"family": "z_image", "source": "base"},
+        "validation": {"prompts": NEGATIVE, "guidance": "0.5"},
+    },
+    "a negative prompt of a Flux with real guidance": {
+        "model__flavour": "schnell",
+        "validation": {"prompts": NEGATIVE, "guidance": "3"},
+    },
+    "an empty negative prompt": {"validation__prompts": [{"text": "a", "negative": ""}]},
+    "a model in a bucket": {"model__source": "s3://models/flux/"},
     "regular expressions": {"adapter__targets": [r"transformer_blocks\.\d+\.attn\.to_[qkv]"]},
 }
 

@@ -86,7 +86,7 @@ BAD: dict[str, tuple[str, str, int, str]] = {
         "source: base",
         "source: hf://owner/name",
         64,
-        "which is not on this machine; fetch it with `hf download owner/name`",
+        "which is not whole on this machine, and HF_HUB_OFFLINE forbids to fetch it; unset it, or run `hf download owner/name",
     ),
     "a batch that cannot be dealt out": (
         "{gpusPerNode: 0}",

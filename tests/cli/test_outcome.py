@@ -23,6 +23,12 @@ def test_a_lora_is_loaded_in_three_lines(tmp_path: Path) -> None:
     ]
 
 
+def test_the_base_of_a_pinned_run_is_loaded_at_its_revision(tmp_path: Path) -> None:
+    run = run_file(tmp_path, model={"family": "sd3", "source": "hf://owner/model", "revision": "v1"})
+    lines = list(loading(run, ["exports/diffusers/pytorch_lora_weights.safetensors"]))
+    assert lines[1] == 'pipe = DiffusionPipeline.from_pretrained("owner/model", revision="v1")'
+
+
 def test_a_result_in_a_bucket_is_fetched_first(tmp_path: Path) -> None:
     run = run_file(tmp_path, storage={"uri": "s3://bucket/runs"})
     lines = list(loading(run, ["exports/diffusers/pytorch_lora_weights.safetensors"]))

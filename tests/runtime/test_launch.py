@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,9 +13,13 @@ import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from atelier_api.errors import DivergedError
 from atelier_api.run_file import RunFile
 from atelier_runtime import launch, parallel
+from atelier_runtime.observe.failure import read_failures
+from atelier_runtime.observe.scratch import Scratch
 from atelier_runtime.reporter import History
+from atelier_runtime.train_state import TrainState
 from run_files import run_file
 from runs import write_digits
 from tiny_data import write_clip
@@ -112,6 +117,18 @@ def test_a_run_of_every_family_trains_samples_and_exports(
             ]
             assert ups
             assert any(tensor.abs().max() > 0 for tensor in ups)
+
+
+def test_the_record_of_a_failure_names_its_step_and_the_samples_of_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    plan, reached = run_file(tmp_path), launch.Reached()
+    folder = Scratch(tmp_path).failures(plan.attempt)
+    launch.record(plan, 0, ValueError("before there is a state"), reached)
+    reached.state = TrainState({}, cast(Any, None), None, step=7)
+    launch.record(plan, 1, ValueError("after the seventh step"), reached)
+    launch.record(plan, 2, DivergedError("nan", step=6, files=["a.png", "b.png"]), reached)
+    launch.record(plan, 3, DivergedError("nan"), reached)
+    found = {failure.rank: (failure.step, failure.files) for failure in read_failures(folder)}
+    assert found == {0: (None, []), 1: (7, []), 2: (6, ["a.png", "b.png"]), 3: (7, [])}
 
 
 @pytest.mark.usefixtures("alone")

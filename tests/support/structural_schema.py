@@ -23,6 +23,19 @@ def violations(document: Any) -> list[str]:
     return sorted({*_unequal(schema, filled, ""), *_cel(schema, filled, "")})
 
 
+def refused_updates(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Paths that the rules of the whole object refuse when `new` replaces `old`. Defaults are filled in on both sides."""
+    filled = [copy.deepcopy(document) for document in (old, new)]
+    for document in filled:
+        fill_defaults(root_schema(), document)
+    before, after = map(_without_null, filled)
+    return [
+        rule["fieldPath"].lstrip(".")
+        for rule in root_schema()["x-kubernetes-validations"]
+        if not _program(rule["rule"]).execute({"self": after, "oldSelf": before})
+    ]
+
+
 def fill_defaults(schema: Schema, value: Any) -> None:
     """Put the schema's defaults into `value`, outside in, as the API server does. Null stays where it is allowed."""
     if isinstance(value, dict):
@@ -82,6 +95,8 @@ def _cel(schema: Schema, value: Any, path: str) -> list[str]:
         return []
     found = []
     for rule in schema.get("x-kubernetes-validations", []):
+        if "oldSelf" in rule["rule"]:
+            continue  # runs on updates only
         if not _program(rule["rule"]).execute({"self": _without_null(value)}):
             found.append((path + rule.get("fieldPath", "")).lstrip("."))
     if isinstance(value, dict):

@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from atelier_api.v1alpha1.base import Block
+from atelier_api.v1alpha1.references import SecretRef
 
 
 class ModelSpec(Block):
@@ -11,12 +12,19 @@ class ModelSpec(Block):
     family: str = Field(description="Model family, one of `atelier models`.", min_length=1, max_length=63)
     flavour: str | None = Field(
         default=None,
-        description="Published size or variant of the family, for the memory prediction. Default: the family's first one. Ignored for a local folder, whose own files are read.",
+        description="Published size or variant of the family, for the memory prediction. Default: the family's first one. Ignored once the checkpoint is on the machine: its own files are read.",
         max_length=63,
     )
     source: str = Field(
-        description="Where the checkpoint lies, laid out as a hub repository: a local folder, or `hf://owner/name` (optionally `@revision`), whose snapshot must be in the hub's cache on this machine.",
+        description="Where the checkpoint lies, laid out as a hub repository of diffusers: a local folder, `hf://owner/name` (optionally `@revision`; HF_TOKEN for gated ones), or `s3://bucket/prefix` with the connection of `spec.storage.s3`. Remote ones are fetched before the ranks start and kept on the machine.",
         min_length=1,
         max_length=2048,
     )
-    revision: str | None = Field(default=None, description="Commit or tag of a hub repository.", max_length=128)
+    credentials_ref: SecretRef | None = Field(
+        default=None, description="On a cluster: Secret with HF_TOKEN, for gated and private repositories."
+    )
+    revision: str | None = Field(
+        default=None,
+        description="Branch, tag or commit of a hub repository; a commit is never another model tomorrow. Default: main.",
+        max_length=128,
+    )

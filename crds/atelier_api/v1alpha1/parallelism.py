@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from atelier_api.v1alpha1.base import Block
+from atelier_api.v1alpha1.references import OBJECT_NAME
 
 
 class Parallelism(Block):
@@ -21,6 +22,18 @@ class Parallelism(Block):
     )
     processes_per_node: int | None = Field(
         default=None, ge=1, le=64, description="Processes per node when `gpusPerNode` is 0. Default: 1."
+    )
+    gpu_class: str | None = Field(
+        default=None,
+        max_length=63,
+        pattern=OBJECT_NAME,
+        description="On a cluster: kind of GPU, one of the profile's. Default: its first.",
+    )
+    network: str | None = Field(
+        default=None,
+        max_length=63,
+        pattern=OBJECT_NAME,
+        description="On a cluster: network between the nodes, one of the profile's. Default: the pods' own.",
     )
     device_memory: str | None = Field(
         default=None,

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from atelier_api.v1alpha1.base import Block
+from atelier_api.v1alpha1.references import SecretRef
 
 
 class CheckpointSchedule(Block):
@@ -67,5 +68,9 @@ class Storage(Block):
         description="A folder (relative to the run's YAML) or `s3://bucket/prefix`. The run writes below `<uri>/<namespace>/<name>-<uid>/`.",
     )
     s3: S3Settings = Field(default_factory=S3Settings, description="Connection used for every `s3://` URI of the run.")
+    credentials_ref: SecretRef | None = Field(
+        default=None,
+        description="On a cluster: Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for every `s3://` URI of the run. Default: the pods' workload identity.",
+    )
     checkpoint: CheckpointSchedule = Field(default_factory=CheckpointSchedule, description="Checkpoints.")
     resume: Resume = Field(default_factory=Resume, description="Resume.")

@@ -11,6 +11,7 @@ from atelier_api.v1alpha1.hyperparameters import Hyperparameters
 from atelier_api.v1alpha1.model import ModelSpec
 from atelier_api.v1alpha1.objective import Objective
 from atelier_api.v1alpha1.parallelism import Parallelism
+from atelier_api.v1alpha1.references import ProfileRef
 from atelier_api.v1alpha1.schedule import Retry, Schedule
 from atelier_api.v1alpha1.storage import Storage
 from atelier_api.v1alpha1.validation import Publish, Validation
@@ -39,6 +40,9 @@ class Metadata(Block):
 class TrainingRunSpec(Block):
     """What to train, on what, how, and where the result goes."""
 
+    profile_ref: ProfileRef = Field(
+        default_factory=ProfileRef, description="On a cluster: the profile that says how runs are executed."
+    )
     model: ModelSpec = Field(description="Base model.")
     adapter: Adapter = Field(default_factory=LoraAdapter, description="What is trained.")
     data: Data = Field(description="Training data.")

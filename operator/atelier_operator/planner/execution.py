@@ -10,7 +10,7 @@ from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
 from atelier_api.v1alpha1.adapter import FullAdapter
 from atelier_operator.planner.advice import refusal
 from atelier_operator.planner.memory import ModelFacts
-from atelier_operator.planner.strategy import Machine, best_fit, device_memory, fits_of, learning_rate
+from atelier_operator.planner.strategy import Fit, Machine, best_fit, device_memory, fits_of, learning_rate
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ def plan(run: TrainingRun, model: ModelFacts, machine: Machine) -> ExecutionPlan
     if chosen is None:
         nearest = min(fits_of(spec, model, machine), key=lambda fit: fit.prediction.peak)
         raise ConfigError(refusal(run, model, machine, nearest))
+    return _execution(spec, machine, chosen)
+
+
+def _execution(spec: TrainingRunSpec, machine: Machine, chosen: Fit) -> ExecutionPlan:
     processes = processes_per_node(spec)
     micro_batch = chosen.choice.micro_batch_size
     return ExecutionPlan(
@@ -47,6 +51,13 @@ def plan(run: TrainingRun, model: ModelFacts, machine: Machine) -> ExecutionPlan
         predicted_peak_memory_bytes=chosen.prediction.peak,
         device_memory_bytes=device_memory(spec, machine),
     )
+
+
+def plan_below(run: TrainingRun, model: ModelFacts, machine: Machine, peak: int) -> ExecutionPlan | None:
+    """The next plan after one that was predicted to need `peak` bytes and ran out of memory; None when the spec leaves none."""
+    smaller = (fit for fit in fits_of(run.spec, model, machine) if fit.fits and fit.prediction.peak < peak)
+    fit = next(smaller, None)
+    return None if fit is None else _execution(run.spec, machine, fit)
 
 
 def resolve(run: TrainingRun, execution: ExecutionPlan, paths: Paths, *, uid: str = "local") -> RunFile:

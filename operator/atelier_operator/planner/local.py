@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from atelier_api.errors import ConfigError, CredentialsError
+from atelier_api.model_files import current_copy, hub_name, hub_snapshot, objects_folder
 from atelier_api.problem import shown
 from atelier_api.run_file import RunFile
 from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
-from atelier_api.v1alpha1.model import ModelSpec
 from atelier_operator.planner.checkpoint_facts import checkpoint_facts
 from atelier_operator.planner.execution import Paths, plan, resolve
 from atelier_operator.planner.memory import ModelFacts, table_facts
@@ -57,6 +57,11 @@ class Surroundings:
         return self._user_cache / "atelier"
 
     @property
+    def model_cache(self) -> Path:
+        """Where checkpoints that came from an S3 prefix are kept."""
+        return self.cache / "models"
+
+    @property
     def _user_cache(self) -> Path:
         return Path(self.environment.get("XDG_CACHE_HOME") or self.home / ".cache")
 
@@ -86,35 +91,54 @@ def local_machine(spec: TrainingRunSpec, host: Host) -> Machine:
     return Machine("cuda", gpus, smallest, cores)
 
 
-def local_facts(model: ModelSpec, around: Surroundings) -> ModelFacts:
+def local_facts(spec: TrainingRunSpec, around: Surroundings) -> ModelFacts:
     """The model's sizes: from the checkpoint where it is on this machine, from the table of families where it is yet to be fetched.
 
     Raises ConfigError when a local folder is no checkpoint of the family.
     """
-    folder = model_folder(model, around)
-    return table_facts(model) if folder is None else checkpoint_facts(model, folder)
+    folder = model_folder(spec, around)
+    return table_facts(spec.model) if folder is None else checkpoint_facts(spec.model, folder)
 
 
-def model_folder(model: ModelSpec, around: Surroundings) -> Path | None:
-    """The folder of the base checkpoint: a local source itself, or a hub source's snapshot. None: it is not on this machine."""
+def model_folder(spec: TrainingRunSpec, around: Surroundings) -> Path | None:
+    """The folder of the base checkpoint: a local source itself, or the whole copy of a remote one. None: it is yet to be fetched."""
+    model = spec.model
     if model.source.startswith("hf://"):
-        repository, _, revision = model.source.removeprefix("hf://").partition("@")
-        return _snapshot(around.hub_cache, repository, revision or model.revision or "main")
+        return hub_snapshot(around.hub_cache, *hub_name(model))
+    if model.source.startswith("s3://"):
+        return current_copy(objects_folder(around.model_cache, model.source, spec.storage.s3))
     return around.absolute(model.source)
 
 
-def resolve_local(run: TrainingRun, *, machine: Machine, around: Surroundings) -> RunFile:
-    """The RunFile of a run on this machine. Raises ConfigError, with one line per mistake, or CredentialsError.
-
-    Checked in the order of their cost: places and credentials, then the checkpoint's files, then the fit.
-    """
-    spec = run.spec
+def check_places(spec: TrainingRunSpec, around: Surroundings) -> None:
+    """Raises ConfigError, with one line per mistake, for places that are not there, and CredentialsError. Asks no network."""
     mistakes = list(_missing(spec, around))
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     check_s3_credentials(spec, around)
-    folder = model_folder(spec.model, around)
-    assert folder is not None
+
+
+def check_flavour_fits(run: TrainingRun, *, machine: Machine, around: Surroundings) -> None:
+    """Raises ConfigError when the flavour that the run names does not fit, before its gigabytes are fetched.
+
+    A run that names none is checked with its own files, once they are here.
+    """
+    if run.spec.model.flavour is not None and model_folder(run.spec, around) is None:
+        plan(run, table_facts(run.spec.model), machine)
+
+
+def resolve_local(run: TrainingRun, *, machine: Machine, around: Surroundings) -> RunFile:
+    """The RunFile of a run on this machine, whose model is here. Raises ConfigError, with one line per mistake, or CredentialsError.
+
+    Checked in the order of their cost: places and credentials, then the checkpoint's files, then the fit.
+    """
+    spec = run.spec
+    check_places(spec, around)
+    folder = model_folder(spec, around)
+    if folder is None:
+        raise ConfigError(
+            f"spec.model.source is {shown(spec.model.source)}, which is not on this machine; fetch it first"
+        )
     execution = plan(run, checkpoint_facts(spec.model, folder), machine)
     remote = spec.storage.uri.startswith("s3://")
     runs = around.cache if remote else around.absolute(spec.storage.uri)
@@ -132,7 +156,7 @@ def resolve_local(run: TrainingRun, *, machine: Machine, around: Surroundings) -
 
 def check_s3_credentials(spec: TrainingRunSpec, around: Surroundings) -> None:
     """Raises CredentialsError when the run uses S3 and nothing on this machine could give credentials for it."""
-    uris = {"spec.storage.uri": spec.storage.uri}
+    uris = {"spec.model.source": spec.model.source, "spec.storage.uri": spec.storage.uri}
     uris |= {f"spec.data.sources[{index}].uri": source.uri for index, source in enumerate(spec.data.sources)}
     remote = {path: uri for path, uri in uris.items() if uri.startswith("s3://")}
     if not remote or _has_s3_credentials(around):
@@ -163,11 +187,9 @@ def _has_s3_credentials(around: Surroundings) -> bool:
 
 def _missing(spec: TrainingRunSpec, around: Surroundings) -> Iterator[str]:
     """Places that the run reads and that are not there."""
-    model, folder = spec.model, model_folder(spec.model, around)
-    if folder is None:
-        yield f"spec.model.source is {shown(model.source)}, which is not on this machine; {_how_to_fetch(model)}"
-    elif not folder.is_dir():
-        yield f"spec.model.source is {shown(model.source)}; there is no folder {folder}"
+    folder = model_folder(spec, around)
+    if folder is not None and not folder.is_dir():
+        yield f"spec.model.source is {shown(spec.model.source)}; there is no folder {folder}"
     for index, source in enumerate(spec.data.sources):
         if not source.uri.startswith("s3://") and not around.absolute(source.uri).is_dir():
             place = around.absolute(source.uri)
@@ -175,22 +197,6 @@ def _missing(spec: TrainingRunSpec, around: Surroundings) -> Iterator[str]:
     bundle = spec.storage.s3.ca_bundle
     if bundle is not None and not around.absolute(bundle).is_file():
         yield f"spec.storage.s3.caBundle is {shown(bundle)}; there is no file {around.absolute(bundle)}"
-
-
-def _how_to_fetch(model: ModelSpec) -> str:
-    repository, _, revision = model.source.removeprefix("hf://").partition("@")
-    revision = revision or model.revision or ""
-    option = f" --revision {revision}" if revision else ""
-    return f"fetch it with `hf download {repository}{option}`, or set spec.model.source to a folder that holds it"
-
-
-def _snapshot(cache: Path, repository: str, revision: str) -> Path | None:
-    """The snapshot of a revision (branch, tag or commit) in the hub library's cache."""
-    base = cache / f"models--{repository.replace('/', '--')}"
-    reference = base / "refs" / revision
-    commit = reference.read_text().strip() if reference.is_file() else revision
-    snapshot = base / "snapshots" / commit
-    return snapshot if snapshot.is_dir() else None
 
 
 def _absolute_uri(uri: str, around: Surroundings) -> str:

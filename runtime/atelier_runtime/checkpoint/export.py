@@ -73,16 +73,13 @@ class LoraWeights:
 def check_formats(run_file: RunFile, family: Family, modules: Iterable[str]) -> None:
     """Raise ConfigError where `spec.publish.formats` has a layout that cannot hold this LoRA. To be asked before training.
 
-    `modules` are the full names of the trained modules.
+    `modules` are the full names of the trained modules. `atelier_api.rules` has refused what the spec alone tells.
     """
     adapter = run_file.spec.adapter
     if "kohya" not in run_file.spec.publish.formats or adapter.type != "lora":
         return
     if adapter.dora:
-        raise ConfigError(
-            "spec.publish.formats has 'kohya' and spec.adapter.dora is true; the programs that read this layout drop or misread "
-            "DoRA's magnitudes: set spec.publish.formats to [diffusers]"
-        )
+        raise ValueError("spec.publish.formats has 'kohya' with spec.adapter.dora, and was not refused")
     layout = LORA_LAYOUTS.get(family.name)
     unnamed = [module for module in modules if layout is None or layout.key(module) is None]
     if unnamed:

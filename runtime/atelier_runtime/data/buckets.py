@@ -7,13 +7,9 @@ edges are multiples of an alignment. All pictures whose aspect leads to the same
 import math
 from dataclasses import dataclass
 
-from atelier_api.errors import ConfigError
 from atelier_api.families import FamilyFacts
+from atelier_api.rules import edge_multiple
 from atelier_api.v1alpha1.data import Data
-
-DEFAULT_ALIGNMENT = 64
-FINE_BELOW = 512
-"""Below this resolution a step of 64 pixels would be coarse, so the family's own multiple is the default."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -41,16 +37,13 @@ class Placement:
 
 
 def alignment(data: Data, facts: FamilyFacts) -> int:
-    """The multiple that both edges of a bucket are rounded to. Raises ConfigError where the family cannot take it."""
-    multiple = facts.pixel_multiple
-    if data.bucket_align is None:
-        return multiple if data.resolution < FINE_BELOW else math.lcm(DEFAULT_ALIGNMENT, multiple)
-    if data.bucket_align % multiple:
-        raise ConfigError(
-            f"spec.data.bucketAlign is {data.bucket_align}; {facts.name} needs edges that are multiples of {multiple} pixels; "
-            f"use a multiple of {multiple}, or leave it out"
+    """The multiple that both edges of a bucket are rounded to. `atelier_api.rules` refuses one that the family cannot take."""
+    align = edge_multiple(data, facts)
+    if align % facts.pixel_multiple:
+        raise ValueError(
+            f"spec.data.bucketAlign is {align}, no multiple of {facts.pixel_multiple}, and was not refused"
         )
-    return data.bucket_align
+    return align
 
 
 def bucket_for(width: int, height: int, resolution: int, align: int, *, frames: int = 1) -> Bucket:

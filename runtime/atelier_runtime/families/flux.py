@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from atelier_api.errors import ConfigError
 from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, configuration
 
 TRAINING_GUIDANCE = 1.0
@@ -50,10 +51,20 @@ class Flux(Family):
         return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), 2)
 
     def sampling_arguments(self, pipe: Any, request: SampleRequest) -> dict[str, Any]:
-        """Guidance is the embedded one where the checkpoint is distilled on it, which knows no negative prompt; else it is real."""
+        """Guidance is the embedded one where the checkpoint is distilled on it, which knows no negative prompt; else it is real.
+
+        Raises ConfigError for a negative prompt that would do nothing: a checkpoint need not be of the flavour that the run names.
+        """
         arguments = super().sampling_arguments(pipe, request)
         negative = arguments.pop("negative_prompt", "")
-        if not pipe.transformer.config.guidance_embeds and "guidance_scale" in arguments:
+        distilled = pipe.transformer.config.guidance_embeds
+        if negative and (distilled or "guidance_scale" not in arguments):
+            way = "remove it" if distilled else "set spec.validation.guidance above 1"
+            kind = "is" if distilled else "is not"
+            raise ConfigError(
+                f"spec.validation.prompts has the negative prompt {negative!r}; the checkpoint {kind} distilled on guidance: {way}"
+            )
+        if not distilled and "guidance_scale" in arguments:
             arguments |= {"true_cfg_scale": arguments.pop("guidance_scale"), "negative_prompt": negative}
         return arguments | {"max_sequence_length": _t5_tokens(pipe)}
 

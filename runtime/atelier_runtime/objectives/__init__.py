@@ -3,15 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+from atelier_api.errors import ConfigError
 from atelier_api.families import FamilyFacts
+from atelier_api.options import unused_objective
 from atelier_api.v1alpha1.objective import Objective as ObjectiveSpec
 from atelier_runtime.objectives.diffusion import DiffusionObjective
 from atelier_runtime.objectives.flow import FlowObjective
 from atelier_runtime.objectives.objective import Objective, Prepared
-from atelier_runtime.objectives.refusals import check_objective
 from atelier_runtime.objectives.timesteps import resolve_shift
 
-__all__ = ["Objective", "Prepared", "build_objective", "check_objective"]
+__all__ = ["Objective", "Prepared", "build_objective"]
 
 
 def build_objective(spec: ObjectiveSpec, facts: FamilyFacts, scheduler_config: Mapping[str, Any]) -> Objective:
@@ -19,7 +20,8 @@ def build_objective(spec: ObjectiveSpec, facts: FamilyFacts, scheduler_config: M
 
     Raises ConfigError for an option that does not fit the family's kind or the checkpoint.
     """
-    check_objective(spec, facts)
+    for problem in unused_objective(spec, facts):
+        raise ConfigError(problem.message)
     if facts.objective == "flow":
         return FlowObjective(spec, resolve_shift(spec.timesteps.shift, scheduler_config, facts.shift))
     return DiffusionObjective(spec, scheduler_config)

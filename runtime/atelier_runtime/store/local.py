@@ -59,7 +59,15 @@ class LocalStore:
         with self._errors("read", path):
             return path.read_bytes()
 
-    def get_file(self, key: str, path: Path, *, sha256: str | None = None, link: bool = False) -> None:
+    def get_file(
+        self,
+        key: str,
+        path: Path,
+        *,
+        sha256: str | None = None,
+        link: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
         source = self._path(key)
         with self._errors("read", source):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +77,8 @@ class LocalStore:
                     shutil.copyfile(source, temporary)
                 if sha256 is not None and sha256_of_file(temporary) != sha256:
                     raise CorruptObject(f"{source} is damaged: its SHA-256 is not {sha256}")
+                if progress is not None:
+                    progress(temporary.stat().st_size)
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ Keys are relative to the root of the store: `a/b.json`. An object appears whole 
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,11 +28,17 @@ class CorruptObject(StoreError):
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One object. `modified` is the store's own clock, in UTC."""
+    """One object. `modified` is the store's own clock, in UTC.
+
+    `etag`: the store's mark of this very content; empty where it has none. `sha256` (hex): what the object was written with, as
+    `head` tells for objects of ours; None where that is not known.
+    """
 
     key: str
     size: int
     modified: datetime
+    etag: str = ""
+    sha256: str | None = None
 
 
 class StoreObserver(Protocol):
@@ -61,10 +67,19 @@ class Store(Protocol):
     def get_bytes(self, key: str) -> bytes:
         """The content of a small object. Raises ObjectMissing, CorruptObject."""
 
-    def get_file(self, key: str, path: Path, *, sha256: str | None = None, link: bool = False) -> None:
+    def get_file(
+        self,
+        key: str,
+        path: Path,
+        *,
+        sha256: str | None = None,
+        link: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
         """Copy an object to `path`, whole or not at all, and check its hash where one is given.
 
-        With `link` the file may be the stored one itself and must not be written. Raises ObjectMissing, CorruptObject.
+        With `link` the file may be the stored one itself and must not be written. `progress` is called with the bytes that have come
+        since it was last, from any thread; negative ones will come again. Raises ObjectMissing, CorruptObject.
         """
 
     def list(self, prefix: str) -> Sequence[ObjectInfo]:

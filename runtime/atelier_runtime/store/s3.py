@@ -31,6 +31,7 @@ from botocore.exceptions import ClientError
 
 from atelier_api.errors import ConfigError, CredentialsError, RunError, StoreError
 from atelier_api.v1alpha1.storage import S3Settings
+from atelier_runtime.store.byte_counter import ByteCounter
 from atelier_runtime.store.protocol import CorruptObject, ObjectInfo, StoreObserver, check_key, sha256_of
 from atelier_runtime.store.retry import RetryPolicy
 from atelier_runtime.store.s3_errors import (
@@ -149,13 +150,24 @@ class S3Store:
 
         return self._with_retries(read)
 
-    def get_file(self, key: str, path: Path, *, sha256: str | None = None, link: bool = False) -> None:
+    def get_file(
+        self,
+        key: str,
+        path: Path,
+        *,
+        sha256: str | None = None,
+        link: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
         del link  # nothing to link to
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        counter = None if progress is None else ByteCounter(progress)
 
         def download() -> None:
-            self._call("DownloadFile", lambda client: self._download(client, key, temporary))
+            if counter is not None:
+                counter.start_over()
+            self._call("DownloadFile", lambda client: self._download(client, key, temporary, counter))
             with temporary.open("rb") as file:
                 if sha256 is not None and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                     raise CorruptObject(f"{key} at {self.place} is damaged: its SHA-256 is not {sha256}")
@@ -174,7 +186,7 @@ class S3Store:
                 for item in page.get("Contents", []):
                     key = item["Key"].removeprefix(self._prefix)
                     if key and not key.endswith("/"):  # some tools make empty objects that stand for folders
-                        found.append(ObjectInfo(key, item["Size"], item["LastModified"]))
+                        found.append(ObjectInfo(key, item["Size"], item["LastModified"], item["ETag"].strip('"')))
             return sorted(found, key=lambda info: info.key)
 
         return self._call("ListObjects", pages)
@@ -191,7 +203,10 @@ class S3Store:
 
     def head(self, key: str) -> ObjectInfo | None:
         reply = self._head(key)
-        return None if reply is None else ObjectInfo(key, reply["ContentLength"], reply["LastModified"])
+        if reply is None:
+            return None
+        size, etag, sha256 = reply["ContentLength"], reply["ETag"].strip('"'), reply["Metadata"].get("sha256")
+        return ObjectInfo(key, size, reply["LastModified"], etag, sha256)
 
     def now(self) -> datetime:
         reply = self._call("HeadBucket", lambda client: client.head_bucket(Bucket=self.bucket))
@@ -293,9 +308,10 @@ class S3Store:
         with create_transfer_manager(client, _transfer_config(path.stat().st_size)) as manager:
             manager.upload(os.fspath(path), self.bucket, self.full_key(key), extra_args=arguments).result()
 
-    def _download(self, client: "S3Client", key: str, path: Path) -> None:
+    def _download(self, client: "S3Client", key: str, path: Path, counter: ByteCounter | None) -> None:
+        subscribers = [] if counter is None else [counter]
         with create_transfer_manager(client, _transfer_config(0)) as manager:
-            manager.download(self.bucket, self.full_key(key), os.fspath(path)).result()
+            manager.download(self.bucket, self.full_key(key), os.fspath(path), subscribers=subscribers).result()
 
     def _head(self, key: str) -> Any:
         def head(client: "S3Client") -> Any:

@@ -121,9 +121,7 @@ def no_credentials(place: Place, error: Exception | None = None) -> CredentialsE
 def _translate_reply(error: boto.ClientError, code: str, place: Place, operation: str) -> RunError:
     said = error.response.get("Error", {}).get("Message") or code
     if code == "NoSuchBucket":
-        return StoreError(
-            f"spec.storage.uri names the bucket {place.bucket!r}; there is none at {place.endpoint or 'AWS'}"
-        )
+        return StoreError(f"there is no bucket {place.bucket!r} at {place.endpoint or 'AWS'}")
     if code in _MISSING:
         return ObjectMissing(f"{operation} failed on {place}: there is no such object")
     if code == "RequestTimeTooSkewed":

@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 
 from atelier_api.errors import ConfigError, CredentialsError
+from atelier_api.model_files import objects_folder
 from atelier_api.v1alpha1 import TrainingRun
 from atelier_operator.planner import Machine
 from atelier_operator.planner.local import (
     Host,
     Surroundings,
+    check_flavour_fits,
+    check_places,
     check_s3_credentials,
     local_facts,
     local_machine,
@@ -56,7 +59,7 @@ def test_a_run_beside_its_model_and_pictures_gets_absolute_places(place: Path) -
 def test_the_model_is_measured_by_its_own_files_not_by_the_table(place: Path) -> None:
     file = resolve_local(local(), machine=cpu(8), around=around(place))
     assert file.plan.predicted_peak_memory_bytes < 2 * GIB
-    assert local_facts(local().spec.model, around(place)).origin == f"the checkpoint in {place / 'base'}"
+    assert local_facts(local().spec, around(place)).origin == f"the checkpoint in {place / 'base'}"
 
 
 def test_absolute_paths_parents_and_the_home_are_followed(place: Path) -> None:
@@ -104,11 +107,21 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_starts(place: Path) 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+def whole_checkpoint(folder: Path) -> Path:
+    """A checkpoint with the configuration of every component."""
+    write_checkpoint(folder)
+    for name in ("text_encoder", "text_encoder_2", "vae"):
+        (folder / name / "config.json").write_text("{}")
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    (folder / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
 @pytest.fixture
 def hub(place: Path) -> Path:
     """The hub's cache with one snapshot of a checkpoint."""
     cache = place / "home/.cache/huggingface/hub/models--owner--name"
-    write_checkpoint(cache / "snapshots" / COMMIT)
+    whole_checkpoint(cache / "snapshots" / COMMIT)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(COMMIT)
     return cache / "snapshots" / COMMIT
@@ -122,9 +135,9 @@ def test_a_hub_source_is_its_snapshot_in_the_cache(source: str, hub: Path, place
 
 def test_the_revision_of_the_spec_picks_the_snapshot(hub: Path, place: Path) -> None:
     pinned = local(model__source="hf://owner/name", model__revision=COMMIT)
-    assert model_folder(pinned.spec.model, around(place)) == hub
+    assert model_folder(pinned.spec, around(place)) == hub
     other = local(model__source="hf://owner/name", model__revision="v2")
-    assert model_folder(other.spec.model, around(place)) is None
+    assert model_folder(other.spec, around(place)) is None
 
 
 @pytest.mark.parametrize(
@@ -140,25 +153,48 @@ def test_the_hubs_cache_is_where_its_library_has_it(environment: dict[str, str],
     assert around(tmp_path, **environment).hub_cache == tmp_path / cache
 
 
-@pytest.mark.parametrize(
-    ("changes", "command"),
-    [
-        ({"model__source": "hf://owner/name"}, "hf download owner/name`"),
-        ({"model__source": "hf://owner/name@v1"}, "hf download owner/name --revision v1`"),
-        ({"model__source": "hf://owner/name", "model__revision": "v2"}, "hf download owner/name --revision v2`"),
-    ],
-)
-def test_a_model_that_is_not_fetched_is_refused_with_the_command_that_fetches_it(
-    changes: dict[str, Any], command: str, place: Path
-) -> None:
-    with pytest.raises(ConfigError, match="which is not on this machine; fetch it with") as refused:
-        resolve_local(local(**changes), machine=cpu(8), around=around(place))
-    assert command in str(refused.value)
+def test_a_model_that_is_not_fetched_has_no_run_file(place: Path) -> None:
+    with pytest.raises(ConfigError, match=r"spec\.model\.source is 'hf://owner/name', which is not on"):
+        resolve_local(local(model__source="hf://owner/name"), machine=cpu(8), around=around(place))
+
+
+def test_a_model_that_is_not_fetched_is_no_mistake_of_the_places(place: Path) -> None:
+    check_places(local(model__source="hf://owner/name").spec, around(place))
+    with pytest.raises(ConfigError, match="there is no folder"):
+        check_places(local(model__source="nowhere").spec, around(place))
 
 
 def test_a_model_that_is_not_fetched_is_planned_with_the_table(place: Path) -> None:
-    model = local(model__source="hf://owner/name", model__flavour="3.5-large").spec.model
-    assert local_facts(model, around(place)).origin == "sd3 3.5-large"
+    spec = local(model__source="hf://owner/name", model__flavour="3.5-large").spec
+    assert local_facts(spec, around(place)).origin == "sd3 3.5-large"
+
+
+def test_a_flavour_that_does_not_fit_is_refused_before_it_is_fetched(hub: Path, place: Path) -> None:
+    large = local(model__source="hf://owner/other", model__flavour="3.5-large")
+    with pytest.raises(ConfigError, match=r"sd3 3\.5-large does not fit"):
+        check_flavour_fits(large, machine=cpu(8), around=around(place))
+    check_flavour_fits(local(model__source="hf://owner/other"), machine=cpu(8), around=around(place))
+    here = local(model__source="hf://owner/name", model__flavour="3.5-large")
+    check_flavour_fits(here, machine=cpu(8), around=around(place))
+
+
+def test_a_snapshot_that_is_half_fetched_is_planned_with_the_table(hub: Path, place: Path) -> None:
+    (hub / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    spec = local(model__source="hf://owner/name").spec
+    assert local_facts(spec, around(place)).origin == "sd3 3.5-medium"
+
+
+def test_a_model_of_a_bucket_is_its_newest_copy(place: Path) -> None:
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    here = around(place, **keys)
+    remote = local(model__source="s3://models/sd3/")
+    assert model_folder(remote.spec, here) is None
+    copies = objects_folder(here.model_cache, "s3://models/sd3", remote.spec.storage.s3)
+    whole_checkpoint(copies / "0123")
+    (copies / "current").write_text("0123")
+    assert resolve_local(remote, machine=cpu(8), around=here).model_folder == str(copies / "0123")
+    other = local(model__source="s3://models/sd3/", storage__s3__endpoint="http://127.0.0.1:9000")
+    assert model_folder(other.spec, here) is None, "the same prefix of another store"
 
 
 # --- hardware ---------------------------------------------------------------------------------------------------------
@@ -266,6 +302,11 @@ def test_a_source_on_s3_needs_credentials_too(tmp_path: Path) -> None:
     remote = local(data__sources=[{"uri": "pictures"}, {"uri": "s3://data"}])
     with pytest.raises(CredentialsError, match=r"spec\.data\.sources\[1\]\.uri is 's3://data'"):
         check_s3_credentials(remote.spec, around(tmp_path))
+
+
+def test_a_model_on_s3_needs_credentials_too(tmp_path: Path) -> None:
+    with pytest.raises(CredentialsError, match=r"spec\.model\.source is 's3://models/sd3'"):
+        check_s3_credentials(local(model__source="s3://models/sd3").spec, around(tmp_path))
 
 
 def test_a_run_on_the_disk_needs_no_credentials(tmp_path: Path) -> None:

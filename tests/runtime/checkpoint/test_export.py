@@ -200,9 +200,9 @@ def test_weights_keep_the_dtype_they_were_trained_in(tmp_path: Path) -> None:
         assert {tensor.dtype for tensor in matrices} == {torch.bfloat16}
 
 
-def test_dora_is_refused_in_the_kohya_layout_with_the_way_out(tmp_path: Path) -> None:
+def test_dora_in_the_kohya_layout_is_a_bug_as_the_rules_refuse_it(tmp_path: Path) -> None:
     file = run_file("wan", tmp_path, LORA | {"dora": True})
-    with pytest.raises(ConfigError, match=r"DoRA.* set spec\.publish\.formats to \[diffusers\]"):
+    with pytest.raises(ValueError, match=r"'kohya' with spec\.adapter\.dora, and was not refused"):
         check_formats(file, get_family("wan"), ["blocks.0.attn1.to_q"])
     allowed = run_file("wan", tmp_path, LORA | {"dora": True}, publish={"formats": ["diffusers"]})
     check_formats(allowed, get_family("wan"), ["blocks.0.attn1.to_q"])

@@ -7,9 +7,11 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
+from atelier_api.errors import ConfigError
 from atelier_runtime.adapters import resolve_targets
 from atelier_runtime.families import get_family
 from family_cases import PROMPTS, Case, record, walk
+from published_configs import DENOISERS
 from tiny_families import seeded, tiny_pipeline
 
 FAMILY = get_family("flux")
@@ -52,11 +54,33 @@ def test_training_asks_a_distilled_checkpoint_for_guidance_one() -> None:
     assert not torch.equal(by_default, at_sampling)
 
 
-def test_a_distilled_checkpoint_embeds_guidance_and_knows_no_negative_prompt() -> None:
+def test_a_distilled_checkpoint_embeds_guidance() -> None:
     case = dev()
-    arguments = FAMILY.sampling_arguments(case.pipe, replace(case.request(2.5), negative="blurry"))
+    arguments = FAMILY.sampling_arguments(case.pipe, replace(case.request(2.5), negative=None))
     assert arguments["guidance_scale"] == 2.5
     assert arguments.keys().isdisjoint({"negative_prompt", "true_cfg_scale"})
+
+
+@pytest.mark.parametrize(
+    ("make", "guidance", "way"),
+    [(dev, 2.5, "is distilled on guidance: remove it"), (schnell, None, "is not distilled on guidance: set spec")],
+    ids=["distilled", "without guidance"],
+)
+def test_a_negative_prompt_that_would_do_nothing_is_refused(
+    make: Callable[[], Case], guidance: float | None, way: str
+) -> None:
+    case = make()
+    with pytest.raises(ConfigError, match=f"the negative prompt 'blurry'; the checkpoint {way}"):
+        FAMILY.sampling_arguments(case.pipe, replace(case.request(guidance), negative="blurry"))
+
+
+def test_the_table_knows_which_flavours_are_distilled_on_guidance() -> None:
+    embedded = {
+        name: config.get("guidance_embeds", False)
+        for (family, name), (_, config) in DENOISERS.items()
+        if family == "flux"
+    }
+    assert embedded == {flavour.name: flavour.guidance == "distilled" for flavour in FAMILY.facts.flavours}
 
 
 @pytest.mark.parametrize(("make", "tokens"), [(dev, 512), (schnell, 256)], ids=["dev", "schnell"])

@@ -198,9 +198,9 @@ def test_a_checkpoint_that_rescales_its_betas_is_trained_with_them() -> None:
 @pytest.mark.parametrize(
     ("spec", "config", "message"),
     [
-        (Objective(timesteps=Timesteps(sampling="beta")), {}, "spec.objective.timesteps.sampling is beta"),
-        (Objective(timesteps=Timesteps(shift="3.0")), {}, "spec.objective.timesteps.shift is 3.0"),
-        (Objective(timesteps=Timesteps(logit_mean=1.0)), {}, "spec.objective.timesteps.logitMean is 1.0"),
+        (Objective(timesteps=Timesteps(sampling="beta")), {}, "spec.objective.timesteps.sampling is 'beta'"),
+        (Objective(timesteps=Timesteps(shift="3.0")), {}, "spec.objective.timesteps.shift is '3.0'"),
+        (Objective(timesteps=Timesteps(logit_mean=1.0)), {}, "spec.objective.timesteps.logitMean is '1'"),
         (Objective(noise=Noise(zero_terminal_snr=True)), {}, "spec.objective.noise.zeroTerminalSnr is true"),
         (Objective(), {"rescale_betas_zero_snr": True}, "the checkpoint's rescale_betas_zero_snr is true"),
         (Objective(), {"prediction_type": "sample"}, "prediction_type 'sample'"),

@@ -122,3 +122,11 @@ def test_a_folder_without_access_names_the_setting(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(ConfigError, match=r"give this user access to spec\.storage\.uri"):
         LocalStore(tmp_path / "store").put_bytes("a", b"x")
+
+
+def test_a_copy_tells_its_bytes(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    store.put_bytes("a", b"four")
+    told: list[int] = []
+    store.get_file("a", tmp_path / "back", progress=told.append)
+    assert told == [4]

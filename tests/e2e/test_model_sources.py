@@ -1,0 +1,73 @@
+"""Whole runs whose base model lies elsewhere: on a hub, and below an S3 prefix."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+
+from hub_server import Hub, HubRepository, running_hub
+from runs import LocalRun, tiny_run
+from s3_server import BUCKET, S3Server
+
+pytestmark = pytest.mark.processes
+pytest_plugins = ["store_fixtures"]
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with running_hub() as hub:
+        yield hub
+
+
+def run_elsewhere(folder: Path, name: str, source: str, **spec: object) -> tuple[LocalRun, Path]:
+    """A short run of a source that is not on this machine, and the checkpoint that is to be found there."""
+    folder.mkdir()
+    here = tiny_run(folder, name=name, parallelism={"processesPerNode": 1})
+    elsewhere = folder.parent / f"{folder.name}-elsewhere"
+    (folder / "base").rename(elsewhere)
+    return here.changed(model={"source": source}, hyperparameters={"steps": 2, "globalBatchSize": 2}, **spec), elsewhere
+
+
+def test_a_run_trains_a_model_of_the_hub_and_goes_on_without_it(hub: Hub, tmp_path: Path) -> None:
+    run, elsewhere = run_elsewhere(tmp_path / "run", "from-hub", "hf://owner/tiny")
+    hub.repositories["owner/tiny"] = HubRepository(elsewhere)
+    environment = {**hub.environment, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    output = run.train(environment=environment)
+    assert "fetching hf://owner/tiny at " in output
+    assert 'DiffusionPipeline.from_pretrained("owner/tiny")' in output
+    assert (run.folder / "exports/diffusers/pytorch_lora_weights.safetensors").exists()
+    asked = len(hub.requests)
+    output = run.changed(hyperparameters={"steps": 3}).train(environment={**environment, "HF_HUB_OFFLINE": "1"})
+    assert "fetching" not in output
+    assert len(hub.requests) == asked
+
+
+def test_a_run_trains_a_model_of_a_bucket_through_the_connection_of_its_store(
+    s3_server: S3Server, tmp_path: Path
+) -> None:
+    run, elsewhere = run_elsewhere(
+        tmp_path / "run", "from-bucket", f"s3://{BUCKET}/models/tiny", storage={"s3": {"endpoint": s3_server.url}}
+    )
+    keys = {"aws_access_key_id": s3_server.environment["AWS_ACCESS_KEY_ID"]}
+    keys["aws_secret_access_key"] = s3_server.environment["AWS_SECRET_ACCESS_KEY"]
+    client = boto3.client("s3", endpoint_url=s3_server.url, region_name="us-east-1", **keys)
+    for path in elsewhere.rglob("*"):
+        if path.is_file():
+            client.upload_file(os.fspath(path), BUCKET, f"models/tiny/{path.relative_to(elsewhere).as_posix()}")
+    environment = {**s3_server.environment, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    output = run.train(environment=environment)
+    assert f"fetching s3://{BUCKET}/models/tiny: " in output
+    assert (run.folder / "exports/diffusers/pytorch_lora_weights.safetensors").exists()
+    copies = [path for path in (tmp_path / "cache/atelier/models").glob("*/*") if path.is_dir()]
+    assert len(copies) == 1
+    assert f'DiffusionPipeline.from_pretrained("{copies[0]}")' in output
+
+
+def test_a_gated_model_ends_the_command_with_one_sentence(hub: Hub, tmp_path: Path) -> None:
+    run, elsewhere = run_elsewhere(tmp_path / "run", "gated", "hf://owner/tiny")
+    hub.repositories["owner/tiny"] = HubRepository(elsewhere, gated=True)
+    output = run.train(expect=77, environment={**hub.environment, "HF_HUB_CACHE": str(tmp_path / "cache")})
+    assert output.count("\n") == 1
+    assert "accept the licence on" in output
