@@ -64,12 +64,15 @@ class Reporter:
         self._eta = EtaEstimator(self._spec.hyperparameters.steps)
         self._losses: deque[float] = deque(maxlen=LOSS_WINDOW)
         self._warm = False
+        self._unshown: StepFacts | None = None
+        """The newest confirmed step, while the progress has not been told of it."""
         self.learning_rate = 0.0
         self.history = History()
         self._phases = PhaseClock(self.history.seconds)
 
     def stage(self, stage: Stage, detail: str = "", *, done: int = 0, total: int = 0) -> None:
         """Say which stage the run is in."""
+        self._show_step()
         self._progress.update(stage=stage, detail=detail, done=done, total=total)
 
     def timed(self, phase: str) -> AbstractContextManager[None]:
@@ -83,6 +86,7 @@ class Reporter:
     def training(self, step: int) -> None:
         """The loop starts, or goes on, at `step`."""
         total = self._spec.hyperparameters.steps
+        self._show_step()
         self._progress.update(stage="Training", detail="", step=step, total_steps=total, done=step, total=total)
 
     def step_finished(self, step: int, seconds: float, *, pixels: float, data_wait_seconds: float) -> None:
@@ -95,10 +99,19 @@ class Reporter:
 
     def step_confirmed(self, facts: StepFacts) -> None:
         """Numbers of a step over all ranks."""
-        hyperparameters = self._spec.hyperparameters
         self.metrics.numbers(loss=facts.loss, gradient_norm=facts.gradient_norm, learning_rate=self.learning_rate)
         self._losses.append(facts.loss)
         self.history.rows.append((facts.step, facts.loss, facts.gradient_norm, self.learning_rate))
+        self._unshown = facts
+        if self._progress.is_due:
+            self._show_step()
+
+    def _show_step(self) -> None:
+        """Tell the progress of the newest step. Not at every step, and before all else, so that the newest word is the last."""
+        facts, self._unshown = self._unshown, None
+        if facts is None:
+            return
+        hyperparameters = self._spec.hyperparameters
         done = facts.step + 1
         self._progress.update(
             step=done,
@@ -125,6 +138,7 @@ class Reporter:
                 save_seconds=outcome.save_seconds,
                 upload_seconds=outcome.upload_seconds,
             )
+            self._show_step()
             self._progress.update(checkpoint=outcome.report)
             self._progress.flush()
 
@@ -135,6 +149,7 @@ class Reporter:
     def samples_drawn(self, step: int, keys: list[str]) -> None:
         """Keys of a round of samples."""
         self.history.samples[step] = keys
+        self._show_step()
         self._progress.update(samples=keys)
 
     def resumed(self, point: ResumePoint, seconds: float) -> None:

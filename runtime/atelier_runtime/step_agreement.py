@@ -26,9 +26,12 @@ class StepFacts:
 
 @dataclass(frozen=True)
 class _Pending:
+    """`values`: loss and norm, and with several ranks the sums of their flags. `flags` are this rank's own."""
+
     step: int
     values: Tensor
     work: "torch.distributed.Work | None"
+    flags: tuple[bool, bool]
 
 
 class StepAgreement:
@@ -46,12 +49,15 @@ class StepAgreement:
         `loss` is this rank's share of the mean, so that the sum over ranks is the mean. `stop` on any rank stops all; only rank
         0's clock counts for `checkpoint_due`.
         """
-        flags = torch.tensor([float(stop), float(checkpoint_due)], device=loss.device)
-        values = torch.stack([loss.detach().float(), gradient_norm.detach().float() / self._distributed.world_size])
-        values = torch.cat([values, flags])
-        work = torch.distributed.all_reduce(values, async_op=True) if self._distributed.world_size > 1 else None
+        world_size = self._distributed.world_size
+        values, work = torch.stack([loss.detach().float(), gradient_norm.detach().float()]), None
+        if world_size > 1:
+            values[1] /= world_size
+            flags = torch.tensor([float(stop), float(checkpoint_due)], device=loss.device)
+            values = torch.cat([values, flags])
+            work = torch.distributed.all_reduce(values, async_op=True)
         earlier = self.collect()
-        self._pending = _Pending(step, values, work)
+        self._pending = _Pending(step, values, work, (stop, checkpoint_due))
         return earlier
 
     def collect(self) -> StepFacts | None:
@@ -61,5 +67,6 @@ class StepAgreement:
             return None
         if pending.work is not None:
             pending.work.wait()
-        loss, norm, stop, due = pending.values.tolist()
-        return StepFacts(pending.step, loss, norm, stop > 0, due > 0)
+        loss, norm, *sums = pending.values.tolist()
+        stop, due = (total > 0 for total in sums) if sums else pending.flags
+        return StepFacts(pending.step, loss, norm, stop, due)

@@ -4,6 +4,7 @@ The trainer composes the parts (adapters, objectives, optimizers, data, parallel
 technique by name. What differs between families is behind `Family`, what is predicted behind `Objective`.
 """
 
+import functools
 import hashlib
 import logging
 import math
@@ -34,10 +35,23 @@ from atelier_runtime.train_state import TrainState
 log = logging.getLogger(__name__)
 
 
-def sample_generator(seed: int, step: int, slot: int) -> torch.Generator:
-    """The generator of one sample of one step. `slot` is its place in the global batch, so that draws do not depend on the ranks."""
+def sample_generator(seed: int, step: int, slot: int, generator: torch.Generator | None = None) -> torch.Generator:
+    """The generator of one sample of one step. `slot` is its place in the global batch, so that draws do not depend on the ranks.
+
+    `generator` is seeded and given back where there is one to spare: making one takes longer than seeding it.
+    """
     digest = hashlib.blake2b(f"{seed}:{step}:{slot}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return (generator or torch.Generator()).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seed torch's own generators: that of the CPU, and where a GPU trains, that one's. Draws are those after `torch.manual_seed`.
+
+    That function also seeds backends that are not there, and writes down a stack trace for each: half a millisecond.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,9 @@ class Trainer:
         self._last_checkpoint_time = time.monotonic()
         self._last_saved_step = parts.state.step
         self._names: dict[int, Sequence[str]] = {}
+        self._spare_generators: list[torch.Generator] = []
+        # Data-parallel gradients are averaged over the ranks, and the loss is a sum over them.
+        self._ranks = torch.tensor(float(parts.distributed.world_size), device=parts.distributed.device)
 
     def run(self, on_sample_step: Callable[[int], None]) -> bool:
         """Train up to `hyperparameters.steps`. `on_sample_step(step)` draws the samples; it is collective."""
@@ -100,7 +117,8 @@ class Trainer:
                 started = time.perf_counter()
                 with parts.metrics.phase("data"):
                     step, micro_batches = next(loader)
-                loss, norm = self._step(step, micro_batches)
+                total_weight = parts.dataset.order.batch(step).total_weight
+                loss, norm = self._step(step, micro_batches, total_weight, loader.read_on)
                 state.step = step + 1
                 self._names[step] = [name for batch in micro_batches for name in batch.names]
                 facts = self._agreement.submit(
@@ -118,7 +136,7 @@ class Trainer:
                 parts.reporter.step_finished(
                     state.step,
                     time.perf_counter() - started,
-                    pixels=_pixels(micro_batches[0], parts.dataset.order.batch(step).total_weight),
+                    pixels=_pixels(micro_batches[0], total_weight),
                     data_wait_seconds=loader.wait_seconds,
                 )
                 due = checkpoint.every_steps > 0 and state.step % checkpoint.every_steps == 0
@@ -140,45 +158,49 @@ class Trainer:
             self._require_saved()
         return not stopped
 
-    def _step(self, step: int, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
-        """One optimizer step. Gives this rank's share of the mean loss, and the norm of the global gradient before clipping."""
+    def _step(
+        self, step: int, micro_batches: Sequence[MicroBatch], total_weight: float, read_on: Callable[[], None]
+    ) -> tuple[Tensor, Tensor]:
+        """One optimizer step. Gives this rank's share of the mean loss, and the norm of the global gradient before clipping.
+
+        `read_on` is called where this thread leaves the interpreter to others for a while.
+        """
         parts, metrics = self._parts, self._parts.metrics
         hyperparameters = parts.run_file.spec.hyperparameters
-        device, world = parts.distributed.device, parts.distributed.world_size
-        torch.manual_seed(_step_seed(hyperparameters.seed, step, parts.distributed.rank))
+        seed_torch(_step_seed(hyperparameters.seed, step, parts.distributed.rank), parts.distributed.device)
         stage = self._pick_stage(step)
         denoiser = parts.denoisers.wrapped[stage.denoiser]
         optimizer = parts.state.optimizer
         rate = learning_rate_at(step, hyperparameters, parts.run_file.plan.learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        total_weight = parts.dataset.order.batch(step).total_weight
-        share = torch.zeros((), device=device)
+        shares = []
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with nullcontext() if last else parallel.no_sync(denoiser):
                 with metrics.phase("forward"):
                     loss = self._loss(denoiser, batch, step, stage) / total_weight
+                read_on()
                 with metrics.phase("backward"):
-                    # Data-parallel gradients are averaged over the ranks, and the loss is a sum over them.
-                    (loss * world).backward()  # type: ignore[no-untyped-call]
-            share += loss.detach()
+                    loss.backward(self._ranks)  # type: ignore[no-untyped-call]
+            shares.append(loss.detach())
         with metrics.phase("optimizer"):
-            trained = [p for p in parts.state.parameters.values() if p.grad is not None]
-            norm = clip_gradients(trained, hyperparameters.gradient_clip)
+            norm = clip_gradients(parts.state.parameters.values(), hyperparameters.gradient_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if parts.state.ema is not None:
                 parts.state.ema.update()
         parts.reporter.learning_rate = rate
-        return share, norm
+        return functools.reduce(torch.add, shares), norm
 
     def _loss(self, denoiser: nn.Module, batch: MicroBatch, step: int, stage: Stage) -> Tensor:
         """Sum over the micro-batch of weight times loss."""
         parts = self._parts
         device = parts.distributed.device
         seed = parts.run_file.spec.hyperparameters.seed
-        generators = [sample_generator(seed, step, slot) for slot in batch.slots]
+        spare = self._spare_generators
+        spare.extend(torch.Generator() for _ in range(len(batch.slots) - len(spare)))
+        generators = [sample_generator(seed, step, slot, spare[i]) for i, slot in enumerate(batch.slots)]
         clean = batch.latents.to(device, torch.float32, non_blocking=True)
         if batch.std is not None:
             draws = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators])
@@ -189,7 +211,7 @@ class Trainer:
         }
         conditions = Conditions(text=text, sizes=batch.sizes.to(device), frame_rate=parts.dataset.frame_rate)
         precision = parts.run_file.spec.hyperparameters.precision
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
             prediction = parts.family.predict(denoiser, prepared.noisy, prepared.time, conditions)
         return (parts.objective.loss(prediction, prepared) * batch.weights.to(device)).sum()
 
@@ -213,7 +235,9 @@ class Trainer:
             raise DivergedError(
                 f"the loss of step {facts.step} is {facts.loss} and its gradient norm {facts.gradient_norm}; both must be finite. "
                 f"Samples of this process in that step: {', '.join(names) or 'none'}. The newest checkpoint is from before it; "
-                "lower spec.hyperparameters.learningRate or look at these samples"
+                "lower spec.hyperparameters.learningRate or look at these samples",
+                step=facts.step,
+                files=names,
             )
         self._parts.reporter.step_confirmed(facts)
         return facts.stop, facts.checkpoint_due
@@ -264,7 +288,8 @@ def _tokens(family: Family, latents: Tensor) -> int:
 
 def _pixels(batch: MicroBatch, samples: float) -> float:
     """Pixels of a global batch of `samples` samples, all of one bucket (frames of a clip are not counted)."""
-    return float(batch.sizes[0, 4] * batch.sizes[0, 5]) * samples
+    _, _, _, _, height, width = batch.sizes[0].tolist()
+    return float(height * width * samples)
 
 
 def staging_folder(run_file: RunFile) -> Path:

@@ -1,6 +1,8 @@
 """What the trainer and its writer process say to each other."""
 
+import math
 import pickle
+import select
 import socket
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -109,6 +111,9 @@ class Pipe:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        # `Connection.poll` makes a selector at each call, and the trainer asks in every step.
+        self._poller = select.poll()
+        self._poller.register(connection.fileno(), select.POLLIN)
 
     @classmethod
     def pair(cls) -> tuple["Pipe", int]:
@@ -126,8 +131,13 @@ class Pipe:
         self._connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
 
     def waiting(self, seconds: float = 0.0) -> bool:
-        """Whether a message, or the end of the connection, is there within so many seconds."""
-        return self._connection.poll(seconds)
+        """Whether a message, or the end of the connection, is there within so many seconds. Asked by one thread at a time.
+
+        Raises OSError when closed.
+        """
+        if self._connection.closed:
+            raise OSError("the pipe is closed")
+        return bool(self._poller.poll(math.ceil(seconds * 1000)))
 
     def receive(self) -> object:
         """The next message. Raises EOFError when the other process is gone."""

@@ -18,7 +18,6 @@ from atelier_runtime.data.dataset import Dataset, MicroBatch
 from atelier_runtime.data.order import Slot, StepBatch
 
 READ_AHEAD = 2
-_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,11 @@ def rank_slots(batch: StepBatch, rank: int, world_size: int, micro_batch_size: i
 
 
 class Loader(Iterator[tuple[int, list[MicroBatch]]]):
-    """Gives (step, micro-batches) from `start_step` on, without end. Errors of the reading thread are raised by `next`."""
+    """Gives (step, micro-batches) from `start_step` on, without end. Errors of the reading thread are raised by `next`.
+
+    The thread reads on when `read_on` is called, at the latest at the next `next`: both threads need the lock of the interpreter,
+    so it had better work while the trainer does not.
+    """
 
     def __init__(self, dataset: Dataset, *, rank: int, world_size: int, micro_batch_size: int, start_step: int) -> None:
         global_batch_size = len(dataset.order.batch(start_step).slots)
@@ -50,25 +53,39 @@ class Loader(Iterator[tuple[int, list[MicroBatch]]]):
         self._rank = rank
         self._world_size = world_size
         self._micro_batch_size = micro_batch_size
-        self._queue: queue.Queue[tuple[int, list[MicroBatch]] | _Error] = queue.Queue(READ_AHEAD)
-        self._closed = threading.Event()
+        # Two queues of C instead of a bounded one of Python: nothing polls, and a step takes a few calls.
+        self._steps: queue.SimpleQueue[tuple[int, list[MicroBatch]] | _Error] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        for _ in range(READ_AHEAD):
+            self._room.put(True)
+        self._owes_room = False
+        self._closed = False
         self._thread = threading.Thread(target=self._read, args=(start_step,), name="data-loader", daemon=True)
         self._thread.start()
 
     def __next__(self) -> tuple[int, list[MicroBatch]]:
-        if self._closed.is_set():
+        if self._closed:
             raise StopIteration
+        self.read_on()
         started = time.perf_counter()
-        item = self._queue.get()
+        item = self._steps.get()
         self.wait_seconds += time.perf_counter() - started
+        self._owes_room = True
         if isinstance(item, _Error):
             self.close()
             raise item.error
         return item
 
+    def read_on(self) -> None:
+        """Have the step read that fills the place of the one taken last."""
+        if self._owes_room:
+            self._owes_room = False
+            self._room.put(True)
+
     def close(self) -> None:
         """Stop reading. Safe to call twice."""
-        self._closed.set()
+        self._closed = True
+        self._room.put(False)
         self._thread.join()
 
     def _read(self, step: int) -> None:
@@ -77,8 +94,7 @@ class Loader(Iterator[tuple[int, list[MicroBatch]]]):
                 torch.cuda.set_device(
                     self._dataset.device
                 )  # per thread; else pinning may open a context on the first GPU
-            while not self._closed.is_set():
-                self._put((step, self._step(step)))
+            while not self._closed and self._put((step, self._step(step))):
                 step += 1
         except BaseException as error:
             self._put(_Error(error))
@@ -89,10 +105,9 @@ class Loader(Iterator[tuple[int, list[MicroBatch]]]):
         loaded = [self._dataset.load(part, step=step, epoch=batch.epoch) for part in slots]
         return [part.pinned() for part in loaded] if self._dataset.device.type == "cuda" else loaded
 
-    def _put(self, item: tuple[int, list[MicroBatch]] | _Error) -> None:
-        while not self._closed.is_set():
-            try:
-                self._queue.put(item, timeout=_POLL_SECONDS)
-                return
-            except queue.Full:
-                continue
+    def _put(self, item: tuple[int, list[MicroBatch]] | _Error) -> bool:
+        """Wait for room and hand the item over; False where the loader has been closed instead."""
+        if not self._room.get():
+            return False
+        self._steps.put(item)
+        return True

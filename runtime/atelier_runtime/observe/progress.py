@@ -24,7 +24,7 @@ class ProgressWriter:
     """
 
     def __init__(
-        self, path: Path | None, every_seconds: float = 0.5, clock: Callable[[], float] = time.monotonic
+        self, path: Path | None, every_seconds: float = 1.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._path = path
         self._every_seconds = every_seconds
@@ -33,14 +33,20 @@ class ProgressWriter:
         self._written_at: float | None = None
         self._complained = False
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the next update writes. Who has facts that take time to work out may wait for it; `flush` does not."""
+        if self._path is None:
+            return False
+        return self._written_at is None or self._clock() - self._written_at >= self._every_seconds
+
     def update(self, **fields: Any) -> None:
         """Take over fields of `Progress` by their Python names. A name or value that is none raises ValidationError at the write."""
         if self._path is None:
             return
         turn = "stage" in fields and fields["stage"] != self._fields.get("stage")
         self._fields.update(fields)
-        due = self._written_at is None or self._clock() - self._written_at >= self._every_seconds
-        if turn or due:
+        if turn or self.is_due:
             self.flush()
 
     def flush(self) -> None:

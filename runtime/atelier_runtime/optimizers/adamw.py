@@ -7,7 +7,8 @@ import torch
 from torch.nn import Parameter
 
 from atelier_api.v1alpha1.hyperparameters import Hyperparameters
-from atelier_runtime.optimizers.bf16 import AdamWBf16, initial_state
+from atelier_runtime.optimizers.bf16 import AdamWBf16
+from atelier_runtime.optimizers.fused import FusedAdamW
 from atelier_runtime.optimizers.shards import is_sharded
 
 
@@ -16,7 +17,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over the parameters, with its state already made: a resume has something to load into, memory is flat from the start.
 
-    `adamw` is torch's own, fused (one pass over memory, no temporaries). Raises ValueError for `adamw` on weights that are not
+    `adamw` is the one of torch, fused (one pass over memory, no temporaries). Raises ValueError for `adamw` on weights that are not
     fp32: its moments would silently be as coarse as the weights.
     """
     options = hyperparameters.optimizer
@@ -29,15 +30,9 @@ def build_optimizer(
         "eps": options.epsilon,
         "weight_decay": options.weight_decay,
     }
-    optimizer: torch.optim.Optimizer
     if options.type == "adamw-bf16":
-        optimizer = AdamWBf16(groups, seed=hyperparameters.seed, **numbers)
-    else:
-        coarse = {parameter.dtype for parameter in parameters} - {torch.float32}
-        if coarse:
-            raise ValueError(f"adamw trains fp32 weights, not {', '.join(map(str, coarse))}")
-        optimizer = torch.optim.AdamW(groups, fused=True, **numbers)
-    for parameter in parameters:
-        step_device = parameter.device if options.type == "adamw" else torch.device("cpu")  # where fused wants it
-        optimizer.state[parameter] = initial_state(parameter, step_device)
-    return optimizer
+        return AdamWBf16(groups, seed=hyperparameters.seed, **numbers)
+    coarse = {parameter.dtype for parameter in parameters} - {torch.float32}
+    if coarse:
+        raise ValueError(f"adamw trains fp32 weights, not {', '.join(map(str, coarse))}")
+    return FusedAdamW(groups, **numbers)

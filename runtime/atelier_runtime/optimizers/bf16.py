@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from atelier_runtime.optimizers.moments import initial_state
 from atelier_runtime.optimizers.shards import is_sharded, local, shard_index
 
 ELEMENTS_AT_ONCE = 1 << 24
@@ -30,6 +31,9 @@ class AdamWBf16(torch.optim.Optimizer):
         """`defaults`: lr, betas, eps and weight_decay, as for `torch.optim.AdamW`."""
         super().__init__(params, defaults)
         self._seed = seed
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = initial_state(parameter, torch.device("cpu"))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -92,15 +96,6 @@ def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randint(0, 1 << 16, values.shape, generator=generator, device=values.device, dtype=torch.int32)
     upper = noise.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32)
     return torch.where(values.isfinite(), upper, values).bfloat16()
-
-
-def initial_state(parameter: Parameter, step_device: torch.device) -> dict[str, Tensor]:
-    """The state of a parameter before its first step, under the names of `torch.optim.AdamW`."""
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=step_device),
-        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-    }
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:

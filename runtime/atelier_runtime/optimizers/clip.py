@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from atelier_runtime.optimizers.shards import is_sharded, local, sum_over_shards
+from atelier_runtime.optimizers.shards import any_sharded, is_sharded, local, sum_over_shards
 
 
 @torch.no_grad()
@@ -16,23 +16,27 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float | None) -> T
     `max_norm` None only measures. Nothing here waits for the device; one all-reduce of one number where gradients are sharded.
     A norm that is not finite makes the gradients not finite. Raises ValueError without any gradient.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
     if not gradients:
         raise ValueError("no parameter has a gradient")
-    whole = [gradient for gradient in gradients if not is_sharded(gradient)]
-    sharded = [gradient for gradient in gradients if is_sharded(gradient)]
+    whole: list[Tensor] = gradients
+    sharded: list[Tensor] = []
+    if any_sharded(gradients):
+        whole = [gradient for gradient in gradients if not is_sharded(gradient)]
+        sharded = [gradient for gradient in gradients if is_sharded(gradient)]
+    shards = [local(gradient) for gradient in sharded]
     square = _square_sum(whole, gradients[0].device)
     if sharded:
-        square = square + sum_over_shards(_square_sum(sharded, square.device), sharded[0])
+        square = square + sum_over_shards(_square_sum(shards, square.device), sharded[0])
     norm = square.sqrt()
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+        torch._foreach_mul_([*whole, *shards], factor)
     return norm
 
 
 def _square_sum(gradients: list[Tensor], device: torch.device) -> Tensor:
     if not gradients:
         return torch.zeros((), device=device)
-    norms = torch._foreach_norm([local(gradient) for gradient in gradients], 2, dtype=torch.float32)
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
     return torch.stack(norms).square().sum()

@@ -1,5 +1,7 @@
 """Parameters that are spread over ranks (DTensor) and parameters that are not, behind one view: this rank's part."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -10,10 +12,15 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of them is sharded: one question per type, not per tensor."""
+    return any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part, sharing storage: what is written to it is written to the tensor. May be empty."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # In this order: detaching a DTensor goes through its dispatcher, which costs more than what is done with the result.
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def shard_index(tensor: Tensor) -> tuple[int, ...]:

@@ -211,3 +211,58 @@ def test_the_tensors_kept_do_not_change_with_the_batch_they_were_cut_from(tmp_pa
     batch.zero_()
     writer.commit()
     assert read(Cache(tmp_path), 0)["mean"].tolist() == [1, 1, 1]
+
+
+def mapped_ranges() -> list[range]:
+    """Addresses where this process has a data file mapped."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
+    return [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_what_is_read_looks_into_the_mapped_file(tmp_path: Path) -> None:
+    fill(tmp_path, range(10))
+    read_entry = read(Cache(tmp_path), 3)
+    assert all(any(tensor.data_ptr() in found for found in mapped_ranges()) for tensor in read_entry.values())
+
+
+@pytest.mark.parametrize("numbers", [range(1, 2), range(0, 4, 4), range(3, 30, 3), range(1, 11)])
+def test_shards_of_equal_and_of_different_shapes_read_alike(tmp_path: Path, numbers: range) -> None:
+    """One entry, an empty tensor, all with a `std`, and some without."""
+    fill(tmp_path, numbers)
+    cache = Cache(tmp_path)
+    for number in reversed(numbers):
+        assert equal(read(cache, number), entry(number)), number
+
+
+def test_a_file_stays_mapped_as_long_as_something_read_from_it_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "_OPEN_SHARDS", 1)
+    fill(tmp_path, range(5))
+    fill(tmp_path, range(5, 10))
+    cache = Cache(tmp_path)
+    held = read(cache, 2)
+    for path in data_files(tmp_path):
+        assert equal(read(cache, 7), entry(7)), path
+    assert len(cache._open) == 1
+    del cache
+    assert equal(held, entry(2))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_reading_every_entry_again_and_again_takes_no_private_memory(tmp_path: Path) -> None:
+    fill(tmp_path, range(2000))
+    cache = Cache(tmp_path)
+    rows = [row for number in range(2000) if (row := cache.row(key(number))) is not None]
+
+    def passes(count: int) -> int:
+        for _ in range(count):
+            for row in rows:
+                for tensor in cache.read(row).values():
+                    tensor.sum()
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
+        return int(line.split()[1]) * 1024
+
+    before = passes(1)
+    assert passes(5) - before < 1 << 20

@@ -76,16 +76,36 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused() -> None:
         make_loader(Samples(4), world_size=3)
 
 
+def wait_for(samples: Samples, count: int) -> list[int]:
+    """The steps loaded once there are `count` of them, and some time has passed in which there could be more."""
+    deadline = time.monotonic() + 30
+    while len(samples.loaded) < count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    return samples.loaded
+
+
 def test_only_a_few_steps_are_read_ahead() -> None:
     samples = Samples(1)
     loader = make_loader(samples)
     next(loader)
-    deadline = time.monotonic() + 30
-    while len(samples.loaded) < READ_AHEAD + 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.1)
+    loader.read_on()
     # One taken, READ_AHEAD waiting, and one in the thread's hand.
-    assert samples.loaded == list(range(READ_AHEAD + 2))
+    assert wait_for(samples, READ_AHEAD + 2) == list(range(READ_AHEAD + 2))
+    loader.close()
+
+
+def test_the_place_of_a_step_is_filled_when_asked_for_and_once() -> None:
+    samples = Samples(1)
+    loader = make_loader(samples)
+    next(loader)
+    assert wait_for(samples, READ_AHEAD + 1) == list(range(READ_AHEAD + 1))
+    for _ in range(3):
+        loader.read_on()
+    assert wait_for(samples, READ_AHEAD + 2) == list(range(READ_AHEAD + 2))
+    next(loader)
+    next(loader)  # who never asks gets the steps all the same
+    assert wait_for(samples, READ_AHEAD + 3) == list(range(READ_AHEAD + 3))
     loader.close()
 
 

@@ -1,16 +1,20 @@
 """AdamW in fp32 and in bf16 with stochastic rounding: close to each other, and resumed to the bit."""
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import Parameter
 
 from atelier_api.v1alpha1.hyperparameters import Hyperparameters, Optimizer
 from atelier_runtime.optimizers import bf16, build_optimizer
 from atelier_runtime.optimizers.bf16 import AdamWBf16, stochastic_round
+from atelier_runtime.optimizers.fused import FusedAdamW
 
 SHAPES = ((16, 8), (16,), (3, 5, 2), ())
 
@@ -77,6 +81,99 @@ def test_adamw_is_the_one_of_torch() -> None:
     train(theirs, torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.1, foreach=False), range(20))
     for our, their in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our, their)
+
+
+def equal_states(ours: torch.optim.Optimizer, our: Sequence[Parameter], theirs: torch.optim.Optimizer) -> bool:
+    their = [parameter for group in theirs.param_groups for parameter in group["params"]]
+    return all(
+        ours.state[a].keys() == theirs.state[b].keys()
+        and all(torch.equal(ours.state[a][key], theirs.state[b][key]) for key in ours.state[a])
+        for a, b in zip(our, their, strict=True)
+    )
+
+
+@pytest.mark.parametrize("trained", [len(SHAPES), 2], ids=["all", "some without a gradient"])
+def test_adamw_is_the_fused_one_of_torch_to_the_bit(trained: int) -> None:
+    ours, theirs = parameters(), parameters()
+    our = build_optimizer(ours, settings_of("adamw", weight_decay=0.1), 1e-2)
+    their = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.1, fused=True)
+    for steps, count in ((range(5), len(SHAPES)), (range(5, 12), trained), (range(12, 15), len(SHAPES))):
+        for weights, optimizer in ((ours, our), (theirs, their)):
+            optimizer.zero_grad()
+            train(weights[:count], optimizer, steps)
+            optimizer.param_groups[0]["lr"] = 1e-3 * (1 + steps.stop)  # the schedule: each step has a rate of its own
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert equal_states(our, ours, their)
+    assert float(our.state[ours[-1]]["step"]) == (15 if trained == len(SHAPES) else 8)
+
+
+def test_a_state_saved_by_torchs_adamw_goes_on_in_ours_and_back() -> None:
+    ours, theirs = parameters(), parameters()
+    their = torch.optim.AdamW(theirs, lr=1e-2, fused=True)
+    our = build_optimizer(ours, settings_of("adamw"), 1e-2)
+    train(theirs, their, range(4))
+    train(ours, our, range(1))  # its lists are made: a loaded state must replace them
+    our.load_state_dict(copy.deepcopy(their.state_dict()))
+    with torch.no_grad():
+        for weight, other in zip(ours, theirs, strict=True):
+            weight.copy_(other)
+    for weights, optimizer in ((ours, our), (theirs, their)):
+        train(weights, optimizer, range(4, 8))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    their.load_state_dict(copy.deepcopy(our.state_dict()))
+    for weights, optimizer in ((ours, our), (theirs, their)):
+        train(weights, optimizer, range(8, 10))
+    assert equal_states(our, ours, their)
+
+
+def test_what_is_written_into_the_state_in_place_is_what_the_next_step_starts_from() -> None:
+    """A resume loads into the tensors of the state."""
+    straight, resumed = parameters(), parameters()
+    first, second = (build_optimizer(weights, settings_of("adamw"), 1e-2) for weights in (straight, resumed))
+    template = [dict(second.state[weight]) for weight in resumed]
+    train(straight, first, range(5))
+    with torch.no_grad():
+        for place, weight in enumerate(straight):
+            resumed[place].copy_(weight)
+            for key, value in template[place].items():
+                value.copy_(first.state[weight][key])
+    train(straight, first, range(5, 8))
+    train(resumed, second, range(5, 8))
+    assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+
+
+def test_a_group_added_later_is_trained_and_one_of_two_dtypes_is_refused() -> None:
+    early, late = parameters(), parameters()
+    optimizer = build_optimizer(early, settings_of("adamw"), 1e-2)
+    train(early, optimizer, range(2))
+    optimizer.add_param_group({"params": late})
+    train([*early, *late], optimizer, range(2, 4))
+    assert [float(optimizer.state[weight]["step"]) for weight in (early[0], late[0])] == [4, 2]
+    with pytest.raises(ValueError, match="one device and dtype"):
+        FusedAdamW([Parameter(torch.ones(2)), Parameter(torch.ones(2, dtype=torch.bfloat16))], lr=1e-3)
+
+
+def test_shards_are_stepped_like_whole_weights(one_rank_mesh: DeviceMesh) -> None:
+    whole = parameters()
+    sharded = [Parameter(distribute_tensor(weight.detach().clone(), one_rank_mesh, [Shard(0)])) for weight in whole[:3]]
+    theirs = [Parameter(distribute_tensor(weight.detach().clone(), one_rank_mesh, [Shard(0)])) for weight in whole[:3]]
+    mixed = [*sharded, Parameter(whole[3].detach().clone())]  # a weight that FSDP leaves whole
+    ours = build_optimizer(mixed, settings_of("adamw"), 1e-2)
+    plain = build_optimizer(whole, settings_of("adamw"), 1e-2)
+    torchs = torch.optim.AdamW(theirs, lr=1e-2, fused=True)
+    for step in range(6):
+        train(whole, plain, range(step, step + 1))
+        for group, optimizer in ((mixed, ours), (theirs, torchs)):
+            for weight, other in zip(group, whole, strict=False):
+                gradient = other.grad.clone()
+                is_shard = isinstance(weight.detach(), DTensor)
+                weight.grad = distribute_tensor(gradient, one_rank_mesh, [Shard(0)]) if is_shard else gradient
+            optimizer.step()
+    for shard, their, weight in zip(sharded, theirs, whole, strict=False):
+        assert isinstance(ours.state[shard]["exp_avg"], DTensor)
+        assert torch.equal(shard.full_tensor(), weight)
+        assert torch.equal(shard.full_tensor(), their.full_tensor())
+    assert torch.equal(mixed[3], whole[3])
 
 
 def test_adamw_refuses_weights_that_are_not_fp32() -> None:
@@ -178,7 +275,7 @@ def test_another_seed_rounds_differently() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_closure_is_refused() -> None:
-    weights = parameters(torch.bfloat16)
+@pytest.mark.parametrize(("kind", "dtype"), [("adamw", torch.float32), ("adamw-bf16", torch.bfloat16)])
+def test_a_closure_is_refused(kind: str, dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match="takes no closure"):
-        build_optimizer(weights, settings_of("adamw-bf16"), 1e-3).step(lambda: 0.0)
+        build_optimizer(parameters(dtype), settings_of(kind), 1e-3).step(lambda: 0.0)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
 from atelier_runtime.optimizers import clip_gradients
@@ -48,3 +50,19 @@ def test_parameters_without_a_gradient_do_not_count() -> None:
 def test_a_norm_that_is_not_finite_is_given_as_it_is() -> None:
     assert clip_gradients(with_gradients(torch.tensor([1.0, float("nan")])), 1.0).isnan()
     assert clip_gradients(with_gradients(torch.tensor([1.0, float("inf")])), None).isinf()
+
+
+@pytest.mark.parametrize("sharded", [(True, True, True), (False, True, False)], ids=["all", "one of three"])
+def test_shards_are_clipped_together_with_whole_gradients(one_rank_mesh: DeviceMesh, sharded: tuple[bool, ...]) -> None:
+    gradients = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((4, 3), (6,), (2, 2))]
+    whole = with_gradients(*gradients)
+    mixed = [
+        Parameter(distribute_tensor(torch.zeros_like(gradient), one_rank_mesh, [Shard(0)]) if is_sharded else gradient)
+        for gradient, is_sharded in zip(gradients, sharded, strict=True)
+    ]
+    for parameter, gradient, is_sharded in zip(mixed, gradients, sharded, strict=True):
+        parameter.grad = distribute_tensor(gradient, one_rank_mesh, [Shard(0)]) if is_sharded else gradient.clone()
+    assert clip_gradients(mixed, 0.5).item() == pytest.approx(clip_gradients(whole, 0.5).item())
+    for one, other, is_sharded in zip(mixed, whole, sharded, strict=True):
+        found = one.grad.full_tensor() if is_sharded else one.grad
+        torch.testing.assert_close(found, other.grad)
