@@ -6,7 +6,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from atelier_cli import models, plan, report, run, terminal, validate
+from atelier_cli import cluster_commands, install_check, models, plan, report, run, terminal, validate
 
 USAGE_ERROR = 64
 INTERNAL_ERROR = 70
@@ -49,6 +49,16 @@ app.command()(plan.plan)
 app.command()(validate.validate)
 app.command()(models.models)
 app.command()(report.report)
+for command in (
+    cluster_commands.submit,
+    cluster_commands.status,
+    cluster_commands.logs,
+    cluster_commands.stop,
+    cluster_commands.resume,
+    cluster_commands.delete,
+):
+    app.command()(command)
+app.command("install-check")(install_check.install_check)
 
 if __name__ == "__main__":
     app()

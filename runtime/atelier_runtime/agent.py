@@ -37,11 +37,13 @@ POLL_SECONDS = 0.1
 IDLE_TORCHRUN_SECONDS = 5.0
 # Peers that only lost another node wait this long before they leave, so that the node with the cause is seen to fail first.
 LOST_PEER_PAUSE_SECONDS = 5.0
+LONGEST_PAUSE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command line. `rendezvous` is where node 0 listens, needed for more than one node."""
+    """The command line. `rendezvous` is where node 0 listens, needed for more than one node. `restart` is how often whoever
+    starts the agent has started it before in this attempt; None: nobody restarts it, so it restarts its ranks itself."""
 
     run_file: Path
     node_rank: int
@@ -49,6 +51,7 @@ class Options:
     port: int
     launch_module: str
     termination_message: Path | None
+    restart: int | None = None
 
 
 class Agent:
@@ -65,9 +68,12 @@ class Agent:
         """Attempts until one is done, cannot be cured, or the restarts are used up."""
         self._stop.not_after(self._run_file.spec.schedule.active_deadline_seconds)
         retry = self._run_file.spec.retry
-        restarts_allowed = retry.max_restarts if self._run_file.plan.nodes == 1 else 0
+        alone = self._options.restart is None and self._run_file.plan.nodes == 1
+        restarts_allowed = retry.max_restarts if alone else 0
         pause = float(retry.backoff_seconds)
         restarts = 0
+        if self._options.restart and self._stopped_within(backoff_seconds(pause, self._options.restart)):
+            return self._stopped(self._name(0))
         while True:
             result = self._attempt(restarts)
             if not MEANINGS[result.exit_code].restart or self._stop.wanted():
@@ -86,8 +92,7 @@ class Agent:
 
     def _attempt(self, restarts: int) -> AgentResult:
         """One life of the process group."""
-        name, _, restart = self._run_file.attempt.partition(".")
-        run_file = self._run_file.model_copy(update={"attempt": f"{name}.{int(restart or 0) + restarts}"})
+        run_file = self._run_file.model_copy(update={"attempt": self._name(restarts)})
         attempt = Attempt(run_file, self._options.node_rank, self._options.rendezvous, self._options.launch_module)
         log.info("starting the ranks", extra={"attempt": run_file.attempt, "ranks": run_file.plan.processes_per_node})
         attempt.start(recover_until=self._reached_step)
@@ -107,6 +112,11 @@ class Agent:
         if self._stop.at is not None:
             return self._stopped(run_file.attempt)
         return self._result(run_file.attempt, ExitCode.DONE, MEANINGS[ExitCode.DONE].text)
+
+    def _name(self, restarts: int) -> str:
+        """`<attempt>.<restart>` of a life of the process group."""
+        name, _, restart = self._run_file.attempt.partition(".")
+        return f"{name}.{int(restart or 0) + (self._options.restart or 0) + restarts}"
 
     def _wait(self, attempt: Attempt) -> bool:
         """Until the group has ended. True: it had to be killed."""
@@ -198,6 +208,11 @@ class Agent:
         write_result(result, self._scratch.result(self._options.node_rank), self._options.termination_message)
 
 
+def backoff_seconds(first: float, restart: int) -> float:
+    """Pause before the restart of that number (from 1): `first`, doubled each time."""
+    return min(first * 2.0 ** (restart - 1), LONGEST_PAUSE_SECONDS)
+
+
 def write_result(result: AgentResult, *paths: Path | None) -> None:
     """Write the terminal facts; a place that cannot be written is only logged."""
     text = result.model_dump_json(by_alias=True)
@@ -223,6 +238,12 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--launch-module", default="atelier_runtime.launch", help="module that every rank runs")
     parser.add_argument(
         "--termination-message", type=Path, default=None, help="file for the terminal facts; default: the kubelet's"
+    )
+    parser.add_argument(
+        "--restart",
+        type=lambda text: int(text or 0),
+        default=None,
+        help="how often this agent was started before in the attempt, by a gang's owner that restarts it",
     )
     options = Options(**vars(parser.parse_args(arguments)))
     kubelets = Path("/dev/termination-log")

@@ -183,7 +183,7 @@ class TrainingProfileSpec(Block):
     security: PodSecurity = Field(default_factory=PodSecurity, description="User of the processes.")
     storage: ProfileStorage | None = Field(default=None, description="Default store. Without it a run must name one.")
     limits: ProfileLimits = Field(default_factory=ProfileLimits, description="The most that a run may ask for.")
-    allowed_models: Annotated[list[str], Field(max_length=64)] = Field(
+    allowed_models: Annotated[list[Annotated[str, Field(min_length=1, max_length=2048)]], Field(max_length=64)] = Field(
         default=[], description="What `spec.model.source` may start with. Empty: anything."
     )
     default_queue: str | None = Field(

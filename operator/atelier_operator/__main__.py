@@ -1,0 +1,5 @@
+"""`python -m atelier_operator`: the operator."""
+
+from atelier_operator.main import main
+
+main()

@@ -1,0 +1,18 @@
+"""The ConfigMap with the RunFile of an attempt."""
+
+from typing import Any
+
+from atelier_operator.desired.order import Order
+from atelier_operator.names import RUN_FILE_KEY
+
+
+def config_map(order: Order) -> dict[str, Any]:
+    """Immutable: a live attempt keeps what it was started with."""
+    text = order.run_file.model_dump_json(by_alias=True, indent=2) + "\n"
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": order.metadata(),
+        "immutable": True,
+        "data": {RUN_FILE_KEY: text},
+    }

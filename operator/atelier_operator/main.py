@@ -1,0 +1,237 @@
+"""The operator's process: kopf's watches fill the inventory and wake runs; the queue reconciles them while this replica leads.
+
+    kopf run -m atelier_operator.main --standalone …      (see `python -m atelier_operator`)
+
+Only `on.event` handlers and one index-like inventory: no state on objects, no finalizers, no timers per object.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import kopf
+
+from atelier_operator.cluster import ApiError, Cluster
+from atelier_operator.inventory import Inventory, Key
+from atelier_operator.leadership import Leadership
+from atelier_operator.metrics import Metrics
+from atelier_operator.names import GROUP, RUN_LABEL, VERSION
+from atelier_operator.observed import Apis
+from atelier_operator.polling import Poller
+from atelier_operator.reconcile import LostLeadership, Reconciler
+from atelier_operator.settings import Settings
+from atelier_operator.work_queue import WorkQueue
+
+log = logging.getLogger(__name__)
+
+DISCOVERY_SECONDS = 30.0
+PHASES = (
+    *("Pending", "Queued", "Preparing", "Running", "Suspended", "Recovering"),
+    *("Publishing", "Succeeded", "Failed"),
+)
+
+
+class Operator:
+    """Everything that lives as long as the process."""
+
+    def __init__(self, settings: Settings, cluster: Cluster, metrics: Metrics) -> None:
+        self.inventory = Inventory()
+        self.metrics = metrics
+        self._settings = settings
+        self._cluster = cluster
+        self.queue = WorkQueue(self._work)
+        self._leadership = Leadership(cluster, settings)
+        self._poller = Poller(settings.progress_seconds, self.queue.wake)
+        self._reconciler = Reconciler(
+            cluster,
+            self.inventory,
+            self._poller,
+            clock=lambda: datetime.now(UTC),
+            may_write=self._leadership.holds,
+        )
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._synced = False
+
+    async def start(self) -> None:
+        """Begin to follow the Lease and the cluster's APIs."""
+        await self._discover()
+        self.queue.start()
+        self._tasks = [
+            asyncio.create_task(self._leadership.follow(self._gained, self._lost)),
+            asyncio.create_task(self._look_around()),
+        ]
+
+    async def stop(self) -> None:
+        """Stop writing, let go of the Lease."""
+        self.queue.close()
+        for task in self._tasks:
+            task.cancel()
+        await self.queue.stop()
+        await self._poller.close()
+        with contextlib.suppress(ApiError):
+            await self._leadership.release()
+        await self._cluster.close()
+
+    def take(self, kind: str, event: Mapping[str, Any]) -> None:
+        """An object has come, changed or gone."""
+        raw = event["object"]
+        self._synced = True
+        self.metrics.event(kind, time.time())
+        gone = event.get("type") == "DELETED"
+        key = self.inventory.remove(kind, raw) if gone else self.inventory.put(kind, raw)
+        if kind in ("TrainingProfile", "ClusterTrainingProfile"):
+            metadata = raw["metadata"]
+            for run in list(self.inventory.using_profile(kind, metadata.get("namespace") or "", metadata["name"])):
+                self.queue.wake(run)
+        elif key is not None:
+            self.queue.wake(key)
+
+    async def _work(self, key: Key) -> float | None:
+        started = time.monotonic()
+        try:
+            after = await self._reconciler.reconcile(key)
+        except LostLeadership:
+            self.queue.close()
+            return 0.0
+        except Exception:
+            self.metrics.reconciled("error", time.monotonic() - started)
+            raise
+        self.metrics.reconciled("ok", time.monotonic() - started)
+        return after
+
+    def _gained(self) -> None:
+        self.metrics.leader(True)
+        self._wake_all()
+        self.queue.open()
+
+    def _lost(self) -> None:
+        self.metrics.leader(False)
+        self.queue.close()
+
+    async def _look_around(self) -> None:
+        """Discovery, and from time to time every run once more."""
+        resynced = time.monotonic()
+        while True:
+            await asyncio.sleep(DISCOVERY_SECONDS)
+            try:
+                await self._discover()
+            except ApiError as error:
+                log.warning("the cluster's APIs cannot be listed", extra={"error": str(error)})
+            self._count()
+            if time.monotonic() - resynced > self._settings.resync_seconds:
+                resynced = time.monotonic()
+                self._wake_all()
+
+    async def _discover(self) -> None:
+        apis = Apis(jobset=await self._cluster.serves("JobSet"), kueue=await self._cluster.serves("Workload"))
+        if apis != self._reconciler.apis:
+            log.info("engines of the cluster", extra={"jobset": apis.jobset, "kueue": apis.kueue})
+            self._reconciler.apis = apis
+            self._wake_all()
+
+    def _wake_all(self) -> None:
+        """Look at every run; not before the watches have brought everything once."""
+        if self._synced:
+            for key in self.inventory.runs():
+                self.queue.wake(key)
+
+    def _count(self) -> None:
+        found = (self.inventory.run(key) or {} for key in self.inventory.runs())
+        phases = Counter((raw.get("status") or {}).get("phase") or "Pending" for raw in found)
+        self.metrics.runs({phase: phases.get(phase, 0) for phase in PHASES})
+        self.metrics.queue(len(self.queue))
+
+
+def register(registry: kopf.OperatorRegistry, operator: Operator, settings: Settings) -> None:
+    """The watches. Objects of others are selected by label on the server, so that not every Pod comes here."""
+    ours = {RUN_LABEL: kopf.PRESENT}
+    watched: list[tuple[str, tuple[str, str, str], Mapping[str, Any] | None]] = [
+        ("TrainingRun", (GROUP, VERSION, "trainingruns"), None),
+        ("TrainingProfile", (GROUP, VERSION, "trainingprofiles"), None),
+        ("JobSet", ("jobset.x-k8s.io", "v1alpha2", "jobsets"), ours),
+        ("Job", ("batch", "v1", "jobs"), ours),
+        ("Pod", ("", "v1", "pods"), ours),
+        ("Workload", ("kueue.x-k8s.io", "v1beta1", "workloads"), None),
+    ]
+    if not settings.namespaces:
+        watched.append(("ClusterTrainingProfile", (GROUP, VERSION, "clustertrainingprofiles"), None))
+    for kind, resource, labels in watched:
+        # kopf calls event handlers only once every index has been filled: so no run is judged before all is known of it.
+        async def index(body: Mapping[str, Any], kind: str = kind, **_: Any) -> None:
+            operator.inventory.put(kind, dict(body))
+
+        async def handle(event: Mapping[str, Any], kind: str = kind, **_: Any) -> None:
+            operator.take(kind, event)
+
+        kopf.index(*resource, labels=labels, registry=registry, id=f"index-{kind}")(index)
+        kopf.on.event(*resource, labels=labels, registry=registry, id=kind)(handle)
+
+    async def log_in(**arguments: Any) -> kopf.ConnectionInfo | None:
+        return kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
+
+    kopf.on.login(registry=registry)(log_in)
+
+
+def configure(settings: kopf.OperatorSettings) -> None:
+    """kopf's settings; each has its reason in docs/decisions/0011-kopf-level-based.md."""
+    settings.posting.loggers = False
+    settings.posting.level = logging.WARNING
+    settings.persistence.finalizer = f"{GROUP}/unused"
+    settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP)
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 330
+    settings.watching.connect_timeout = 5
+    settings.watching.inactivity_timeout = 70
+    settings.watching.chunk_size = 500
+    settings.networking.request_timeout = 30
+    settings.networking.connect_timeout = 5
+    settings.peering.standalone = True
+
+
+async def run(settings: Settings, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set."""
+    metrics = Metrics()
+    metrics.serve(settings.metrics_port)
+    cluster = await Cluster.connect(metrics.request)
+    operator = Operator(settings, cluster, metrics)
+    registry = kopf.OperatorRegistry()
+    register(registry, operator, settings)
+    kopf_settings = kopf.OperatorSettings()
+    configure(kopf_settings)
+    kopf_settings.scanning.disabled = bool(settings.namespaces)
+    await operator.start()
+    try:
+        await kopf.operator(
+            registry=registry,
+            settings=kopf_settings,
+            standalone=True,
+            clusterwide=not settings.namespaces,
+            namespaces=settings.namespaces,
+            stop_flag=stop,
+        )
+    finally:
+        await operator.stop()
+
+
+def main() -> None:
+    """Entry point of the image."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("kopf").setLevel(logging.WARNING)
+    settings = Settings.of(os.environ)
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        import signal
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await run(settings, stop)
+
+    asyncio.run(serve())

@@ -1,0 +1,208 @@
+"""One pass over one run: see what is there, plan, act. The only module that awaits all three."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from atelier_operator.cluster import ApiError, Cluster
+from atelier_operator.inventory import CHILD_KINDS, Inventory, Key, Raw
+from atelier_operator.names import UID_LABEL, child_name
+from atelier_operator.observed import Apis, Backend, Child, Observed, Pod, Quota, Run, Workload, read_profile
+from atelier_operator.plan import Event, Plan, plan
+from atelier_operator.plan.attempts import present
+from atelier_operator.polling import Poller
+from atelier_operator.times import format_time
+
+log = logging.getLogger(__name__)
+
+BACKENDS: dict[str, Backend] = {"JobSet": "jobset", "Job": "job"}
+QUEUED_LOOK_SECONDS = 30.0
+"""A queued run is looked at so often for its place in the queue."""
+
+
+class LostLeadership(Exception):
+    """Another replica may be writing by now: nothing more is written."""
+
+
+class Reconciler:
+    """Carries plans out. `may_write` is asked before every write."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        inventory: Inventory,
+        poller: Poller,
+        *,
+        clock: Callable[[], datetime],
+        may_write: Callable[[], bool],
+    ) -> None:
+        self._cluster = cluster
+        self._inventory = inventory
+        self._poller = poller
+        self._clock = clock
+        self._may_write = may_write
+        self.apis = Apis()
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Bring a run on; gives the seconds after which it must be looked at again, if it must."""
+        raw = self._inventory.run(key)
+        if raw is None:
+            self._poller.forget(key)
+            return None
+        run = Run.of(raw)
+        seen = await self._observe(run)
+        self._follow_progress(key, run, seen)
+        decided = plan(run, seen, self._clock())
+        foreign = await self._act(run, decided)
+        if foreign:
+            decided = plan(run, replace(seen, foreign=foreign), self._clock())
+            await self._act(run, decided)
+        if decided.requeue_seconds is None and decided.status.phase == "Queued":
+            return QUEUED_LOOK_SECONDS
+        return decided.requeue_seconds
+
+    # --- observe ----------------------------------------------------------------------------------------------------
+
+    async def _observe(self, run: Run) -> Observed:
+        key = (run.namespace, run.name)
+        profile, problem = self._profile(run)
+        children = await self._children(run, key)
+        seen = Observed(
+            apis=self.apis,
+            profile=profile,
+            profile_problem=problem,
+            children=children,
+            pods=tuple(map(Pod.of, self._inventory.pods(key, run.uid))),
+        )
+        number = present(run.status, seen)
+        child = seen.child(number)
+        if child is None:
+            quotas = () if run.terminal or run.deleting else await self._quotas(run.namespace)
+            return replace(seen, quotas=quotas)
+        progress = self._poller.latest(key, _life(child, seen))
+        workload = self._inventory.workload(child.uid)
+        if workload is None or child.queue is None:
+            return replace(seen, progress=progress)
+        found = Workload.of(workload)
+        waiting = map(Workload.of, self._inventory.waiting(run.namespace, found.queue))
+        return replace(seen, progress=progress, workload=found, waiting=tuple(waiting))
+
+    def _profile(self, run: Run) -> tuple[Any, str]:
+        reference = (run.document.get("spec") or {}).get("profileRef") or {}
+        kind = reference.get("kind", "ClusterTrainingProfile")
+        raw = self._inventory.profile(kind, run.namespace, reference.get("name", "default"))
+        return (None, "") if raw is None else read_profile(raw)
+
+    async def _children(self, run: Run, key: Key) -> tuple[Child, ...]:
+        """What the watches have brought, and where the present child is missing, what the API server has."""
+        found = {
+            child.name: child
+            for kind in CHILD_KINDS
+            for child in (Child.of(raw, BACKENDS[kind]) for raw in self._inventory.children(kind, key, run.uid))
+        }
+        number = run.status.attempt
+        open_attempt = bool(run.status.attempts) and run.status.attempts[-1].end is None
+        name = child_name(run.name, number)
+        if number and open_attempt and name not in found and not run.terminal:
+            for kind in CHILD_KINDS if self.apis.jobset else ("Job",):
+                raw = await self._cluster.get(kind, run.namespace, name)
+                if raw is not None and _belongs(raw, run):
+                    self._inventory.put(kind, raw)
+                    found[name] = Child.of(raw, BACKENDS[kind])
+        return tuple(sorted(found.values(), key=lambda child: child.attempt))
+
+    async def _quotas(self, namespace: str) -> tuple[Quota, ...]:
+        return tuple(map(Quota.of, await self._cluster.list("ResourceQuota", namespace)))
+
+    def _follow_progress(self, key: Key, run: Run, seen: Observed) -> None:
+        child = seen.child(present(run.status, seen))
+        if child is None or run.terminal or run.deleting or child.finished:
+            self._poller.watch(key, "", None)
+            return
+        pods = seen.pods_of(child.attempt)
+        first = next((pod for pod in pods if pod.index == 0 and pod.running), None)
+        self._poller.watch(key, _life(child, seen), first.ip if first else None)
+
+    # --- act --------------------------------------------------------------------------------------------------------
+
+    async def _act(self, run: Run, decided: Plan) -> str:
+        """Carry a plan out. Gives the foreign object that stands in the way, if one does; then nothing else is done."""
+        for manifest in decided.create:
+            foreign = await self._create(run, manifest)
+            if foreign:
+                return foreign
+        for reference in decided.delete:
+            self._check()
+            await self._cluster.delete(reference.kind, reference.namespace, reference.name, reference.uid)
+        if decided.status != run.status:
+            self._check()
+            status = decided.status.model_dump(mode="json", by_alias=True, exclude_none=True)
+            try:
+                answer = await self._cluster.apply_status(run.namespace, run.name, run.uid, status)
+            except ApiError as error:
+                if error.code in (404, 409):  # the run is gone, or another one of its name is there
+                    return ""
+                raise
+            self._inventory.put("TrainingRun", answer)
+        for event in decided.events:
+            await self._tell(run, event)
+        return ""
+
+    async def _create(self, run: Run, manifest: dict[str, Any]) -> str:
+        kind, metadata = manifest["kind"], manifest["metadata"]
+        self._check()
+        try:
+            answer: Raw | None = await self._cluster.create(manifest)
+        except ApiError as error:
+            if error.code != 409:
+                raise
+            answer = await self._cluster.get(kind, metadata["namespace"], metadata["name"])
+            if answer is not None and not _belongs(answer, run):
+                return f"{kind} {metadata['name']}"
+        if answer is not None and kind in CHILD_KINDS:
+            self._inventory.put(kind, answer)
+        return ""
+
+    async def _tell(self, run: Run, event: Event) -> None:
+        """An Event is a comfort: where it cannot be written, the run goes on."""
+        now = format_time(self._clock())
+        manifest = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"generateName": f"{run.name}.", "namespace": run.namespace},
+            "involvedObject": {
+                "apiVersion": run.document["apiVersion"],
+                "kind": "TrainingRun",
+                "name": run.name,
+                "namespace": run.namespace,
+                "uid": run.uid,
+            },
+            "type": event.type,
+            "reason": event.reason,
+            "message": event.message[:1000],
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+            "source": {"component": "atelier-operator"},
+        }
+        try:
+            self._check()
+            await self._cluster.create(manifest)
+        except ApiError as error:
+            log.warning("an event was not written", extra={"run": run.name, "error": str(error)})
+
+    def _check(self) -> None:
+        if not self._may_write():
+            raise LostLeadership
+
+
+def _belongs(raw: Raw, run: Run) -> bool:
+    return (raw["metadata"].get("labels") or {}).get(UID_LABEL) == run.uid
+
+
+def _life(child: Child, seen: Observed) -> str:
+    """Which life of the pods progress belongs to: an older one says nothing about the present."""
+    pods = seen.pods_of(child.attempt)
+    return f"{child.attempt}.{pods[0].restart if pods else child.restarts}"

@@ -1,0 +1,43 @@
+"""Settings from the environment."""
+
+import pytest
+
+from atelier_operator.settings import Settings
+
+
+def test_without_environment_the_defaults_hold() -> None:
+    assert Settings.of({}) == Settings()
+    assert Settings().namespaces == ()
+
+
+def test_every_setting_is_read() -> None:
+    environment = {
+        "ATELIER_NAMESPACES": "art, lab,,",
+        "ATELIER_LEASE_NAMESPACE": "system",
+        "ATELIER_LEASE_NAME": "lease",
+        "ATELIER_IDENTITY": "replica-1",
+        "ATELIER_METRICS_PORT": "9000",
+        "ATELIER_RESYNC_SECONDS": "60",
+        "ATELIER_PROGRESS_SECONDS": "2.5",
+    }
+    settings = Settings.of(environment)
+    assert settings.namespaces == ("art", "lab")
+    assert (settings.lease_namespace, settings.lease_name, settings.identity) == ("system", "lease", "replica-1")
+    assert (settings.metrics_port, settings.resync_seconds, settings.progress_seconds) == (9000, 60.0, 2.5)
+
+
+IDENTITIES = {
+    "given": ({"ATELIER_IDENTITY": "a", "HOSTNAME": "b"}, "a"),
+    "the pod's": ({"ATELIER_IDENTITY": "", "HOSTNAME": "b"}, "b"),
+}
+
+
+@pytest.mark.parametrize(("environment", "identity"), IDENTITIES.values(), ids=IDENTITIES)
+def test_a_replica_is_named_by_its_pod(environment: dict[str, str], identity: str) -> None:
+    assert Settings.of(environment).identity == identity
+
+
+@pytest.mark.parametrize("name", ["ATELIER_METRICS_PORT", "ATELIER_RESYNC_SECONDS", "ATELIER_PROGRESS_SECONDS"])
+def test_a_number_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="soon"):
+        Settings.of({name: "soon"})
