@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := crds/atelier_api operator/atelier_operator runtime/atelier_runtime cli/atelier_cli
-CODE := $(PACKAGES) tests examples
+CODE := $(PACKAGES) helm tests examples
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast verify format crds bench clean
+.PHONY: help setup demo test test-fast verify format crds bench cluster cluster-down clean
 
 help:  ## print this help
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -20,17 +20,17 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python %d.%d is too old: Atelier needs 3.11 or newer (set PYTHON=...)" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade "uv>=0.9"
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[cli,runtime,demo,dev]'
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[cli,runtime,operator,demo,dev]'
 	@touch $@
 
 demo: setup  ## train a LoRA on real pictures with two processes and open the result's report (under 5 minutes)
 	$(BIN)/python examples/demo/demo.py
 
 test: setup  ## the whole test suite
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-fast: setup  ## the tests that start no process groups and no servers (under 3 minutes)
-	$(BIN)/pytest -m "not processes"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not processes"
 
 verify: setup  ## formatting, lint, types, import directions, generated files
 	$(BIN)/ruff format --check $(CODE)
@@ -39,17 +39,25 @@ verify: setup  ## formatting, lint, types, import directions, generated files
 	$(BIN)/lint-imports
 	$(BIN)/python -m atelier_api.crdgen --check
 	$(BIN)/python -m atelier_api.docgen --check
+	$(BIN)/python helm/chartgen.py --check
 
 format: setup  ## format the code and mend what the linter can
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
-crds: setup  ## regenerate the CRD and the reference page from the types
+crds: setup  ## regenerate the CRDs, the chart's schema and the reference pages from the types
 	$(BIN)/python -m atelier_api.crdgen
 	$(BIN)/python -m atelier_api.docgen
+	$(BIN)/python helm/chartgen.py
 
 bench: setup  ## speed, as ratios of interleaved runs and as counts (performance.md names the targets)
 	$(BIN)/python tests/bench/main.py
+
+cluster: setup  ## a real Kubernetes cluster on this machine (the first one builds it: ten minutes and more)
+	$(BIN)/python tests/support/cluster/main.py up
+
+cluster-down: setup  ## take that cluster away with everything that it made
+	$(BIN)/python tests/support/cluster/main.py down
 
 clean:  ## remove what the targets above have made, but not the runs
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,7 +11,7 @@ from atelier_api.result import AgentResult
 from atelier_api.v1alpha1.conditions import Condition
 from atelier_api.v1alpha1.profile import TrainingProfileSpec
 from atelier_api.v1alpha1.status import RunStatus
-from atelier_operator.observed import Apis, Backend, Child, Observed, Pod, Quota, Run, Workload
+from atelier_operator.observed import Apis, Backend, Child, Observed, Obstacle, Pod, Quota, Run, Workload
 from atelier_operator.plan import Plan, plan
 from atelier_operator.times import format_time
 
@@ -129,7 +129,7 @@ class Story:
         self.waiting: tuple[Workload, ...] = ()
         self.quotas: tuple[Quota, ...] = ()
         self.progress: Progress | None = None
-        self.foreign = ""
+        self.obstacle: Obstacle | None = None
 
     @property
     def status(self) -> RunStatus:
@@ -146,7 +146,7 @@ class Story:
             waiting=self.waiting,
             quotas=self.quotas,
             progress=self.progress,
-            foreign=self.foreign,
+            obstacle=self.obstacle,
         )
 
     @property

@@ -1,0 +1,3 @@
+module atelier.dev/tests/pause
+
+go 1.26.0

@@ -1,0 +1,313 @@
+"""A running cluster: start it, talk to it, break parts of it, and take it away.
+
+    with Cluster.start(kwok=4) as cluster:
+        cluster.apply(manifest)
+        cluster.kubectl("wait", "--for=condition=Complete", "job/x")
+
+A cluster that `start` made belongs to the thread that started it: its processes end with that thread, however it ends.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+
+from cluster import addons, control_plane, fake_nodes, network, programs, real_nodes, state
+from cluster.certificates import Certificates
+from cluster.daemons import ClusterError, Daemons, own_identity, wait_for
+from cluster.network import Network
+from go_build import silent
+
+Manifest = Mapping[str, Any]
+_SUPPORT = Path(__file__).resolve().parents[1]
+
+
+def why_not(*, nodes: int = 0) -> str | None:
+    """Why a cluster with so many real nodes cannot run on this machine, or None."""
+    if sys.platform != "linux":
+        return f"the cluster's programs run on Linux only, and this is {sys.platform}"
+    needed = ["openssl", "setpriv", "unshare", *(["ip", "nsenter", "sysctl"] if nodes else [])]
+    missing = [program for program in needed if shutil.which(program) is None]
+    if missing:
+        return f"the cluster needs the programs {', '.join(missing)}"
+    return real_nodes.why_not() if nodes else None
+
+
+class Cluster:
+    """One cluster. `state` is the folder with its logs (`<process>.log`), certificates and data."""
+
+    def __init__(self, record: state.Record, report: Callable[[str], None] = silent) -> None:
+        """For a cluster that exists; use `start` to make one."""
+        self.name = record.name
+        self.state = record.state
+        self._record = record
+        self._report = report
+        self.network = Network(record.hub) if record.nodes else Network()
+        self.daemons = Daemons(record.state, self.network, tied=record.owner is not None)
+        port = record.api_port
+        node_url = f"https://{network.HUB_ADDRESS}:{port}"
+        self.certificates = Certificates(record.state / "pki", f"https://127.0.0.1:{port}", node_url)
+        self._kubectl = [str(programs.program("kubectl")), f"--kubeconfig={self.kubeconfig}"]
+
+    @classmethod
+    def start(
+        cls,
+        *,
+        nodes: int = 0,
+        kwok: int = 0,
+        jobset: bool = True,
+        kueue: bool = True,
+        gpus_per_node: int = fake_nodes.GPUS_PER_NODE,
+        name: str | None = None,
+        detached: bool = False,
+        report: Callable[[str], None] = silent,
+    ) -> Self:
+        """A new cluster that is ready for pods, with `nodes` real nodes (0 to 9) and `kwok` fake ones.
+
+        `report` gets progress lines. A `detached` cluster stays until it is removed. Raises ClusterError.
+        """
+        if not 0 <= nodes <= 9:
+            raise ClusterError(f"nodes is {nodes}; a cluster has 0 to 9 real nodes")
+        if (reason := why_not(nodes=nodes)) is not None:
+            raise ClusterError(reason)
+        state.remove_orphans()
+        wanted = [*programs.CONTROL_PLANE]
+        wanted += ["kwok"] if kwok else []
+        wanted += ["jobset"] if jobset else []
+        wanted += ["kueue"] if kueue else []
+        wanted += programs.REAL_NODES if nodes else []
+        programs.build_all(wanted, report)
+        if nodes:
+            real_nodes.prepare(report)
+        owner = own_identity()
+        chosen = name or f"test-{owner[0]}-{secrets.token_hex(2)}"
+        ports = control_plane.ApiPorts(*network.free_ports(5))
+        record = state.Record(chosen, None if detached else owner, nodes, ports.api)
+        try:
+            state.write(record)
+        except FileExistsError:
+            raise ClusterError(f"a cluster called {chosen!r} exists already, in {record.state}") from None
+        with state.removed_on_error(record):
+            cluster = cls(record, report)
+            cluster._start_control_plane(ports)
+            if jobset:
+                cluster.add_jobset()
+            if kueue:
+                cluster.add_kueue()
+            if nodes:
+                cluster._start_nodes(nodes, gpus_per_node)
+            if kwok:
+                cluster.add_fake_nodes(kwok, gpus_per_node)
+            wait_for("no default service account", lambda: cluster._has_service_account("default"))
+        return cluster
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.down()
+
+    def down(self) -> None:
+        """Take the cluster away with everything that it made on the machine."""
+        state.remove(self._record)
+
+    # What tests do with it
+
+    @property
+    def kubeconfig(self) -> Path:
+        """The administrator's. Works on the machine and in the cluster's own network."""
+        return self.certificates.kubeconfig("admin")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For a process that talks to this cluster, and for helm: nothing from the user's own files."""
+        helm = {f"HELM_{kind}_HOME": str(self.state / "helm" / kind.lower()) for kind in ("CACHE", "CONFIG", "DATA")}
+        return {"KUBECONFIG": str(self.kubeconfig), "NO_PROXY": "127.0.0.1,localhost", **helm}
+
+    def kubectl(self, *arguments: str, input: str | None = None) -> str:
+        """What kubectl prints. Raises ClusterError with its message when it fails."""
+        return self._run([*self._kubectl, *arguments], input)
+
+    def get(self, *arguments: str) -> Any:
+        """`kubectl get … -o json`, parsed."""
+        return json.loads(self.kubectl("get", *arguments, "-o", "json"))
+
+    def apply(self, manifests: str | Manifest | Sequence[Manifest]) -> None:
+        """Server-side apply of YAML text, of one manifest or of several."""
+        if not isinstance(manifests, str):
+            manifests = yaml.safe_dump_all([manifests] if isinstance(manifests, Mapping) else list(manifests))
+        self.kubectl("apply", "--server-side", "-f", "-", input=manifests)
+
+    def make_namespace(self, name: str) -> str:
+        """A new namespace in which pods can be made; gives its name."""
+        self.kubectl("create", "namespace", name)
+        wait_for(f"no default service account in {name}", lambda: self._has_service_account(name))
+        return name
+
+    def helm(self, *arguments: str) -> str:
+        """What helm prints. Raises ClusterError with its message when it fails."""
+        return self._run([str(programs.program("helm", self._report)), *arguments])
+
+    def audit(self) -> list[dict[str, Any]]:
+        """Every request that the API server has finished, oldest first; bodies of atelier.dev, JobSets, Jobs, pods and leases."""
+        return control_plane.read_audit(self.state)
+
+    def kubeconfig_of_service_account(self, namespace: str, account: str) -> Path:
+        """A kubeconfig with a token of the account, valid for an hour, to act with no more than its rights."""
+        token = self.kubectl("create", "token", account, f"--namespace={namespace}", "--duration=1h").strip()
+        path = self.state / f"{namespace}-{account}.kubeconfig"
+        self.certificates.write_kubeconfig(path, {"token": token}, self.certificates.api_url)
+        return path
+
+    # Processes: etcd apiserver controller-manager scheduler jobset kueue kwok coredns {containerd,kubelet,proxy}-node1 …
+
+    def processes(self) -> dict[str, int | None]:
+        """Ids by name; None for one that does not run."""
+        return {name: self.daemons.pid(name) for name in self.daemons.names()}
+
+    def pid(self, name: str) -> int:
+        pid = self.daemons.pid(name)
+        if pid is None:
+            raise ClusterError(f"{name} does not run; the processes are {', '.join(self.daemons.names())}")
+        return pid
+
+    def stop(self, name: str, seconds: float = 10.0) -> None:
+        """SIGTERM, after `seconds` SIGKILL; what the process has made in the API stays."""
+        self.pid(name)
+        self.daemons.stop(name, seconds)
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """Send a signal to a process."""
+        os.kill(self.pid(name), number)
+
+    def restart(self, name: str) -> None:
+        """Start a stopped process again and wait until it answers."""
+        self.daemons.restart(name)
+        if name == "apiserver":
+            self._wait_for_api()
+        elif name in ("jobset", "kueue"):
+            ports = json.loads((self.state / f"{name}-ports.json").read_text())
+            self._addons().wait_until_ready(name, addons.AddonPorts(*ports))
+
+    def add_jobset(self) -> None:
+        """Install JobSet into a cluster that was started without it."""
+        self._report("starting JobSet")
+        self._addons().start_jobset(self._addon_ports("jobset"))
+
+    def add_kueue(self) -> None:
+        """Install Kueue into a cluster that was started without it."""
+        self._report("starting Kueue")
+        self._addons().start_kueue(self._addon_ports("kueue"))
+
+    def add_fake_nodes(self, count: int, gpus: int = fake_nodes.GPUS_PER_NODE) -> None:
+        """Have `count` fake nodes, Ready; starts kwok when it does not run."""
+        self._report(f"starting {count} fake nodes")
+        if not self.daemons.is_running("kwok"):
+            fake_nodes.start_kwok(self.daemons, self.certificates, network.free_ports(1)[0])
+        self.apply(fake_nodes.fake_nodes(count, gpus))
+        self.kubectl("wait", "--for=condition=Ready", "node", "-l", "type=kwok", "--timeout=60s")
+
+    # Between the machine and the cluster's network (only with real nodes)
+
+    @property
+    def inside(self) -> list[str]:
+        """To put before a command that must reach pods and nodes by their addresses; empty without real nodes."""
+        return self.network.prefix
+
+    def share(self, port: int) -> str:
+        """Let pods, and the API server's webhook calls, reach a server of this machine's loopback.
+
+        Gives the address for pods, such as "10.250.0.1:7070"; inside the API server's own network 127.0.0.1 works too.
+        """
+        if self.network.namespace is None:
+            raise ClusterError("this cluster has no real nodes: everything in it reaches 127.0.0.1 as it is")
+        if not self.daemons.is_running(f"share-{port}"):
+            self._open_door(f"share-{port}", (self.network, f"0.0.0.0:{port}"), (Network(), f"127.0.0.1:{port}"))
+        return f"{network.HUB_ADDRESS}:{port}"
+
+    def disconnect(self, node: str) -> None:
+        """Cut the network of a node ("node2"); its pods go on."""
+        self._set_link(node, "down")
+
+    def connect(self, node: str) -> None:
+        """Mend what `disconnect` cut."""
+        self._set_link(node, "up")
+
+    def _start_control_plane(self, ports: control_plane.ApiPorts) -> None:
+        self._report("starting the control plane")
+        if self._record.nodes:
+            network.make_hub(self._record.hub)
+        self.certificates.make_all(control_plane.service_names())
+        control_plane.start_etcd(self.daemons, ports)
+        control_plane.start_api_server(self.daemons, self.certificates, ports)
+        if self._record.nodes:
+            address = f"127.0.0.1:{ports.api}"
+            self._open_door("api-door", (Network(), address), (self.network, address))
+        self._wait_for_api()
+        control_plane.start_controller_manager(self.daemons, self.certificates, ports)
+        control_plane.start_scheduler(self.daemons, self.certificates, ports)
+
+    def _start_nodes(self, count: int, gpus: int) -> None:
+        self._report(f"starting {count} real nodes")
+        state.save_sysctls()
+        starter = real_nodes.RealNodes(self.daemons, self.certificates, self._kubectl, self._report)
+        starter.start_dns(network.free_ports(1)[0])
+        starter.bind_roles()
+        settings = [real_nodes.NodeSettings(number, self._record.node(number), gpus) for number in range(1, count + 1)]
+        for node in settings:
+            starter.start(node, network.make_node(self.network, self._record.node(node.number), node.number, count))
+        for node in settings:
+            starter.wait_until_ready(node)
+
+    def _open_door(self, name: str, listen: tuple[Network, str], target: tuple[Network, str]) -> None:
+        ends = [part for network_, address in (listen, target) for part in (network_.namespace or "-", address)]
+        command = [sys.executable, "-m", "cluster.door", *ends]
+        self.daemons.start(name, command, {"PYTHONPATH": str(_SUPPORT)}, Network())
+        port = int(listen[1].rpartition(":")[2])
+        self.daemons.wait_until(name, lambda: listen[0].accepts(port))
+
+    def _wait_for_api(self) -> None:
+        def ready() -> bool:
+            command = [*self._kubectl, "get", "--raw=/readyz", "--request-timeout=5s"]
+            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+        self.daemons.wait_until("apiserver", ready)
+
+    def _has_service_account(self, namespace: str) -> bool:
+        """Without it pods are refused; the controller manager makes it some time after the namespace."""
+        command = [*self._kubectl, "get", "serviceaccount", "default", f"--namespace={namespace}"]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def _addons(self) -> addons.Addons:
+        return addons.Addons(self.daemons, self.certificates, self._kubectl)
+
+    def _addon_ports(self, name: str) -> addons.AddonPorts:
+        ports = network.free_ports(3)
+        (self.state / f"{name}-ports.json").write_text(json.dumps(ports))
+        return addons.AddonPorts(*ports)
+
+    def _set_link(self, node: str, direction: str) -> None:
+        if self.network.namespace is None:
+            raise ClusterError(f"{node} is no real node: this cluster has none")
+        self._run(["ip", "-n", self.network.namespace, "link", "set", node, direction])
+
+    def _run(self, command: list[str], input: str | None = None) -> str:
+        environment = {**os.environ, **self.environment}
+        result = subprocess.run(command, input=input, env=environment, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            shown = " ".join(
+                [Path(command[0]).name, *(part for part in command[1:] if not part.startswith("--kubeconfig="))]
+            )
+            raise ClusterError(f"{shown} failed: {result.stderr.strip() or result.stdout.strip()}")
+        return result.stdout

@@ -1,0 +1,55 @@
+"""Fixtures of real clusters. A test module takes them with `pytest_plugins = ("cluster_fixtures",)` and sets a long timeout,
+because the first one on a machine builds Kubernetes (`make cluster` does that beforehand).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from cluster.local import Cluster, why_not
+from go_build import NoGo
+
+FAKE_NODES, FAKE_GPUS = 4, 8
+REAL_NODES, REAL_GPUS = 2, 2
+
+
+@pytest.fixture(scope="session")
+def cluster_report(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Shows a line at once, past pytest's capture: a build takes minutes."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def show(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"==> {line}", flush=True)
+
+    return show
+
+
+@pytest.fixture(scope="session")
+def start_cluster(cluster_report: Callable[[str], None]) -> Callable[..., Cluster]:
+    """`Cluster.start`, which skips the test on a machine that cannot have the cluster. A build that fails is no reason to skip."""
+
+    def start(**settings: Any) -> Cluster:
+        if (reason := why_not(nodes=settings.get("nodes", 0))) is not None:
+            pytest.skip(reason)
+        try:
+            return Cluster.start(report=cluster_report, **settings)
+        except NoGo as error:
+            pytest.skip(str(error))
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def fake_cluster(start_cluster: Callable[..., Cluster]) -> Iterator[Cluster]:
+    """A control plane with JobSet, Kueue and four fake nodes of eight GPUs; shared, so a test uses a namespace of its own."""
+    with start_cluster(kwok=FAKE_NODES, gpus_per_node=FAKE_GPUS) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def real_cluster(start_cluster: Callable[..., Cluster]) -> Iterator[Cluster]:
+    """Two real nodes that claim two GPUs each, with JobSet and Kueue; shared, so a test uses a namespace of its own."""
+    with start_cluster(nodes=REAL_NODES, gpus_per_node=REAL_GPUS) as cluster:
+        yield cluster

@@ -1,0 +1,183 @@
+"""The operator as a process beside a test's cluster, and runs seen through the API."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from atelier_api.crdgen import resources
+from cluster.local import Cluster
+
+Object = dict[str, Any]
+PATIENCE_SECONDS = 90.0
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> Any:
+    """Wait for a condition, which may take long on a busy machine."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.2)
+    raise AssertionError(f"waited {seconds:g} s in vain for {what}")
+
+
+def install_crds(cluster: Cluster) -> None:
+    """Our kinds, as the chart brings them."""
+    paths = [argument for resource in resources() for argument in ("-f", str(resource.path))]
+    cluster.kubectl("apply", "--server-side", *paths)
+    for resource in resources():
+        cluster.kubectl("wait", "--for=condition=Established", f"crd/{resource.plural}.atelier.dev")
+
+
+@dataclass
+class OperatorProcess:
+    """`python -m atelier_operator` with the rights of a kubeconfig."""
+
+    cluster: Cluster
+    log: Path
+    kubeconfig: Path | None = None
+    prefix: Sequence[str] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+    process: "subprocess.Popen[bytes] | None" = None
+
+    def start(self) -> "OperatorProcess":
+        """Start it; `ready` waits until it leads."""
+        environment = {
+            **os.environ,
+            "KUBECONFIG": str(self.kubeconfig or self.cluster.kubeconfig),
+            "ATELIER_IDENTITY": f"operator-{time.monotonic_ns()}",
+            "ATELIER_METRICS_PORT": str(_free_port()),
+            "ATELIER_PROGRESS_SECONDS": "1",
+            **self.settings,
+        }
+        command = [*self.prefix, sys.executable, "-m", "atelier_operator"]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+        return self
+
+    def kill(self) -> None:
+        """SIGKILL, in the middle of whatever it does."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """SIGTERM: it lets go of its Lease."""
+        self._end(signal.SIGTERM)
+
+    def _end(self, number: int) -> None:
+        if self.process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise AssertionError(f"the operator did not stop:\n{self.text()[-3000:]}") from None
+        self.process = None
+
+    def text(self) -> str:
+        """What it has logged."""
+        return self.log.read_text(errors="replace")
+
+
+@dataclass(frozen=True)
+class ClusterRun:
+    """A TrainingRun of a test, in a namespace of its own."""
+
+    cluster: Cluster
+    namespace: str
+    name: str
+
+    def get(self) -> Object:
+        return _json(self.cluster.kubectl("get", "trun", self.name, "-n", self.namespace, "-o", "json"))
+
+    def status(self) -> Object:
+        return dict(self.get().get("status") or {})
+
+    def condition(self, kind: str) -> Object:
+        found = [each for each in self.status().get("conditions", ()) if each["type"] == kind]
+        return dict(found[0]) if found else {}
+
+    def patch(self, spec: Object) -> None:
+        """Change part of the spec."""
+        change = json.dumps({"spec": spec})
+        self.cluster.kubectl("patch", "trun", self.name, "-n", self.namespace, "--type=merge", "-p", change)
+
+    def delete(self) -> None:
+        self.cluster.kubectl("delete", "trun", self.name, "-n", self.namespace, "--wait=false")
+
+    def wait(self, phase: str, reason: str | None = None, seconds: float = PATIENCE_SECONDS) -> Object:
+        """The status, once the run is in the phase. Fails with the status that it had instead."""
+        seen: Object = {}
+
+        def reached() -> bool:
+            seen.clear()
+            seen.update(self.status())
+            return seen.get("phase") == phase and reason in (None, seen.get("reason"))
+
+        try:
+            until(reached, f"{self.name} to be {phase} {reason or ''}", seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it is {json.dumps(seen, indent=1)}") from None
+        return seen
+
+    def objects(self, kinds: str = "jobset,job,pod,configmap,service") -> list[Object]:
+        """Everything that is labelled as the run's."""
+        selector = f"atelier.dev/run={self.name}"
+        return list(
+            _json(self.cluster.kubectl("get", kinds, "-n", self.namespace, "-l", selector, "-o", "json"))["items"]
+        )
+
+    def pods(self) -> list[Object]:
+        """Pods that have not ended and are not being deleted, by index."""
+        live = [
+            pod
+            for pod in self.objects("pod")
+            if pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]
+        ]
+        return sorted(live, key=_index)
+
+    def end_pod(self, pod: Object, code: int, message: str = "") -> None:
+        """Let a pod of a fake node end, as its kubelet would tell it."""
+        terminated = {
+            "exitCode": code,
+            "reason": "Completed" if code == 0 else "Error",
+            "message": message,
+            "startedAt": pod["status"].get("startTime"),
+            "finishedAt": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        container = {"name": "trainer", "image": "x", "imageID": "", "ready": False, "restartCount": 0}
+        status = {
+            "phase": "Succeeded" if code == 0 else "Failed",
+            "containerStatuses": [container | {"state": {"terminated": terminated}}],
+        }
+        name = pod["metadata"]["name"]
+        self.cluster.kubectl(
+            *("patch", "pod", name, "-n", self.namespace, "--subresource=status", "--type=merge"),
+            *("-p", json.dumps({"status": status})),
+        )
+
+
+def _index(pod: Object) -> int:
+    return int(pod["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"])
+
+
+def _json(text: str) -> Object:
+    return dict(json.loads(text))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
