@@ -26,9 +26,15 @@ RETRIED = frozenset({429, 500, 502, 503, 504})
 class ApiError(Exception):
     """The API server said no. `code` is its status, 0 where it did not answer."""
 
-    def __init__(self, code: int, message: str) -> None:
+    def __init__(self, code: int, message: str, retry_after: float = 0.0) -> None:
         super().__init__(f"{code}: {message}" if code else message)
         self.code = code
+        self.message = message
+        self.retry_after = retry_after
+
+
+class LostLeadership(Exception):
+    """Another replica may be writing by now: nothing more is written."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,13 @@ KINDS: Mapping[str, Kind] = {
 
 
 class Cluster:
-    """A connection. `observe` is told of every request: verb, kind, status."""
+    """A connection. `observe` is told of every request: verb, kind, status. `may_write` is asked before each try of a write but
+    to a Lease; where it says no, LostLeadership is raised."""
 
     def __init__(self, api: Any, observe: Callable[[str, str, int], None] = lambda *_: None) -> None:
         self._api = api
         self._observe = observe
+        self.may_write: Callable[[], bool] = lambda: True
 
     @classmethod
     async def connect(cls, observe: Callable[[str, str, int], None] = lambda *_: None) -> "Cluster":
@@ -93,9 +101,10 @@ class Cluster:
                 return None
             raise
 
-    async def list(self, kind: str, namespace: str) -> list[Object]:
-        """The objects of a namespace."""
-        return list((await self._request("GET", kind, KINDS[kind].path(namespace))).get("items") or ())
+    async def list(self, kind: str, namespace: str | None, selector: str = "") -> list[Object]:
+        """The objects of a namespace, or of all."""
+        query = {"labelSelector": selector} if selector else None
+        return list((await self._request("GET", kind, KINDS[kind].path(namespace), query=query)).get("items") or ())
 
     async def create(self, manifest: Object) -> Object:
         """Make an object. Raises ApiError 409 when there is one of that name."""
@@ -159,13 +168,15 @@ class Cluster:
         """One request, tried again where the server is busy or away. A POST that got no answer is not repeated blindly:
         its second try finds the object there (409), which callers take for success when it is theirs."""
         for attempt in range(1, tries + 1):
+            if verb != "GET" and kind != "Lease" and not self.may_write():
+                raise LostLeadership
             try:
                 answer = await self._once(verb, path, body, query, content_type)
             except ApiError as error:
                 self._observe(verb, kind, error.code)
                 if attempt == tries or (error.code and error.code not in RETRIED):
                     raise
-                await asyncio.sleep(min(5.0, 0.2 * 2**attempt) * random.uniform(0.8, 1.2))
+                await asyncio.sleep(max(error.retry_after, min(5.0, 0.2 * 2**attempt) * random.uniform(0.8, 1.2)))
             else:
                 self._observe(verb, kind, 200)
                 return answer
@@ -188,9 +199,16 @@ class Cluster:
             )
             return dict(json.loads(response.data or "{}"))
         except client.ApiException as error:
-            raise ApiError(error.status or 0, _said(error.body) or str(error.reason)) from None
+            said = _said(error.body) or str(error.reason)
+            raise ApiError(error.status or 0, said, _retry_after(error.headers)) from None
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise ApiError(0, f"no answer to {verb} {path}: {error or type(error).__name__}") from error
+
+
+def _retry_after(headers: Any) -> float:
+    """Seconds that a busy server asks to wait for, at most half a minute."""
+    text = (headers or {}).get("Retry-After", "")
+    return min(30.0, float(text)) if text.isdecimal() else 0.0
 
 
 def _said(body: Any) -> str:

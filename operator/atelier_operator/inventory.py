@@ -49,6 +49,18 @@ class Inventory:
         self._forget(kind, place, known)
         return run
 
+    def names(self, kind: str, namespace: str | None) -> dict[Key, str]:
+        """Uids of the objects of a kind, in a namespace or in all."""
+        found = self._objects[kind].items()
+        return {place: raw["metadata"].get("uid", "") for place, raw in found if namespace in (None, place[0])}
+
+    def keep(self, kind: str, known: Mapping[Key, str], there: Iterable[Raw]) -> None:
+        """Forget those of `known` that are not `there`: their end was missed by the watch."""
+        alive = {raw["metadata"].get("uid", "") for raw in there}
+        for (namespace, name), uid in known.items():
+            if uid not in alive:
+                self.remove(kind, {"metadata": {"namespace": namespace, "name": name, "uid": uid}})
+
     def run(self, key: Key) -> Raw | None:
         return self._objects["TrainingRun"].get(key)
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import kopf
 
-from atelier_operator.cluster import ApiError, Cluster
+from atelier_operator.cluster import ApiError, Cluster, LostLeadership
 from atelier_operator.inventory import Inventory, Key
 from atelier_operator.leadership import Leadership
 from atelier_operator.metrics import Metrics
 from atelier_operator.names import GROUP, RUN_LABEL, VERSION
 from atelier_operator.observed import Apis
 from atelier_operator.polling import Poller
-from atelier_operator.reconcile import LostLeadership, Reconciler
+from atelier_operator.reconcile import Reconciler
 from atelier_operator.settings import Settings
 from atelier_operator.work_queue import WorkQueue
 
@@ -53,8 +53,8 @@ class Operator:
             self.inventory,
             self._poller,
             clock=lambda: datetime.now(UTC),
-            may_write=self._leadership.holds,
         )
+        cluster.may_write = self._leadership.holds
         self._tasks: list[asyncio.Task[Any]] = []
         self._synced = False
 
@@ -85,6 +85,8 @@ class Operator:
         self.metrics.event(kind, time.time())
         gone = event.get("type") == "DELETED"
         key = self.inventory.remove(kind, raw) if gone else self.inventory.put(kind, raw)
+        if gone and kind == "TrainingRun" and key is not None:
+            self.queue.forget(key)
         if kind in ("TrainingProfile", "ClusterTrainingProfile"):
             metadata = raw["metadata"]
             for run in list(self.inventory.using_profile(kind, metadata.get("namespace") or "", metadata["name"])):
@@ -126,7 +128,7 @@ class Operator:
             self._count()
             if time.monotonic() - resynced > self._settings.resync_seconds:
                 resynced = time.monotonic()
-                self._wake_all()
+                await self._resync()
 
     async def _discover(self) -> None:
         apis = Apis(jobset=await self._cluster.serves("JobSet"), kueue=await self._cluster.serves("Workload"))
@@ -140,6 +142,27 @@ class Operator:
         if self._synced:
             for key in self.inventory.runs():
                 self.queue.wake(key)
+
+    async def _resync(self) -> None:
+        """Forget what is gone without a watch having told so, and look at every run."""
+        apis = self._reconciler.apis
+        kinds = [
+            "TrainingRun",
+            "Job",
+            "Pod",
+            *(["JobSet"] if apis.jobset else []),
+            *(["Workload"] if apis.kueue else []),
+        ]
+        try:
+            for kind in kinds:
+                selector = "" if kind in ("TrainingRun", "Workload") else RUN_LABEL
+                for namespace in self._settings.namespaces or (None,):
+                    since = self.inventory.names(kind, namespace)
+                    there = await self._cluster.list(kind, namespace, selector)
+                    self.inventory.keep(kind, since, there)
+        except ApiError as error:
+            log.warning("the inventory cannot be compared", extra={"error": str(error)})
+        self._wake_all()
 
     def _count(self) -> None:
         found = (self.inventory.run(key) or {} for key in self.inventory.runs())

@@ -23,6 +23,8 @@ RESTART_LABEL = (
 REPLICATED_JOB = "node"  # name of the ReplicatedJob whose pods train
 CONTAINER = "trainer"  # the pods' only container that trains
 
+MODEL_CONTAINER = "model"  # init container that fetches the base model of a remote source
+
 AGENT_PORT = 9400  # /metrics and /progress
 RENDEZVOUS_PORT = 29400  # torchrun of node 0
 

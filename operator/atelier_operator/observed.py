@@ -19,6 +19,7 @@ from atelier_api.v1alpha1.status import RunStatus
 from atelier_operator.names import (
     ATTEMPT_LABEL,
     CONTAINER,
+    MODEL_CONTAINER,
     PLAN_ANNOTATION,
     QUEUE_LABEL,
     RESTART_LABEL,
@@ -183,7 +184,10 @@ class Pod:
             (state for name, state in states if name == CONTAINER), {}
         )  # others may be put in by webhooks
         waiting: Raw = next((state["waiting"] for _, state in states if state.get("waiting")), {})
+        fetching: Raw = next((state for name, state in states if name == MODEL_CONTAINER), {})
         ended = state.get("terminated") or {}
+        if (fetching.get("terminated") or {}).get("exitCode"):
+            ended = fetching["terminated"]  # the trainer has never begun
         return cls(
             name=metadata["name"],
             uid=metadata["uid"],
@@ -202,9 +206,14 @@ class Pod:
             exit_code=ended.get("exitCode"),
             exit_reason=ended.get("reason", ""),
             finished=parse_time(ended.get("finishedAt")),
-            failure=status.get("message") or status.get("reason") or "",
+            failure=status.get("message") or status.get("reason") or _not_begun(ended),
             result=_result(ended.get("message")),
         )
+
+
+def _not_begun(ended: Raw) -> str:
+    """What the container runtime says of a container that it could not start."""
+    return str(ended.get("message") or "") if ended.get("reason") in ("StartError", "ContainerCannotRun") else ""
 
 
 def _result(text: str | None) -> AgentResult | None:
@@ -277,11 +286,19 @@ class Apis:
 
 
 @dataclass(frozen=True)
+class Obstacle:
+    """Why an object of the next attempt could not be made: one of its name is not ours, or the API server has refused it."""
+
+    name: str
+    refused: str = ""
+
+
+@dataclass(frozen=True)
 class Observed:
     """Everything that the plan of one run depends on, besides the run and the time.
 
-    `workload` is that of the newest child, `waiting` all workloads of its queue that have no quota, `foreign` an object
-    that has the next child's name and is not ours. `profile` None: there is no such profile; `profile_problem` says why one
+    `workload` is that of the newest child, `waiting` all workloads of its queue that have no quota, `obstacle` what stood in the
+    way of an attempt that this pass has tried to make. `profile` None: there is no such profile; `profile_problem` says why one
     that exists cannot be used.
     """
 
@@ -294,7 +311,7 @@ class Observed:
     waiting: tuple[Workload, ...] = ()
     quotas: tuple[Quota, ...] = ()
     progress: Progress | None = None
-    foreign: str = ""
+    obstacle: Obstacle | None = None
 
     def child(self, attempt: int) -> Child | None:
         """The child of an attempt. One without the label of an attempt is nobody's."""

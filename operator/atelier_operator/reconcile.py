@@ -9,7 +9,7 @@ from typing import Any
 from atelier_operator.cluster import ApiError, Cluster
 from atelier_operator.inventory import CHILD_KINDS, Inventory, Key, Raw
 from atelier_operator.names import UID_LABEL, child_name
-from atelier_operator.observed import Apis, Backend, Child, Observed, Pod, Quota, Run, Workload, read_profile
+from atelier_operator.observed import Apis, Backend, Child, Observed, Obstacle, Pod, Quota, Run, Workload, read_profile
 from atelier_operator.plan import Event, Plan, plan
 from atelier_operator.plan.attempts import present
 from atelier_operator.polling import Poller
@@ -22,12 +22,8 @@ QUEUED_LOOK_SECONDS = 30.0
 """A queued run is looked at so often for its place in the queue."""
 
 
-class LostLeadership(Exception):
-    """Another replica may be writing by now: nothing more is written."""
-
-
 class Reconciler:
-    """Carries plans out. `may_write` is asked before every write."""
+    """Carries plans out."""
 
     def __init__(
         self,
@@ -36,13 +32,11 @@ class Reconciler:
         poller: Poller,
         *,
         clock: Callable[[], datetime],
-        may_write: Callable[[], bool],
     ) -> None:
         self._cluster = cluster
         self._inventory = inventory
         self._poller = poller
         self._clock = clock
-        self._may_write = may_write
         self.apis = Apis()
 
     async def reconcile(self, key: Key) -> float | None:
@@ -55,9 +49,9 @@ class Reconciler:
         seen = await self._observe(run)
         self._follow_progress(key, run, seen)
         decided = plan(run, seen, self._clock())
-        foreign = await self._act(run, decided)
-        if foreign:
-            decided = plan(run, replace(seen, foreign=foreign), self._clock())
+        obstacle = await self._act(run, decided)
+        if obstacle:
+            decided = plan(run, replace(seen, obstacle=obstacle), self._clock())
             await self._act(run, decided)
         if decided.requeue_seconds is None and decided.status.phase == "Queued":
             return QUEUED_LOOK_SECONDS
@@ -78,9 +72,10 @@ class Reconciler:
         )
         number = present(run.status, seen)
         child = seen.child(number)
+        if not (run.terminal or run.deleting) and (child is None or child.finished == "Failed"):
+            seen = replace(seen, quotas=await self._quotas(run.namespace))  # another attempt may have to be made
         if child is None:
-            quotas = () if run.terminal or run.deleting else await self._quotas(run.namespace)
-            return replace(seen, quotas=quotas)
+            return seen
         progress = self._poller.latest(key, _life(child, seen))
         workload = self._inventory.workload(child.uid)
         if workload is None or child.queue is None:
@@ -127,43 +122,43 @@ class Reconciler:
 
     # --- act --------------------------------------------------------------------------------------------------------
 
-    async def _act(self, run: Run, decided: Plan) -> str:
-        """Carry a plan out. Gives the foreign object that stands in the way, if one does; then nothing else is done."""
+    async def _act(self, run: Run, decided: Plan) -> Obstacle | None:
+        """Carry a plan out. Gives what stands in the way, if anything does; then nothing else is done."""
         for manifest in decided.create:
-            foreign = await self._create(run, manifest)
-            if foreign:
-                return foreign
+            obstacle = await self._create(run, manifest)
+            if obstacle:
+                return obstacle
         for reference in decided.delete:
-            self._check()
             await self._cluster.delete(reference.kind, reference.namespace, reference.name, reference.uid)
         if decided.status != run.status:
-            self._check()
             status = decided.status.model_dump(mode="json", by_alias=True, exclude_none=True)
             try:
                 answer = await self._cluster.apply_status(run.namespace, run.name, run.uid, status)
             except ApiError as error:
                 if error.code in (404, 409):  # the run is gone, or another one of its name is there
-                    return ""
+                    self._inventory.remove("TrainingRun", {"metadata": _identity(run)})
+                    return None
                 raise
             self._inventory.put("TrainingRun", answer)
         for event in decided.events:
             await self._tell(run, event)
-        return ""
+        return None
 
-    async def _create(self, run: Run, manifest: dict[str, Any]) -> str:
+    async def _create(self, run: Run, manifest: dict[str, Any]) -> Obstacle | None:
         kind, metadata = manifest["kind"], manifest["metadata"]
-        self._check()
         try:
             answer: Raw | None = await self._cluster.create(manifest)
         except ApiError as error:
+            if error.code in (400, 403, 422):  # by a schema, a quota or somebody's webhook
+                return Obstacle(f"{kind} {metadata['name']}", refused=error.message)
             if error.code != 409:
                 raise
             answer = await self._cluster.get(kind, metadata["namespace"], metadata["name"])
             if answer is not None and not _belongs(answer, run):
-                return f"{kind} {metadata['name']}"
+                return Obstacle(f"{kind} {metadata['name']}")
         if answer is not None and kind in CHILD_KINDS:
             self._inventory.put(kind, answer)
-        return ""
+        return None
 
     async def _tell(self, run: Run, event: Event) -> None:
         """An Event is a comfort: where it cannot be written, the run goes on."""
@@ -188,14 +183,13 @@ class Reconciler:
             "source": {"component": "atelier-operator"},
         }
         try:
-            self._check()
             await self._cluster.create(manifest)
         except ApiError as error:
             log.warning("an event was not written", extra={"run": run.name, "error": str(error)})
 
-    def _check(self) -> None:
-        if not self._may_write():
-            raise LostLeadership
+
+def _identity(run: Run) -> dict[str, str]:
+    return {"namespace": run.namespace, "name": run.name, "uid": run.uid}
 
 
 def _belongs(raw: Raw, run: Run) -> bool:

@@ -15,7 +15,6 @@ class Settings:
     metrics_port: int = 8080
     resync_seconds: float = 600.0
     progress_seconds: float = 10.0
-    writes_per_second: float = 50.0
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> "Settings":
@@ -26,8 +25,18 @@ class Settings:
             lease_namespace=environment.get("ATELIER_LEASE_NAMESPACE", cls.lease_namespace),
             lease_name=environment.get("ATELIER_LEASE_NAME", cls.lease_name),
             identity=environment.get("ATELIER_IDENTITY") or environment.get("HOSTNAME") or cls.identity,
-            metrics_port=int(environment.get("ATELIER_METRICS_PORT", cls.metrics_port)),
-            resync_seconds=float(environment.get("ATELIER_RESYNC_SECONDS", cls.resync_seconds)),
-            progress_seconds=float(environment.get("ATELIER_PROGRESS_SECONDS", cls.progress_seconds)),
-            writes_per_second=float(environment.get("ATELIER_WRITES_PER_SECOND", cls.writes_per_second)),
+            metrics_port=int(_number(environment, "ATELIER_METRICS_PORT", cls.metrics_port)),
+            resync_seconds=_number(environment, "ATELIER_RESYNC_SECONDS", cls.resync_seconds),
+            progress_seconds=_number(environment, "ATELIER_PROGRESS_SECONDS", cls.progress_seconds),
         )
+
+
+def _number(environment: Mapping[str, str], name: str, default: float) -> float:
+    text = environment.get(name) or str(default)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e6:
+        raise ValueError(f"{name} is {text!r}; must be a number above 0 and below 1000000")
+    return number

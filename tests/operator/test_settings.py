@@ -39,5 +39,6 @@ def test_a_replica_is_named_by_its_pod(environment: dict[str, str], identity: st
 
 @pytest.mark.parametrize("name", ["ATELIER_METRICS_PORT", "ATELIER_RESYNC_SECONDS", "ATELIER_PROGRESS_SECONDS"])
 def test_a_number_that_is_none_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="soon"):
-        Settings.of({name: "soon"})
+    for text in ("soon", "0", "-1", "nan"):
+        with pytest.raises(ValueError, match=f"{name} is '{text}'; must be"):
+            Settings.of({name: text})

@@ -4,7 +4,7 @@ from typing import Any
 
 from atelier_operator.desired.order import Order
 from atelier_operator.desired.pod import pod_template
-from atelier_operator.names import CONTAINER, PLAN_ANNOTATION, STEPS_ANNOTATION
+from atelier_operator.names import PLAN_ANNOTATION, STEPS_ANNOTATION
 
 
 def job(order: Order) -> dict[str, Any]:
@@ -30,10 +30,7 @@ def job_spec(order: Order) -> dict[str, Any]:
         "podFailurePolicy": {
             "rules": [
                 {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                {
-                    "action": "FailJob",
-                    "onExitCodes": {"containerName": CONTAINER, "operator": "NotIn", "values": [0]},
-                },
+                {"action": "FailJob", "onExitCodes": {"operator": "NotIn", "values": [0]}},
             ]
         },
         "template": pod_template(order),

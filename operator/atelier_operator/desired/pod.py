@@ -8,6 +8,7 @@ from atelier_operator.desired.order import Order
 from atelier_operator.names import (
     AGENT_PORT,
     CONTAINER,
+    MODEL_CONTAINER,
     RENDEZVOUS_PORT,
     RESTART_LABEL,
     RUN_FILE_FOLDER,
@@ -36,6 +37,8 @@ def pod_template(order: Order) -> dict[str, Any]:
         "containers": [_container(order, gpu)],
         "volumes": list(_volumes(order)),
     }
+    if "://" in spec.model.source:
+        pod["initContainers"] = [_model_container(order)]
     if order.backend == "job":
         pod["subdomain"] = order.name
     if profile.image_pull_secrets:
@@ -61,23 +64,36 @@ def _pod_security(profile: TrainingProfileSpec) -> dict[str, Any]:
     }
 
 
+def _model_container(order: Order) -> dict[str, Any]:
+    """Fetches the base model into the pod's scratch, which the trainer then finds there."""
+    arguments = ["-m", "atelier_runtime.prefetch", "--run-file", f"{RUN_FILE_FOLDER}/{RUN_FILE_KEY}"]
+    return _process(order, MODEL_CONTAINER, arguments) | {"resources": _resources(order, None)}
+
+
 def _container(order: Order, gpu: GpuClass | None) -> dict[str, Any]:
-    profile = order.profile
+    """The agent, with everything below it."""
     arguments = ["-m", "atelier_runtime.agent", "--run-file", f"{RUN_FILE_FOLDER}/{RUN_FILE_KEY}"]
     arguments += ["--node-rank", "$(JOB_COMPLETION_INDEX)", "--rendezvous", rendezvous(order.name, order.backend)]
     arguments += ["--port", str(AGENT_PORT), "--restart", "$(ATELIER_RESTART)"]
-    return {
-        "name": CONTAINER,
-        "image": profile.image,
-        "imagePullPolicy": profile.image_pull_policy,
-        "command": [profile.python],
-        "args": arguments,
-        "env": list({each["name"]: each for each in _environment(order)}.values()),
+    return _process(order, CONTAINER, arguments) | {
         "ports": [
             {"name": "metrics", "containerPort": AGENT_PORT},
             {"name": "rendezvous", "containerPort": RENDEZVOUS_PORT},
         ],
         "resources": _resources(order, gpu),
+    }
+
+
+def _process(order: Order, name: str, arguments: list[str]) -> dict[str, Any]:
+    """What both containers have in common."""
+    profile = order.profile
+    return {
+        "name": name,
+        "image": profile.image,
+        "imagePullPolicy": profile.image_pull_policy,
+        "command": [profile.python],
+        "args": arguments,
+        "env": list({each["name"]: each for each in _environment(order)}.values()),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,

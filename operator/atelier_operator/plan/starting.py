@@ -5,7 +5,7 @@ from atelier_api.v1alpha1.conditions import ConditionType, Reason
 from atelier_api.v1alpha1.status import Phase, PlanStatus
 from atelier_operator.desired import Order, config_map, job, jobset, service
 from atelier_operator.names import SCRATCH
-from atelier_operator.observed import Backend, Child
+from atelier_operator.observed import Backend, Child, Obstacle
 from atelier_operator.plan import attempts
 from atelier_operator.plan.acceptance import Accepted
 from atelier_operator.plan.draft import Draft
@@ -24,11 +24,8 @@ def start(draft: Draft, accepted: Accepted, number: int) -> None:
     if unfinished:
         _await(draft, unfinished)
         return
-    if draft.seen.foreign:
-        message = f"{draft.seen.foreign} exists and does not belong to this run; delete it, or rename the run"
-        draft.said.say(ConditionType.ACCEPTED, "False", Reason.NAME_TAKEN, message)
-        draft.phase("Recovering" if draft.before.attempt else "Pending", Reason.NAME_TAKEN, message)
-        draft.wake_after(LOOK_AGAIN_SECONDS)
+    if draft.seen.obstacle:
+        _blocked(draft, draft.seen.obstacle)
         return
     order = order_of(draft, accepted, number)
     lacking = None if order.queue else lacking_quota(_needs(order), draft.seen.quotas)
@@ -51,6 +48,18 @@ def start(draft: Draft, accepted: Accepted, number: int) -> None:
     again = draft.before.start_time is not None
     phase: Phase = "Recovering" if again else "Queued" if order.queue else "Preparing"
     draft.phase(phase, Reason.STARTING, f"attempt {number} as {order.backend} {order.name}")
+
+
+def _blocked(draft: Draft, obstacle: Obstacle) -> None:
+    """The attempt could not be made."""
+    if obstacle.refused:
+        reason, message = Reason.NOT_PERMITTED, f"the API server refuses {obstacle.name}: {obstacle.refused}"
+    else:
+        reason = Reason.NAME_TAKEN
+        message = f"{obstacle.name} exists and does not belong to this run; delete it, or rename the run"
+    draft.said.say(ConditionType.ACCEPTED, "False", reason, message)
+    draft.phase("Recovering" if draft.before.attempt else "Pending", reason, message)
+    draft.wake_after(LOOK_AGAIN_SECONDS)
 
 
 def _await(draft: Draft, unfinished: list[Child]) -> None:

@@ -88,7 +88,9 @@ def test_one_lost_pod_fails_the_gang_and_evictions_are_told_first(manifest: dict
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
     first, second = spec["podFailurePolicy"]["rules"]
     assert first["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
-    assert second["onExitCodes"] == {"containerName": "trainer", "operator": "NotIn", "values": [0]}
+    assert second["onExitCodes"] == {"operator": "NotIn", "values": [0]}, (
+        "of the container that fetches the model as well"
+    )
     assert {first["action"], second["action"]} == {"FailJob"}
     assert spec["template"]["spec"]["containers"][0]["name"] == "trainer"
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from atelier_api.progress import CheckpointReport, FunnelReport, Progress
 from atelier_api.v1alpha1.conditions import ConditionType
 from atelier_api.v1alpha1.status import RunStatus
-from atelier_operator.observed import Apis, Child, Observed, Pod, Quota, Run
+from atelier_operator.observed import Apis, Child, Observed, Obstacle, Pod, Quota, Run
 from atelier_operator.plan import Plan, plan
 from run_stories import START, Story, ended, pod, profile, raw_run, workload
 
@@ -158,7 +158,7 @@ def views(draw: st.DrawFn) -> Observed:
         waiting=(workload(),),
         quotas=draw(st.sampled_from([(), (Quota("q", {"pods": "1"}, {}),)])),
         progress=draw(progress()),
-        foreign=draw(st.sampled_from(["", "", "JobSet knight-9"])),
+        obstacle=draw(st.sampled_from([None, None, Obstacle("JobSet knight-9"), Obstacle("JobSet knight-9", "no")])),
     )
 
 
@@ -208,7 +208,7 @@ def test_a_pass_over_its_own_result_changes_nothing(run: Run, seen: Observed) ->
     story.now, story.apis, story.profile = now, seen.apis, seen.profile
     story.children = {child.attempt: child for child in seen.children}
     story.pods, story.workload, story.waiting = seen.pods, seen.workload, seen.waiting
-    story.quotas, story.progress, story.foreign = seen.quotas, seen.progress, seen.foreign
+    story.quotas, story.progress, story.obstacle = seen.quotas, seen.progress, seen.obstacle
     for _ in range(4):
         story.look()
     decided = story.look()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from atelier_operator.observed import Apis, Quota
+from atelier_operator.observed import Apis, Obstacle, Quota
 from atelier_operator.plan.waiting import times
 from run_stories import Story, profile, trained
 
@@ -49,7 +49,7 @@ def test_a_live_run_keeps_its_engine_when_another_appears() -> None:
 
 def test_an_object_of_another_owner_is_named_and_looked_at_again() -> None:
     story = Story()
-    story.foreign = "JobSet knight-1"
+    story.obstacle = Obstacle("JobSet knight-1")
     decided = story.look()
     assert (story.status.phase, story.status.reason, story.status.attempt) == ("Pending", "NameTaken", 0)
     assert "JobSet knight-1 exists and does not belong to this run" in story.status.message
@@ -60,7 +60,7 @@ def test_an_object_of_another_owner_is_named_and_looked_at_again() -> None:
 def test_a_started_run_whose_next_name_is_taken_is_not_pending() -> None:
     story = trained(retry={"backoffSeconds": 0})
     story.vanish()
-    story.foreign = "JobSet knight-2"
+    story.obstacle = Obstacle("JobSet knight-2")
     story.look()
     assert (story.status.phase, story.status.reason) == ("Recovering", "NameTaken")
 
