@@ -126,12 +126,14 @@ class Cluster:
             if error.code not in (404, 409):
                 raise
 
-    async def apply_status(self, namespace: str, name: str, uid: str, status: Object) -> Object:
-        """Make `status` what our field manager says of a run: fields that are left out are removed."""
+    async def apply_status(self, metadata: Object, status: Object) -> Object:
+        """Make `status` what our field manager says of the run that `metadata` was read of: fields that are left out are
+        removed. Raises ApiError 409 where the run has changed since, or is another one."""
+        namespace, name = metadata["namespace"], metadata["name"]
         manifest = {
             "apiVersion": f"{GROUP}/{VERSION}",
             "kind": "TrainingRun",
-            "metadata": {"name": name, "namespace": namespace, "uid": uid},
+            "metadata": {each: metadata[each] for each in ("name", "namespace", "uid", "resourceVersion")},
             "status": status,
         }
         path = KINDS["TrainingRun"].path(namespace, name, "status")

@@ -20,6 +20,9 @@ LEASE_SECONDS = 15
 RENEW_DEADLINE_SECONDS = 10.0
 RENEW_SECONDS = 2.0
 
+LABELS = {"app.kubernetes.io/name": "atelier", "app.kubernetes.io/component": "operator"}
+"""By which `atelier install-check` finds the Lease, whatever the release is called."""
+
 
 class Leadership:
     """Whether this replica may write."""
@@ -73,7 +76,7 @@ class Leadership:
             manifest = {
                 "apiVersion": "coordination.k8s.io/v1",
                 "kind": "Lease",
-                "metadata": {"name": name, "namespace": namespace},
+                "metadata": {"name": name, "namespace": namespace, "labels": LABELS},
                 "spec": self._spec(now, 0),
             }
             await self._cluster.create(manifest)
@@ -84,6 +87,7 @@ class Leadership:
             return False
         transitions = int(spec.get("leaseTransitions") or 0) + (0 if mine else 1)
         lease["spec"] = self._spec(now, transitions, spec.get("acquireTime") if mine else None)
+        lease["metadata"]["labels"] = {**(lease["metadata"].get("labels") or {}), **LABELS}
         await self._cluster.replace(lease)
         return True
 

@@ -246,7 +246,10 @@ def main() -> None:
     """Entry point of the image."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("kopf").setLevel(logging.WARNING)
-    settings = Settings.of(os.environ)
+    try:
+        settings = Settings.of(os.environ)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
 
     async def serve() -> None:
         stop = asyncio.Event()

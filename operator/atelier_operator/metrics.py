@@ -1,4 +1,4 @@
-"""The operator's own metrics, in a registry of its own. Names are in docs/reference/metrics.md."""
+"""The operator's own metrics, in a registry of its own."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 

@@ -33,7 +33,7 @@ Backend = Literal["jobset", "job"]
 
 @dataclass(frozen=True)
 class Run:
-    """A TrainingRun. `document` is what the user wrote, as the API server stores it."""
+    """A TrainingRun. `document` is what the user wrote, as the API server stores it; `version` is its resourceVersion."""
 
     namespace: str
     name: str
@@ -43,6 +43,7 @@ class Run:
     deleting: bool
     document: Raw
     status: RunStatus
+    version: str = ""
 
     @classmethod
     def of(cls, raw: Raw) -> "Run":
@@ -62,6 +63,7 @@ class Run:
             deleting="deletionTimestamp" in metadata,
             document=document,
             status=_status(raw.get("status")),
+            version=metadata.get("resourceVersion", ""),
         )
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 from atelier_operator.cluster import ApiError, Cluster
 from atelier_operator.inventory import CHILD_KINDS, Inventory, Key, Raw
-from atelier_operator.names import UID_LABEL, child_name
+from atelier_operator.names import RUN_LABEL, UID_LABEL, child_name
 from atelier_operator.observed import Apis, Backend, Child, Observed, Obstacle, Pod, Quota, Run, Workload, read_profile
 from atelier_operator.plan import Event, Plan, plan
 from atelier_operator.plan.attempts import present
@@ -18,6 +18,7 @@ from atelier_operator.times import format_time
 log = logging.getLogger(__name__)
 
 BACKENDS: dict[str, Backend] = {"JobSet": "jobset", "Job": "job"}
+AT_ONCE_SECONDS = 0.05
 QUEUED_LOOK_SECONDS = 30.0
 """A queued run is looked at so often for its place in the queue."""
 
@@ -49,10 +50,14 @@ class Reconciler:
         seen = await self._observe(run)
         self._follow_progress(key, run, seen)
         decided = plan(run, seen, self._clock())
-        obstacle = await self._act(run, decided)
-        if obstacle:
-            decided = plan(run, replace(seen, obstacle=obstacle), self._clock())
-            await self._act(run, decided)
+        try:
+            obstacle = await self._act(run, decided)
+            if obstacle:
+                decided = plan(run, replace(seen, obstacle=obstacle), self._clock())
+                await self._act(run, decided)
+        except _Outdated:
+            await self._read_again(run)
+            return AT_ONCE_SECONDS
         if decided.requeue_seconds is None and decided.status.phase == "Queued":
             return QUEUED_LOOK_SECONDS
         return decided.requeue_seconds
@@ -72,6 +77,8 @@ class Reconciler:
         )
         number = present(run.status, seen)
         child = seen.child(number)
+        if not run.terminal and child is not None and await self._pods_are_behind(child, seen, key):
+            seen = replace(seen, pods=tuple(map(Pod.of, self._inventory.pods(key, run.uid))))
         if not (run.terminal or run.deleting) and (child is None or child.finished == "Failed"):
             seen = replace(seen, quotas=await self._quotas(run.namespace))  # another attempt may have to be made
         if child is None:
@@ -108,6 +115,15 @@ class Reconciler:
                     found[name] = Child.of(raw, BACKENDS[kind])
         return tuple(sorted(found.values(), key=lambda child: child.attempt))
 
+    async def _pods_are_behind(self, child: Child, seen: Observed, key: Key) -> bool:
+        """Whether the child has failed and no pod of it has, as far as the watches have told. Then the pods are read: it
+        depends on them whether and how the run goes on."""
+        if child.finished != "Failed" or any(pod.failed for pod in seen.pods_of(child.attempt)):
+            return False
+        for raw in await self._cluster.list("Pod", key[0], f"{RUN_LABEL}={key[1]}"):
+            self._inventory.put("Pod", raw)
+        return True
+
     async def _quotas(self, namespace: str) -> tuple[Quota, ...]:
         return tuple(map(Quota.of, await self._cluster.list("ResourceQuota", namespace)))
 
@@ -119,6 +135,14 @@ class Reconciler:
         pods = seen.pods_of(child.attempt)
         first = next((pod for pod in pods if pod.index == 0 and pod.running), None)
         self._poller.watch(key, _life(child, seen), first.ip if first else None)
+
+    async def _read_again(self, run: Run) -> None:
+        """The run has changed since the watch brought it, is gone, or another one of its name is there."""
+        raw = await self._cluster.get("TrainingRun", run.namespace, run.name)
+        if raw is None or raw["metadata"]["uid"] != run.uid:
+            self._inventory.remove("TrainingRun", {"metadata": _identity(run)})
+        if raw is not None:
+            self._inventory.put("TrainingRun", raw)
 
     # --- act --------------------------------------------------------------------------------------------------------
 
@@ -133,11 +157,10 @@ class Reconciler:
         if decided.status != run.status:
             status = decided.status.model_dump(mode="json", by_alias=True, exclude_none=True)
             try:
-                answer = await self._cluster.apply_status(run.namespace, run.name, run.uid, status)
+                answer = await self._cluster.apply_status(_identity(run), status)
             except ApiError as error:
-                if error.code in (404, 409):  # the run is gone, or another one of its name is there
-                    self._inventory.remove("TrainingRun", {"metadata": _identity(run)})
-                    return None
+                if error.code in (404, 409):
+                    raise _Outdated from error
                 raise
             self._inventory.put("TrainingRun", answer)
         for event in decided.events:
@@ -188,8 +211,12 @@ class Reconciler:
             log.warning("an event was not written", extra={"run": run.name, "error": str(error)})
 
 
+class _Outdated(Exception):
+    """What was seen of the run is not how it is now: nothing that was decided by it may be written."""
+
+
 def _identity(run: Run) -> dict[str, str]:
-    return {"namespace": run.namespace, "name": run.name, "uid": run.uid}
+    return {"namespace": run.namespace, "name": run.name, "uid": run.uid, "resourceVersion": run.version}
 
 
 def _belongs(raw: Raw, run: Run) -> bool:

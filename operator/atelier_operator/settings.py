@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """`namespaces` empty: all of them. `lease_namespace` holds the Lease of the leader; `identity` names this replica in it."""
+    """`namespaces` empty: all of them. `lease_namespace` holds the Lease of the leader; `identity` names this replica in it.
+    `metrics_port` 0: any that is free."""
 
     namespaces: tuple[str, ...] = ()
     lease_namespace: str = "default"
@@ -25,7 +26,7 @@ class Settings:
             lease_namespace=environment.get("ATELIER_LEASE_NAMESPACE", cls.lease_namespace),
             lease_name=environment.get("ATELIER_LEASE_NAME", cls.lease_name),
             identity=environment.get("ATELIER_IDENTITY") or environment.get("HOSTNAME") or cls.identity,
-            metrics_port=int(_number(environment, "ATELIER_METRICS_PORT", cls.metrics_port)),
+            metrics_port=_port(environment, "ATELIER_METRICS_PORT", cls.metrics_port),
             resync_seconds=_number(environment, "ATELIER_RESYNC_SECONDS", cls.resync_seconds),
             progress_seconds=_number(environment, "ATELIER_PROGRESS_SECONDS", cls.progress_seconds),
         )
@@ -40,3 +41,10 @@ def _number(environment: Mapping[str, str], name: str, default: float) -> float:
     if not 0 < number < 1e6:
         raise ValueError(f"{name} is {text!r}; must be a number above 0 and below 1000000")
     return number
+
+
+def _port(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name) or str(default)
+    if not text.isdecimal() or int(text) > 65535:
+        raise ValueError(f"{name} is {text!r}; must be a whole number from 0 to 65535")
+    return int(text)

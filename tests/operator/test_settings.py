@@ -37,7 +37,17 @@ def test_a_replica_is_named_by_its_pod(environment: dict[str, str], identity: st
     assert Settings.of(environment).identity == identity
 
 
-@pytest.mark.parametrize("name", ["ATELIER_METRICS_PORT", "ATELIER_RESYNC_SECONDS", "ATELIER_PROGRESS_SECONDS"])
+@pytest.mark.parametrize("text", ["http", "-1", "80.5", "65536"])
+def test_a_port_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=f"ATELIER_METRICS_PORT is '{text}'; must be a whole number from 0 to 65535"):
+        Settings.of({"ATELIER_METRICS_PORT": text})
+
+
+def test_port_0_is_any_that_is_free() -> None:
+    assert Settings.of({"ATELIER_METRICS_PORT": "0"}).metrics_port == 0
+
+
+@pytest.mark.parametrize("name", ["ATELIER_RESYNC_SECONDS", "ATELIER_PROGRESS_SECONDS"])
 def test_a_number_that_is_none_is_refused(name: str) -> None:
     for text in ("soon", "0", "-1", "nan"):
         with pytest.raises(ValueError, match=f"{name} is '{text}'; must be"):

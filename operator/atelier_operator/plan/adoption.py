@@ -5,7 +5,7 @@ from atelier_operator.observed import Child
 from atelier_operator.plan import attempts
 from atelier_operator.plan.acceptance import Accepted, Refused
 from atelier_operator.plan.draft import Draft
-from atelier_operator.plan.ending import Ending, ending
+from atelier_operator.plan.ending import Ending, ending, of_pods
 from atelier_operator.plan.starting import plan_status
 
 
@@ -33,7 +33,9 @@ def _close(draft: Draft) -> None:
     if older is None:
         cause = Ending("restart", Reason.DELETED, "the child object was deleted")
     else:
-        cause = ending(older, draft.seen.pods_of(newest.number))
+        pods = draft.seen.pods_of(newest.number)
+        cause = ending(older, pods, noted=newest.last_exit_code)
+        draft.records = attempts.recorded(draft.records, older, None, of_pods(pods))
     draft.cause = cause
     draft.close_attempt(cause.reason, cause.message)
     draft.records = attempts.charged(draft.records, counted=cause.reaction == "restart")

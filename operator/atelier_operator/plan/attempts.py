@@ -3,6 +3,7 @@
 from datetime import datetime
 
 from atelier_api.v1alpha1.status import MOST_ATTEMPTS, AttemptStatus, RestartsStatus, RunStatus
+from atelier_operator.exit_rules import FINAL_CODES
 from atelier_operator.observed import Child, Observed
 from atelier_operator.plan.ending import Ending
 from atelier_operator.times import format_time
@@ -33,11 +34,17 @@ def recorded(records: list[AttemptStatus], child: Child, step: int | None, cause
         message=old.message if old else "",
         counted=max(child.restarts_counted, old.counted if old else 0),
         uncounted=max(child.restarts - child.restarts_counted, old.uncounted if old else 0),
-        last_exit_code=cause.code if cause else old.last_exit_code if old else None,
+        last_exit_code=_last_code(old, cause),
         to_step=max((each for each in (step, old.to_step if old else None) if each and each > 0), default=None),
     )
     others = [each for each in records if each.number != child.attempt]
     return [*others[-(MOST_ATTEMPTS - 1) :], new]
+
+
+def _last_code(old: AttemptStatus | None, cause: Ending | None) -> int | None:
+    """A code after which no pods of this attempt start again is not displaced by what its peers end with later."""
+    noted = old.last_exit_code if old else None
+    return noted if cause is None or noted in FINAL_CODES else cause.code
 
 
 def opened(records: list[AttemptStatus], number: int, now: datetime) -> list[AttemptStatus]:
