@@ -26,7 +26,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## train a LoRA on real pictures with two processes and open the result's report (under 5 minutes)
 	$(BIN)/python examples/demo/demo.py
 
-test: setup  ## the whole test suite
+test: setup  ## the whole test suite; the first time it builds a Kubernetes (ten minutes)
+	-$(BIN)/python tests/support/cluster/main.py build
 	$(BIN)/pytest -n 2 --dist loadfile
 
 test-fast: setup  ## the tests that start no process groups and no servers (under 3 minutes)

@@ -1,6 +1,7 @@
 """JobSet and Kueue as plain processes beside the API server: their published manifests, with webhooks called by URL."""
 
 import base64
+import json
 import os
 import re
 import shutil
@@ -96,8 +97,14 @@ class Addons:
         self.wait_until_ready(name, ports)
 
     def wait_until_ready(self, name: str, ports: AddonPorts) -> None:
-        url = f"http://127.0.0.1:{ports.health}/readyz"
-        self.daemons.wait_until(name, lambda: self.daemons.network.answers(url))
+        """Wait until the controller calls itself ready and serves its webhooks: their server listens before it knows them."""
+        network = self.daemons.network
+        self.daemons.wait_until(name, lambda: network.answers(f"http://127.0.0.1:{ports.health}/readyz"))
+        urls = json.loads(self._webhooks(name).read_text())
+        self.daemons.wait_until(name, lambda: all(network.serves(url) for url in urls))
+
+    def _webhooks(self, name: str) -> Path:
+        return self.daemons.state / f"{name}-webhooks.json"
 
     def _certificate_folder(self, name: str) -> Path:
         folder = self.daemons.state / f"{name}-certificates"
@@ -123,6 +130,8 @@ class Addons:
         rendered = subprocess.run(kustomize, check=True, capture_output=True).stdout
         bundle = base64.b64encode(self.certificates.authority.read_bytes()).decode()
         objects = _outside_the_cluster(rendered, f"https://127.0.0.1:{port}", bundle, webhooks)
+        hooks = [hook for each in objects for hook in each.get("webhooks", ())]
+        self._webhooks(name).write_text(json.dumps(sorted({hook["clientConfig"]["url"] for hook in hooks})))
         manifest = self.daemons.state / f"{name}.yaml"
         with manifest.open("w") as file:
             yaml.dump_all(objects, file, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper))

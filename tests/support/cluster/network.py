@@ -9,6 +9,7 @@ import ctypes
 import os
 import secrets
 import socket
+import ssl
 import subprocess
 import urllib.error
 import urllib.request
@@ -65,6 +66,22 @@ class Network:
             try:
                 with opener.open(url, timeout=2) as response:
                     return bool(response.status == 200)
+            except (urllib.error.URLError, OSError):
+                return False
+
+    def serves(self, url: str) -> bool:
+        """Whether the server of the https `url`, whoever it is, knows the path: a GET may be refused, but not with 404."""
+        unverified = ssl.create_default_context()
+        unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=unverified)
+        )
+        with self.entered():
+            try:
+                with opener.open(url, timeout=2):
+                    return True
+            except urllib.error.HTTPError as error:
+                return bool(error.code != 404)
             except (urllib.error.URLError, OSError):
                 return False
 
