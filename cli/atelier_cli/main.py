@@ -19,7 +19,7 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort):
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # of the last: the reader of a pipe has left
             raise
         except KeyboardInterrupt as error:
             raise typer.Exit(INTERRUPTED) from error
