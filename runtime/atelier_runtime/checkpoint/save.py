@@ -7,6 +7,7 @@ nothing else happens in the trainer's process.
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -85,7 +86,7 @@ class Checkpointer:
                 staging.mkdir(parents=True, exist_ok=True)
             start = group.on_rank_zero(lambda: _start(run_file, store))
             nodes = group.gather(ranks.rank - ranks.local_rank)
-            self._rendezvous, address = _rendezvous(group, nodes)
+            self._rendezvous, address = rendezvous(group, nodes)
         finally:
             group.close()
         self.attempt = start.attempt
@@ -213,16 +214,22 @@ def _start(run_file: RunFile, store: Store) -> _Start:
     return _Start(claim_attempt(store, run_file.attempt), capabilities, compare_etag)
 
 
-def _rendezvous(group: Group, nodes: Sequence[int]) -> tuple[TCPStore | None, tuple[str, int] | None]:
+def rendezvous(group: Group, nodes: Sequence[int]) -> tuple[TCPStore | None, tuple[str, int] | None]:
     """Where the writers find each other: a key-value store in rank 0's process (kept as long as it lives), and its address."""
     if group.world_size == 1:
         return None, None
-    host = "127.0.0.1" if len(set(nodes)) == 1 else os.environ["MASTER_ADDR"]
+    host = "127.0.0.1" if len(set(nodes)) == 1 else _address_of(os.environ["MASTER_ADDR"])
     store = None
     if group.rank == 0:
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
     port = group.gather(store.port if store is not None else 0)[0]
     return store, (host, port)
+
+
+def _address_of(host: str) -> str:
+    """The IP address of `host`, as this node sees it. A writer that starts late may not ask for it any more: names of pods are
+    gone from the cluster's DNS as soon as their run is being stopped, while they still have to commit their last checkpoint."""
+    return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
 
 
 def _start_writer(memories: Sequence[SharedMemory]) -> tuple[Pipe, "subprocess.Popen[bytes]"]:

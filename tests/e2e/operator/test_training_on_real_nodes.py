@@ -189,6 +189,7 @@ def test_a_run_trains_on_two_nodes_and_leaves_a_lora_that_stock_diffusers_loads(
 def test_a_killed_rank_restarts_the_gang_and_the_run_goes_on_from_its_checkpoint(make: Make, store: S3Server) -> None:
     run = make(hyperparameters={"steps": 400})
     training(run, 4)
+    until(lambda: committed(run, store), "a checkpoint", SECONDS)
     kill = (
         "import os, signal, pathlib\n"
         "for each in pathlib.Path('/proc').glob('[0-9]*/cmdline'):\n"

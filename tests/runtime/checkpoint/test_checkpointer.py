@@ -10,9 +10,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -21,6 +22,8 @@ import torch
 from atelier_api.errors import CredentialsError, StoreError
 from atelier_runtime.checkpoint import Checkpointer
 from atelier_runtime.checkpoint.messages import Save, Superseded
+from atelier_runtime.checkpoint.ranks import Group
+from atelier_runtime.checkpoint.save import rendezvous
 from atelier_runtime.checkpoint.snapshot import SnapshotFacts
 from atelier_runtime.checkpoint.writer import Writer
 from atelier_runtime.store import open_store
@@ -359,3 +362,22 @@ def test_writers_that_were_given_different_saves_agree_on_the_newest(
         thread.join(20)
     assert chosen == {0: agreed, 1: agreed}
     assert [trainer.told for trainer in trainers] == [first[:-1], second[:-1]]
+
+
+def test_writers_are_told_an_address_and_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of a pod is gone while the pod still commits its last checkpoint."""
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    group = _TwoNodes()
+    store, address = rendezvous(cast(Group, group), nodes=[0, 1])
+    assert store is not None
+    assert address is not None
+    assert (ip_address(address[0]).is_loopback, address[1]) == (True, store.port)
+
+
+class _TwoNodes:
+    """Rank 0's view of two ranks on two nodes."""
+
+    rank, world_size = 0, 2
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, None]
