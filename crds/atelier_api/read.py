@@ -26,7 +26,7 @@ PATTERNS = {
     r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$": "lower-case letters, digits, '-' and '.', beginning and ending with a letter or digit",
     r"^(auto|dynamic|none|[0-9]+(\.[0-9]+)?)$": 'auto, dynamic, none or a number such as "3.0"',
     r"^[0-9]+(Mi|Gi)$": 'a size such as "80Gi" or "512Mi"',
-    r"^https?://": "a URL that begins with http:// or https://",
+    r"^https?://[^/ ]+": "a URL such as https://s3.example.org",
 }
 """What each pattern of the API means, for people."""
 
@@ -57,7 +57,7 @@ def parse_run(text: str, where: str) -> TrainingRun:
     document, lines = _load(text, where)
     found = problems(document)
     if not found:
-        return _validated(document)
+        return validated(document)
     ordered = sorted(found, key=lambda problem: _line(problem.path, lines))
     raise ConfigError("\n".join(f"{where}:{_line(problem.path, lines)}: {problem}" for problem in ordered))
 
@@ -65,14 +65,15 @@ def parse_run(text: str, where: str) -> TrainingRun:
 def problems(document: object) -> list[Problem]:
     """Everything wrong with a parsed document; empty when it is a valid run."""
     try:
-        run = _validated(document)
+        run = validated(document)
     except ValidationError as error:
         return [*_field_problems(error), *rules.unknown_family(document)]
     return rules.broken(run)
 
 
-def _validated(document: object) -> TrainingRun:
-    """Strict, as the API server is: "16" is no integer, and keys are camelCase."""
+def validated(document: object) -> TrainingRun:
+    """The run in a parsed document whose fields are right each for itself. Strict, as the API server is: "16" is no integer, and
+    keys are camelCase. Raises pydantic.ValidationError, which `problems` puts into words."""
     return TrainingRun.model_validate(_with_adapter_type(document), strict=True, by_alias=True, by_name=False)
 
 

@@ -1,6 +1,5 @@
 """The CRD and the reader take the same documents: what one accepts, the other does, and they name the same fields."""
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from atelier_api.fields import Node, tree, walk
 from atelier_api.problem import Problem
 from atelier_api.read import problems
-from run_documents import Document, document, documents
+from run_documents import Document, document, documents, places, with_value, wrong_values
 from structural_schema import violations
 
 quick = settings(
@@ -47,9 +46,9 @@ def test_rules_and_cel_refuse_the_same_fields(drawn: Document) -> None:
 @quick
 @given(documents(), st.data())
 def test_a_field_made_wrong_is_refused_by_both(drawn: Document, data: st.DataObject) -> None:
-    place, node = data.draw(st.sampled_from(list(_places(drawn, tree(), ()))))
-    wrong = data.draw(st.sampled_from(list(_wrong_values(node))))
-    broken = _with(drawn, place, wrong)
+    place, node = data.draw(st.sampled_from(list(places(drawn, tree(), ()))))
+    wrong = data.draw(st.sampled_from(list(wrong_values(node))))
+    broken = with_value(drawn, place, wrong)
     assert violations(broken)
     assert problems(broken)
 
@@ -94,40 +93,3 @@ def _at_bounds(node: Node) -> Iterator[tuple[Any, bool]]:
         if bound is not None:
             yield wire(bound), not excluded
             yield wire(bound + step), False
-
-
-def _places(value: Any, node: Node, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Node]]:
-    """Every field of a document below `spec`, with its node."""
-    if place[:1] == ("spec",) and value is not None:
-        yield place, node
-    if isinstance(value, dict):
-        for name, item in value.items():
-            if name in node.fields:
-                yield from _places(item, node.fields[name], (*place, name))
-    if isinstance(value, list) and node.item is not None:
-        for index, item in enumerate(value):
-            yield from _places(item, node.item, (*place, index))
-
-
-def _wrong_values(node: Node) -> Iterator[Any]:
-    """Values that no field of this kind takes."""
-    yield {"unknownKey": 1} if node.fields else {"a": {}}
-    yield [[]]
-    if node.kind != "boolean":
-        yield True
-    if node.kind in ("string", "decimal"):
-        yield 7 if node.kind == "string" else "seven"
-    if node.kind == "integer":
-        yield "7"
-        yield 10**12
-    if node.choices:
-        yield "nothing-like-it"
-
-
-def _with(original: Document, place: tuple[Any, ...], value: Any) -> Document:
-    changed = copy.deepcopy(original)
-    block: Any = changed
-    for step in place[:-1]:
-        block = block[step]
-    block[place[-1]] = value
-    return changed

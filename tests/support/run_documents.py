@@ -1,6 +1,7 @@
 """TrainingRun documents for tests: a small valid one to change, and hypothesis strategies drawn from the API's own fields."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 from hypothesis import strategies as st
@@ -40,7 +41,7 @@ PATTERN_EXAMPLES = {
     r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$": ["default", "h100-80g", "a.b"],
     r"^(auto|dynamic|none|[0-9]+(\.[0-9]+)?)$": ["auto", "dynamic", "none", "3.0", "12"],
     r"^[0-9]+(Mi|Gi)$": ["80Gi", "512Mi", "0Gi", "24Gi"],
-    r"^https?://": ["https://s3.example", "http://127.0.0.1:9000"],
+    r"^https?://[^/ ]+": ["https://s3.example", "http://127.0.0.1:9000"],
     r"^[a-z]([-a-z0-9]*[a-z0-9])?$": ["a", "a-1", "run"],
     r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$": ["default", "1a"],
 }
@@ -190,3 +191,41 @@ def _mend(sound: Document, path: str) -> None:
         for name in blocks:
             block = block[name]
         block.pop(field, None)
+
+
+def places(value: Any, node: Node, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Node]]:
+    """Every field of a document below `spec`, with its node."""
+    if place[:1] == ("spec",) and value is not None:
+        yield place, node
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if name in node.fields:
+                yield from places(item, node.fields[name], (*place, name))
+    if isinstance(value, list) and node.item is not None:
+        for index, item in enumerate(value):
+            yield from places(item, node.item, (*place, index))
+
+
+def wrong_values(node: Node) -> Iterator[Any]:
+    """Values that no field of this kind takes."""
+    yield {"unknownKey": 1} if node.fields else {"a": {}}
+    yield [[]]
+    if node.kind != "boolean":
+        yield True
+    if node.kind in ("string", "decimal"):
+        yield 7 if node.kind == "string" else "seven"
+    if node.kind == "integer":
+        yield "7"
+        yield 10**12
+    if node.choices:
+        yield "nothing-like-it"
+
+
+def with_value(original: Document, place: tuple[Any, ...], value: Any) -> Document:
+    """A document with another value at a place."""
+    changed = copy.deepcopy(original)
+    block: Any = changed
+    for step in place[:-1]:
+        block = block[step]
+    block[place[-1]] = value
+    return changed

@@ -44,10 +44,12 @@ class S3Settings(Block):
     endpoint: str | None = Field(
         default=None,
         max_length=2048,
-        pattern=r"^https?://",
+        pattern=r"^https?://[^/ ]+",
         description="Endpoint URL of a private store. Default: AWS.",
     )
-    region: str = Field(default="us-east-1", max_length=63, description="Region.")
+    region: str = Field(
+        default="us-east-1", max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", description="Region."
+    )
     addressing: Literal["path", "virtual"] = Field(
         default="path", description="Bucket in the path or in the host name."
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from atelier_api.errors import ConfigError
-from atelier_api.read import problems
+from atelier_api.read import problems, validated
 from atelier_api.run_file import RunFile
 from atelier_api.v1alpha1 import TrainingRun
 from atelier_api.v1alpha1.conditions import ConditionType, Reason
@@ -36,7 +36,7 @@ def accept(run: Run, seen: Observed) -> Accepted | Refused:
     found = problems(run.document)
     if found:
         return Refused(ConditionType.ACCEPTED, Reason.INVALID_SPEC, "; ".join(map(str, found[:5])))
-    parsed = TrainingRun.model_validate(run.document)
+    parsed = validated(run.document)
     if seen.profile is None:
         reference = parsed.spec.profile_ref
         name = f"{reference.kind} {reference.name}"

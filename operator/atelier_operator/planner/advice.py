@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
-from atelier_api.read import problems
+from atelier_api.read import problems, validated
 from atelier_api.rules import bucket_alignment, processes_per_node
 from atelier_api.v1alpha1 import TrainingRun
 from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter
@@ -66,7 +66,7 @@ def changed(run: TrainingRun, changes: Changes) -> TrainingRun | None:
         for name in blocks:
             block = block[name]
         block[field] = value
-    return None if problems(document) else TrainingRun.model_validate(document)
+    return None if problems(document) else validated(document)
 
 
 def gib(size: int) -> str:
