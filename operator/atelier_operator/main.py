@@ -202,7 +202,7 @@ def register(registry: kopf.OperatorRegistry, operator: Operator, settings: Sett
 
 
 def configure(settings: kopf.OperatorSettings) -> None:
-    """kopf's settings; each has its reason in docs/decisions/0011-kopf-level-based.md."""
+    """kopf's settings; each has its reason in docs/decisions/0011-decide-from-what-is-there.md."""
     settings.posting.loggers = False
     settings.posting.level = logging.WARNING
     settings.persistence.finalizer = f"{GROUP}/unused"

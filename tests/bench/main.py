@@ -1,4 +1,4 @@
-"""`make bench`: the speed of the loop, the data path and checkpoints, as ratios of interleaved runs and as counts.
+"""`make bench`: the speed of the loop, the data path, checkpoints and the operator, as ratios of interleaved runs and as counts.
 
     python tests/bench/main.py [--quick] [--only C1 …] [--state-mib 256] [--out build/bench.json]
 
@@ -31,6 +31,7 @@ os.environ["PROMETHEUS_MULTIPROC_DIR"] = _numbers  # ranks count into mapped fil
 import checkpoint_stall  # noqa: E402
 import data_path  # noqa: E402
 import loop_overhead  # noqa: E402
+import operator_scale  # noqa: E402
 import torch  # noqa: E402
 from pairs import Findings  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -38,6 +39,7 @@ from rich.table import Table  # noqa: E402
 
 from atelier_runtime.launch import quiet_libraries  # noqa: E402
 
+ALL = ("C1", "C2", "C4", "O")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "atelier-training")
 
 
@@ -98,7 +100,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="few pairs and small sizes: the counts are true, the seconds are not"
     )
-    parser.add_argument("--only", nargs="+", choices=("C1", "C2", "C4"), default=("C1", "C2", "C4"))
+    parser.add_argument("--only", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--state-mib", type=int, default=256, help="size of the checkpointed state")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench.json")
     options = parser.parse_args()
@@ -111,6 +113,7 @@ def main() -> None:
         "C1": lambda: loop_overhead.run(quick=options.quick),
         "C2": lambda: data_path.run(quick=options.quick),
         "C4": lambda: checkpoint_stall.run(quick=options.quick, mebibytes=options.state_mib),
+        "O": lambda: operator_scale.run(quick=options.quick),
     }
     facts, started = machine(), time.monotonic()
     findings = {name: run() for name, run in benchmarks.items() if name in options.only}

@@ -113,7 +113,7 @@ def make(operator: OperatorProcess, store: S3Server, base: Path, request: pytest
                 "credentialsRef": {"name": "s3"},
                 "checkpoint": {"everySteps": 2, "everySeconds": 0},
             },
-            "schedule": {"terminationGraceSeconds": 30},
+            "schedule": {"terminationGraceSeconds": 60},
         }
         for block, changes in spec.items():
             defaults[block] = {**defaults.get(block, {}), **changes}
@@ -147,6 +147,12 @@ def training(run: ClusterRun, step: int) -> dict[str, Any]:
             SECONDS,
         )
     )
+
+
+def first_checkpoint(run: ClusterRun, store: S3Server) -> None:
+    """Wait until the run trains and has committed a checkpoint: on a busy machine its writer is up many seconds later."""
+    training(run, 1)
+    until(lambda: committed(run, store), "a checkpoint", SECONDS)
 
 
 def history(run: ClusterRun, store: S3Server) -> dict[int, float]:
@@ -188,8 +194,7 @@ def test_a_run_trains_on_two_nodes_and_leaves_a_lora_that_stock_diffusers_loads(
 
 def test_a_killed_rank_restarts_the_gang_and_the_run_goes_on_from_its_checkpoint(make: Make, store: S3Server) -> None:
     run = make(hyperparameters={"steps": 400})
-    training(run, 4)
-    until(lambda: committed(run, store), "a checkpoint", SECONDS)
+    first_checkpoint(run, store)
     kill = (
         "import os, signal, pathlib\n"
         "for each in pathlib.Path('/proc').glob('[0-9]*/cmdline'):\n"
@@ -231,7 +236,7 @@ def test_preemption_commits_a_checkpoint_and_the_run_goes_on_from_that_step(make
     made[1]["spec"]["resourceGroups"][0]["flavors"][0]["resources"][1]["nominalQuota"] = "1"
     priority = {"apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "WorkloadPriorityClass"}
     cluster.apply([*made, priority | {"metadata": {"name": "high"}, "value": 1000}])
-    training(low, 3)
+    first_checkpoint(low, store)
     high = make("high", schedule={"queue": "gpu", "priority": "high"})
     low.wait("Suspended", "Preempted", seconds=SECONDS)
     high.wait("Running", seconds=SECONDS)
@@ -254,7 +259,7 @@ def test_the_operator_may_be_away_while_a_run_ends(make: Make, operator: Operato
 
 def test_stop_and_resume_lose_no_step(make: Make, store: S3Server) -> None:
     run = make(hyperparameters={"steps": 400})
-    training(run, 3)
+    first_checkpoint(run, store)
     run.patch({"schedule": {"suspend": True}})
     run.wait("Suspended", "Requested", seconds=SECONDS)
     until(lambda: run.objects("pod") == [], "the pods to go", SECONDS)
