@@ -20,6 +20,7 @@ Object = dict[str, Any]
 
 TIMEOUT_SECONDS = 30.0
 TRIES = 5
+PAGE = 500
 RETRIED = frozenset({429, 500, 502, 503, 504})
 
 
@@ -102,9 +103,22 @@ class Cluster:
             raise
 
     async def list(self, kind: str, namespace: str | None, selector: str = "") -> list[Object]:
-        """The objects of a namespace, or of all."""
-        query = {"labelSelector": selector} if selector else None
-        return list((await self._request("GET", kind, KINDS[kind].path(namespace), query=query)).get("items") or ())
+        """The objects of a namespace, or of all, read page by page; none where the kind is not served."""
+        found: list[Object] = []
+        query = {"limit": str(PAGE), **({"labelSelector": selector} if selector else {})}
+        try:
+            while True:
+                page = await self._request("GET", kind, KINDS[kind].path(namespace), query=query)
+                found += page.get("items") or ()
+                rest = page["metadata"].get("continue")
+                if not rest:
+                    break
+                query["continue"] = rest
+        except ApiError as error:
+            if error.code != 404:
+                raise
+        named = {"apiVersion": f"{KINDS[kind].group}/{KINDS[kind].version}".removeprefix("/"), "kind": kind}
+        return [named | each for each in found]  # in a list the items do not say what they are
 
     async def create(self, manifest: Object) -> Object:
         """Make an object. Raises ApiError 409 when there is one of that name."""

@@ -2,7 +2,8 @@
 
     kopf run -m atelier_operator.main --standalone …      (see `python -m atelier_operator`)
 
-Only `on.event` handlers and one index-like inventory: no state on objects, no finalizers, no timers per object.
+Only `on.event` handlers and our own inventory: no state on objects, no finalizers, no timers per object; and no index of kopf's, whose
+first filling wakes every object for each other one (5,000 took 137 s).
 """
 
 import asyncio
@@ -17,11 +18,11 @@ from typing import Any
 
 import kopf
 
-from atelier_operator.cluster import ApiError, Cluster, LostLeadership
+from atelier_operator.cluster import KINDS, ApiError, Cluster, LostLeadership
 from atelier_operator.inventory import Inventory, Key
 from atelier_operator.leadership import Leadership
 from atelier_operator.metrics import Metrics
-from atelier_operator.names import GROUP, RUN_LABEL, VERSION
+from atelier_operator.names import GROUP, RUN_LABEL
 from atelier_operator.observed import Apis
 from atelier_operator.polling import Poller
 from atelier_operator.reconcile import Reconciler
@@ -31,10 +32,26 @@ from atelier_operator.work_queue import WorkQueue
 log = logging.getLogger(__name__)
 
 DISCOVERY_SECONDS = 30.0
+SETTLE_SECONDS = 0.5
+"""Changes of children and pods come in bursts: they are looked at together, so that what lasts for a moment is not written.
+A run that somebody has changed is looked at at once."""
+
 PHASES = (
     *("Pending", "Queued", "Preparing", "Running", "Suspended", "Recovering"),
     *("Publishing", "Succeeded", "Failed"),
 )
+
+
+WATCHED: Mapping[str, str] = {
+    "ClusterTrainingProfile": "",
+    "TrainingProfile": "",
+    "TrainingRun": "",
+    "JobSet": RUN_LABEL,
+    "Job": RUN_LABEL,
+    "Pod": RUN_LABEL,
+    "Workload": "",
+}
+"""The kinds that are watched, with the label that those of ours have."""
 
 
 class Operator:
@@ -56,11 +73,14 @@ class Operator:
         )
         cluster.may_write = self._leadership.holds
         self._tasks: list[asyncio.Task[Any]] = []
-        self._synced = False
 
     async def start(self) -> None:
-        """Begin to follow the Lease and the cluster's APIs."""
+        """Read everything once, so that no run is judged before all is known of it; then follow the Lease and the APIs."""
         await self._discover()
+        for kind, selector in self._kinds().items():
+            for namespace in self._namespaces(kind):
+                for raw in await self._cluster.list(kind, namespace, selector):
+                    self.inventory.put(kind, raw)
         self.queue.start()
         self._tasks = [
             asyncio.create_task(self._leadership.follow(self._gained, self._lost)),
@@ -81,9 +101,9 @@ class Operator:
     def take(self, kind: str, event: Mapping[str, Any]) -> None:
         """An object has come, changed or gone."""
         raw = event["object"]
-        self._synced = True
         self.metrics.event(kind, time.time())
         gone = event.get("type") == "DELETED"
+        at_once = kind == "TrainingRun" and (gone or self._is_news(raw))
         key = self.inventory.remove(kind, raw) if gone else self.inventory.put(kind, raw)
         if gone and kind == "TrainingRun" and key is not None:
             self.queue.forget(key)
@@ -91,8 +111,16 @@ class Operator:
             metadata = raw["metadata"]
             for run in list(self.inventory.using_profile(kind, metadata.get("namespace") or "", metadata["name"])):
                 self.queue.wake(run)
-        elif key is not None:
+        elif key is not None and at_once:
             self.queue.wake(key)
+        elif key is not None:
+            self.queue.wake_after(key, SETTLE_SECONDS)
+
+    def _is_news(self, raw: Mapping[str, Any]) -> bool:
+        """Whether somebody else has made or changed the run: our own statuses come back as events as well."""
+        metadata = raw["metadata"]
+        known = (self.inventory.run((metadata["namespace"], metadata["name"])) or {}).get("metadata") or {}
+        return any(known.get(field) != metadata.get(field) for field in ("uid", "generation", "deletionTimestamp"))
 
     async def _work(self, key: Key) -> float | None:
         started = time.monotonic()
@@ -118,7 +146,7 @@ class Operator:
 
     async def _look_around(self) -> None:
         """Discovery, and from time to time every run once more."""
-        resynced = time.monotonic()
+        resynced = -self._settings.resync_seconds  # soon once: something may have gone before the watches began
         while True:
             await asyncio.sleep(DISCOVERY_SECONDS)
             try:
@@ -138,31 +166,33 @@ class Operator:
             self._wake_all()
 
     def _wake_all(self) -> None:
-        """Look at every run; not before the watches have brought everything once."""
-        if self._synced:
-            for key in self.inventory.runs():
-                self.queue.wake(key)
+        """Look at every run."""
+        for key in self.inventory.runs():
+            self.queue.wake(key)
 
     async def _resync(self) -> None:
         """Forget what is gone without a watch having told so, and look at every run."""
-        apis = self._reconciler.apis
-        kinds = [
-            "TrainingRun",
-            "Job",
-            "Pod",
-            *(["JobSet"] if apis.jobset else []),
-            *(["Workload"] if apis.kueue else []),
-        ]
         try:
-            for kind in kinds:
-                selector = "" if kind in ("TrainingRun", "Workload") else RUN_LABEL
-                for namespace in self._settings.namespaces or (None,):
+            for kind, selector in self._kinds().items():
+                for namespace in self._namespaces(kind):
                     since = self.inventory.names(kind, namespace)
-                    there = await self._cluster.list(kind, namespace, selector)
-                    self.inventory.keep(kind, since, there)
+                    self.inventory.keep(kind, since, await self._cluster.list(kind, namespace, selector))
         except ApiError as error:
             log.warning("the inventory cannot be compared", extra={"error": str(error)})
         self._wake_all()
+
+    def _kinds(self) -> dict[str, str]:
+        """What is watched, each with the selector of ours, as far as the cluster serves it."""
+        apis, cluster_wide = self._reconciler.apis, not self._settings.namespaces
+        absent = {
+            *(() if apis.jobset else ("JobSet",)),
+            *(() if apis.kueue else ("Workload",)),
+            *(() if cluster_wide else ("ClusterTrainingProfile",)),
+        }
+        return {kind: selector for kind, selector in WATCHED.items() if kind not in absent}
+
+    def _namespaces(self, kind: str) -> tuple[str | None, ...]:
+        return (None,) if kind == "ClusterTrainingProfile" else self._settings.namespaces or (None,)
 
     def _count(self) -> None:
         found = (self.inventory.run(key) or {} for key in self.inventory.runs())
@@ -173,27 +203,16 @@ class Operator:
 
 def register(registry: kopf.OperatorRegistry, operator: Operator, settings: Settings) -> None:
     """The watches. Objects of others are selected by label on the server, so that not every Pod comes here."""
-    ours = {RUN_LABEL: kopf.PRESENT}
-    watched: list[tuple[str, tuple[str, str, str], Mapping[str, Any] | None]] = [
-        ("TrainingRun", (GROUP, VERSION, "trainingruns"), None),
-        ("TrainingProfile", (GROUP, VERSION, "trainingprofiles"), None),
-        ("JobSet", ("jobset.x-k8s.io", "v1alpha2", "jobsets"), ours),
-        ("Job", ("batch", "v1", "jobs"), ours),
-        ("Pod", ("", "v1", "pods"), ours),
-        ("Workload", ("kueue.x-k8s.io", "v1beta1", "workloads"), None),
-    ]
-    if not settings.namespaces:
-        watched.append(("ClusterTrainingProfile", (GROUP, VERSION, "clustertrainingprofiles"), None))
-    for kind, resource, labels in watched:
-        # kopf calls event handlers only once every index has been filled: so no run is judged before all is known of it.
-        async def index(body: Mapping[str, Any], kind: str = kind, **_: Any) -> None:
-            operator.inventory.put(kind, dict(body))
+    for kind, selector in WATCHED.items():
+        if kind == "ClusterTrainingProfile" and settings.namespaces:
+            continue
 
         async def handle(event: Mapping[str, Any], kind: str = kind, **_: Any) -> None:
             operator.take(kind, event)
 
-        kopf.index(*resource, labels=labels, registry=registry, id=f"index-{kind}")(index)
-        kopf.on.event(*resource, labels=labels, registry=registry, id=kind)(handle)
+        place = KINDS[kind]
+        labels = {selector: kopf.PRESENT} if selector else None
+        kopf.on.event(place.group, place.version, place.plural, labels=labels, registry=registry, id=kind)(handle)
 
     async def log_in(**arguments: Any) -> kopf.ConnectionInfo | None:
         return kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
