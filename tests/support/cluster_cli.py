@@ -1,0 +1,103 @@
+"""`atelier` as a process of its own against a real API server, as a user has it: the client reads KUBECONFIG when it is imported.
+
+A test module takes the fixtures with `pytest_plugins = ("cluster_fixtures", "cluster_cli")`: an operator, and a place with a file.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from atelier_api.exit_codes import MEANINGS, ExitCode
+from cluster.local import Cluster
+from cluster_documents import PROFILE, run_document
+from operator_process import ClusterRun, OperatorProcess, install_crds, until
+
+Object = dict[str, Any]
+Ended = subprocess.CompletedProcess[str]
+
+
+def command(environment: Mapping[str, str], *arguments: str) -> tuple[list[str], dict[str, str]]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("KUBECONFIG",)}
+    return [sys.executable, "-m", "atelier_cli.main", *arguments], {**kept, **environment}
+
+
+def atelier(cluster: Cluster, *arguments: str, answer: str = "") -> Ended:
+    """The command with the administrator's kubeconfig."""
+    return run_with(cluster.environment, *arguments, answer=answer)
+
+
+def run_with(environment: Mapping[str, str], *arguments: str, answer: str = "") -> Ended:
+    line, variables = command(environment, *arguments)
+    return subprocess.run(line, env=variables, input=answer, capture_output=True, text=True, timeout=120)
+
+
+def errors(ended: Ended) -> list[str]:
+    """What it says on stderr, which must be errors and nothing else."""
+    lines = ended.stderr.splitlines()
+    assert all(line.startswith("error: ") for line in lines), ended.stderr
+    return [line.removeprefix("error: ") for line in lines]
+
+
+@pytest.fixture(scope="module")
+def operator(fake_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
+    install_crds(fake_cluster)
+    fake_cluster.apply(PROFILE)
+    process = OperatorProcess(fake_cluster, tmp_path_factory.mktemp("operator") / "log").start()
+    yield process
+    process.stop()
+
+
+class Place:
+    """A namespace, a file, and the command for both."""
+
+    def __init__(self, cluster: Cluster, namespace: str, folder: Path) -> None:
+        self.cluster = cluster
+        self.namespace = namespace
+        self.file = folder / "run.yaml"
+        self.run = ClusterRun(cluster, namespace, "run")
+
+    def write(self, text: str | None = None, **spec: Any) -> None:
+        """The file: a run with parts of its spec changed, without a namespace."""
+        document = run_document(self.namespace, "run", **spec)
+        del document["metadata"]["namespace"]
+        self.file.write_text(text if text is not None else yaml.safe_dump(document))
+
+    def atelier(self, *arguments: str, answer: str = "") -> Ended:
+        return atelier(self.cluster, *arguments, "-n", self.namespace, answer=answer)
+
+    def submit(self, **spec: Any) -> None:
+        self.write(**spec)
+        ended = self.atelier("submit", str(self.file))
+        assert ended.returncode == 0, ended.stderr
+
+    def pods(self) -> list[Object]:
+        return list(until(lambda: pods if len(pods := self.run.pods()) == 2 else None, "two pods"))
+
+    def end(self, code: ExitCode, message: str = "") -> None:
+        """Node 0 ends with the code, its peer as one that has lost it."""
+        first, second = self.pods()
+        self.run.end_pod(first, int(code), result(code, message))
+        lost = ExitCode.DONE if code is ExitCode.DONE else ExitCode.COLLECTIVE_TIMEOUT
+        self.run.end_pod(second, int(lost), result(lost))
+
+
+def result(code: ExitCode, message: str = "") -> str:
+    """What an agent leaves as its termination message."""
+    reason = MEANINGS[code].reason
+    facts = {"exitCode": int(code), "reason": reason, "message": message or reason, "attempt": "1.0", "step": 3}
+    return json.dumps(facts | {"time": 1e9 if code is not ExitCode.COLLECTIVE_TIMEOUT else 2e9})
+
+
+@pytest.fixture
+def place(operator: OperatorProcess, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    namespace = f"c{abs(hash(request.node.nodeid)) % 10**8}"
+    operator.cluster.make_namespace(namespace)
+    yield Place(operator.cluster, namespace, tmp_path)
+    operator.cluster.kubectl("delete", "namespace", namespace, "--wait=false")
