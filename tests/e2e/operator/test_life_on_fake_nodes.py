@@ -10,23 +10,13 @@ import pytest
 
 from atelier_api.exit_codes import MEANINGS, ExitCode
 from cluster.daemons import ClusterError
-from cluster.local import Cluster
-from cluster_documents import PROFILE, queues, run_document
-from operator_process import ClusterRun, OperatorProcess, install_crds, until
+from cluster_documents import queues, run_document
+from operator_process import ClusterRun, OperatorProcess, until
 
-pytest_plugins = ("cluster_fixtures",)
+pytest_plugins = ("cluster_fixtures", "cluster_cli")
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400)]
 
 Make = Callable[..., ClusterRun]
-
-
-@pytest.fixture(scope="module")
-def operator(fake_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
-    install_crds(fake_cluster)
-    fake_cluster.apply(PROFILE)
-    process = OperatorProcess(fake_cluster, tmp_path_factory.mktemp("operator") / "log").start()
-    yield process
-    process.stop()
 
 
 @pytest.fixture
