@@ -30,8 +30,8 @@ test: setup  ## the whole test suite; the first time it builds a Kubernetes (ten
 	-$(BIN)/python tests/support/cluster/main.py build
 	$(BIN)/pytest -n 2 --dist loadfile
 
-test-fast: setup  ## the tests that start no process groups and no servers (under 3 minutes)
-	$(BIN)/pytest -n 2 --dist loadfile -m "not processes"
+test-fast: setup  ## the tests that start no process groups and no servers, without the sweeps (under 3 minutes)
+	$(BIN)/pytest -n 2 --dist loadfile -m "not processes and not sweep"
 
 verify: setup  ## formatting, lint, types, import directions, generated files
 	$(BIN)/ruff format --check $(CODE)

@@ -28,6 +28,8 @@ from run_documents import Document, documents, places, sound_documents, with_val
 from run_stories import START, UID, profile
 from tiny_families import save_tiny
 
+pytestmark = pytest.mark.sweep
+
 SIZE_OF_A_CONFIG_MAP = 2**20
 LABEL = re.compile(r"^(([A-Za-z0-9][-A-Za-z0-9_.]{0,61})?[A-Za-z0-9])?$")
 HOSTILE: list[Any] = [

@@ -14,6 +14,9 @@ BLOCKS: dict[str, Object] = {"schedule": {"ttlSecondsAfterFinished": 600}, "retr
 TIMES = {"startTime", "completionTime", "start", "end", "lastTransitionTime"}
 
 
+pytestmark = pytest.mark.sweep
+
+
 class Blow:
     """Strikes once, at the operator's write `number`: before it, after it but before its answer, or when the operator does
     anything else after the answer."""
