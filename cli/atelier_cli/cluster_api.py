@@ -198,16 +198,13 @@ class ClusterApi:
     def _call(self, method: Any, /, **arguments: Any) -> Any:
         """Ask, again where the server is only busy (429: of a kind that has just come, or for all of its users)."""
         try:
-            for _ in range(BUSY_TRIES):
+            for tries_left in reversed(range(BUSY_TRIES)):
                 try:
                     return method(**{"_request_timeout": TIMEOUT_SECONDS, **arguments})
                 except ApiException as error:
-                    if error.status != HTTPStatus.TOO_MANY_REQUESTS:
-                        raise
+                    if error.status != HTTPStatus.TOO_MANY_REQUESTS or not tries_left:
+                        raise problem(error) from None
                     time.sleep(_retry_after(error))
-            return method(**{"_request_timeout": TIMEOUT_SECONDS, **arguments})
-        except ApiException as error:
-            raise problem(error) from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise ClusterUnreachable(f"the cluster does not answer: {_cause(error)}") from None
 

@@ -102,7 +102,7 @@ def refused_by_field(planned: Plan) -> None:
     assert planned.create == ()
     message = told(planned)
     assert planned.status.phase == "Pending"
-    assert re.search(r"\bspec\b|metadata\.|apiVersion|kind", message), message
+    assert re.search(r"\bspec\b", message), message
 
 
 def sound_objects(planned: Plan) -> None:
@@ -151,7 +151,6 @@ def test_a_sound_spec_is_executed_as_the_runtime_would_have_it(
             assert drawn["spec"]["schedule"]["suspend"]
         else:  # places of one machine, what the profile has not, or what does not fit
             refused_by_field(planned)
-            print(planned.status.message[:150])
         counts["executed" if planned.create else "refused"] += 1
 
     each()
