@@ -226,11 +226,24 @@ def facts_of(run: dict[str, Any]) -> list[tuple[str, str]]:
     counted, uncounted = restarts.get("counted", 0), restarts.get("uncounted", 0)
     if counted or uncounted:
         rows.append(("restarts", f"{counted} counted, {uncounted} that do not count"))
+    if said.get("cost"):
+        rows.append(("cost", _cost(said["cost"])))
     if said.get("excludedNodes"):
         rows.append(("avoids", ", ".join(said["excludedNodes"])))
     if said.get("storeUri"):
         rows.append(("store", said["storeUri"]))
     return rows
+
+
+def _cost(cost: dict[str, Any]) -> str:
+    """GPU hours, and money where the profile has prices."""
+    text = f"{cost['gpuSeconds'] / 3600:.2f} GPU hours"
+    if "spent" not in cost:
+        return text
+    text += f", {float(cost['spent']):.2f} {cost['currency']}"
+    return text + (
+        f" of about {float(cost['expected']):.2f}" if cost.get("expected", cost["spent"]) != cost["spent"] else ""
+    )
 
 
 def _show(run: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ RENDEZVOUS_PORT = 29400  # torchrun of node 0
 
 RUN_FILE_FOLDER = "/etc/atelier"
 RUN_FILE_KEY = "run.json"
+SNAPSHOT_KEY = "snapshot.json"  # beside it in the ConfigMap, for the operator alone: what the attempt was made from
 SCRATCH = "/scratch"  # emptyDir: staging, caches, logs
 
 

@@ -25,6 +25,7 @@ from atelier_operator.names import (
     RESTART_LABEL,
     STEPS_ANNOTATION,
 )
+from atelier_operator.snapshot import Snapshot
 from atelier_operator.times import parse_time
 
 Raw = Mapping[str, Any]
@@ -299,9 +300,9 @@ class Obstacle:
 class Observed:
     """Everything that the plan of one run depends on, besides the run and the time.
 
-    `workload` is that of the newest child, `waiting` all workloads of its queue that have no quota, `obstacle` what stood in the
-    way of an attempt that this pass has tried to make. `profile` None: there is no such profile; `profile_problem` says why one
-    that exists cannot be used.
+    `workload` is that of the newest child, `waiting` all workloads of its queue that have no quota, `snapshot` what the newest
+    attempt was made from, `obstacle` what stood in the way of an attempt that this pass has tried to make. `profile` None: there
+    is no such profile; `profile_problem` says why one that exists cannot be used.
     """
 
     apis: Apis
@@ -313,6 +314,7 @@ class Observed:
     waiting: tuple[Workload, ...] = ()
     quotas: tuple[Quota, ...] = ()
     progress: Progress | None = None
+    snapshot: Snapshot | None = None
     obstacle: Obstacle | None = None
 
     def child(self, attempt: int) -> Child | None:

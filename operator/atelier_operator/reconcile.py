@@ -13,6 +13,8 @@ from atelier_operator.observed import Apis, Backend, Child, Observed, Obstacle, 
 from atelier_operator.plan import Event, Plan, plan
 from atelier_operator.plan.attempts import present
 from atelier_operator.polling import Poller
+from atelier_operator.snapshot import Snapshot
+from atelier_operator.snapshot import read as read_snapshot
 from atelier_operator.times import format_time
 
 log = logging.getLogger(__name__)
@@ -39,12 +41,14 @@ class Reconciler:
         self._poller = poller
         self._clock = clock
         self.apis = Apis()
+        self._snapshots: dict[Key, tuple[str, Snapshot | None]] = {}
 
     async def reconcile(self, key: Key) -> float | None:
         """Bring a run on; gives the seconds after which it must be looked at again, if it must."""
         raw = self._inventory.run(key)
         if raw is None:
             self._poller.forget(key)
+            self._snapshots.pop(key, None)
             return None
         run = Run.of(raw)
         seen = await self._observe(run)
@@ -77,6 +81,10 @@ class Reconciler:
         )
         number = present(run.status, seen)
         child = seen.child(number)
+        if run.terminal or run.deleting:
+            self._snapshots.pop(key, None)
+        elif number:
+            seen = replace(seen, snapshot=await self._snapshot(key, run, number))
         if not run.terminal and child is not None and await self._pods_are_behind(child, seen, key):
             seen = replace(seen, pods=tuple(map(Pod.of, self._inventory.pods(key, run.uid))))
         if not (run.terminal or run.deleting) and (child is None or child.finished == "Failed"):
@@ -114,6 +122,15 @@ class Reconciler:
                     self._inventory.put(kind, raw)
                     found[name] = Child.of(raw, BACKENDS[kind])
         return tuple(sorted(found.values(), key=lambda child: child.attempt))
+
+    async def _snapshot(self, key: Key, run: Run, number: int) -> Snapshot | None:
+        """What the newest attempt was made from. It is read once and never changes: its ConfigMap is immutable."""
+        which = f"{run.uid}.{number}"
+        known = self._snapshots.get(key)
+        if known is None or known[0] != which:
+            raw = await self._cluster.get("ConfigMap", run.namespace, child_name(run.name, number))
+            known = self._snapshots[key] = which, read_snapshot(raw) if raw is not None and _belongs(raw, run) else None
+        return known[1]
 
     async def _pods_are_behind(self, child: Child, seen: Observed, key: Key) -> bool:
         """Whether the child has failed and no pod of it has, as far as the watches have told. Then the pods are read: it

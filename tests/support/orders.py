@@ -8,6 +8,7 @@ from atelier_operator.desired import Order
 from atelier_operator.names import SCRATCH
 from atelier_operator.observed import Backend
 from atelier_operator.planner.cluster import cluster_run_file
+from atelier_operator.snapshot import Snapshot
 from run_stories import UID, raw_run
 from run_stories import profile as profile_of
 
@@ -29,7 +30,7 @@ def order(
     run, found = TrainingRun.model_validate(raw), profile_of(**(profile or {}))
     return Order(
         run_file=cluster_run_file(run, found, uid=UID, attempt=attempt, scratch=SCRATCH),
-        profile=found,
+        snapshot=Snapshot(profile=found, spec=run.spec),
         attempt=attempt,
         backend=backend,
         queue=queue,

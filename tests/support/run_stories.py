@@ -11,8 +11,10 @@ from atelier_api.result import AgentResult
 from atelier_api.v1alpha1.conditions import Condition
 from atelier_api.v1alpha1.profile import TrainingProfileSpec
 from atelier_api.v1alpha1.status import RunStatus
+from atelier_operator.names import ATTEMPT_LABEL
 from atelier_operator.observed import Apis, Backend, Child, Observed, Obstacle, Pod, Quota, Run, Workload
 from atelier_operator.plan import Plan, plan
+from atelier_operator.snapshot import Snapshot, read
 from atelier_operator.times import format_time
 
 Object = dict[str, Any]
@@ -130,6 +132,7 @@ class Story:
         self.quotas: tuple[Quota, ...] = ()
         self.progress: Progress | None = None
         self.obstacle: Obstacle | None = None
+        self.snapshots: dict[int, Snapshot | None] = {}
 
     @property
     def status(self) -> RunStatus:
@@ -147,6 +150,7 @@ class Story:
             quotas=self.quotas,
             progress=self.progress,
             obstacle=self.obstacle,
+            snapshot=self.snapshots.get(max([self.status.attempt, *self.children])),
         )
 
     @property
@@ -186,6 +190,8 @@ class Story:
     def _create(self, manifest: Object) -> None:
         self.created.append(manifest)
         kind, name = manifest["kind"], manifest["metadata"]["name"]
+        if kind == "ConfigMap":
+            self.snapshots[int(manifest["metadata"]["labels"][ATTEMPT_LABEL])] = read(manifest)
         if kind not in ("JobSet", "Job"):
             return
         backend: Backend = "jobset" if kind == "JobSet" else "job"

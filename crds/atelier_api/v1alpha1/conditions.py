@@ -30,6 +30,7 @@ class Reason(StrEnum):
     PROFILE_NOT_FOUND = "ProfileNotFound"
     NOT_PERMITTED = "NotPermitted"
     NAME_TAKEN = "NameTaken"
+    SPEC_DRIFT = "SpecDrift"
 
     PREDICTED = "Predicted"
     DOES_NOT_FIT = "DoesNotFit"

@@ -60,7 +60,7 @@ class GpuClass(Block):
         default=[], description="Taints of these nodes."
     )
     price_per_hour: Annotated[Decimal, Field(ge=0)] | None = Field(
-        default=None, description="Price of one GPU for an hour, for the estimate in the status."
+        default=None, description="Price of one GPU for an hour, in `currency`: the status of a run says what it costs."
     )
 
 
@@ -171,6 +171,9 @@ class TrainingProfileSpec(Block):
     )
     gpu_classes: Annotated[list[GpuClass], Field(max_length=32)] = Field(
         default=[], description="Kinds of GPUs; the first is the default. Empty: runs train on the CPU only."
+    )
+    currency: str = Field(
+        default="USD", pattern=r"^[A-Z]{3}$", max_length=3, description="Currency of prices, ISO 4217."
     )
     networks: Annotated[list[NetworkProfile], Field(max_length=32)] = Field(
         default=[], description="Networks that runs may choose."

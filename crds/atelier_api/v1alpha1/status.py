@@ -87,6 +87,16 @@ class RestartsStatus(Block):
     last_exit_code: int | None = Field(default=None, description="Exit code that decided it.")
 
 
+class CostStatus(Block):
+    """What it has cost so far, while all its pods had nodes."""
+
+    gpu_seconds: int = Field(default=0, ge=0, description="Seconds that the run has held GPUs, times their number.")
+    measured_at: str = Field(max_length=63, description="Up to when that is counted.")
+    spent: Decimal | None = Field(default=None, description="Price of these, where the profile has a `pricePerHour`.")
+    expected: Decimal | None = Field(default=None, description="Price of the whole run, by the time that is left.")
+    currency: str | None = Field(default=None, max_length=3, description="Currency of the prices.")
+
+
 class AttemptStatus(Block):
     """One attempt: one child object."""
 
@@ -120,6 +130,7 @@ class RunStatus(Block):
         default=[], description="Newest round of samples."
     )
     data: DataStatus | None = Field(default=None, description="What became of the files found.")
+    cost: CostStatus | None = Field(default=None, description="What it has cost. None on the CPU.")
     restarts: RestartsStatus = Field(default_factory=RestartsStatus, description="Restarts.")
     excluded_nodes: Annotated[list[str], Field(max_length=MOST_NODES_EXCLUDED)] = Field(
         default=[], description="Nodes that later attempts avoid."

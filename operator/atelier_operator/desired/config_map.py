@@ -1,9 +1,10 @@
-"""The ConfigMap with the RunFile of an attempt."""
+"""The ConfigMap of an attempt: its RunFile, and what it was made from."""
 
 from typing import Any
 
 from atelier_operator.desired.order import Order
-from atelier_operator.names import RUN_FILE_KEY
+from atelier_operator.names import RUN_FILE_KEY, SNAPSHOT_KEY
+from atelier_operator.snapshot import text_of
 
 
 def config_map(order: Order) -> dict[str, Any]:
@@ -14,5 +15,5 @@ def config_map(order: Order) -> dict[str, Any]:
         "kind": "ConfigMap",
         "metadata": order.metadata(),
         "immutable": True,
-        "data": {RUN_FILE_KEY: text},
+        "data": {RUN_FILE_KEY: text, SNAPSHOT_KEY: text_of(order.snapshot)},
     }

@@ -16,6 +16,7 @@ from atelier_operator.names import (
     child_name,
 )
 from atelier_operator.observed import Backend
+from atelier_operator.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,16 @@ class Order:
     """An attempt to be made. `queue` is the Kueue LocalQueue, if any; `restarts_left` those that still count."""
 
     run_file: RunFile
-    profile: TrainingProfileSpec
+    snapshot: Snapshot
     attempt: int
     backend: Backend
     queue: str | None
     restarts_left: int
     excluded_nodes: tuple[str, ...] = ()
+
+    @property
+    def profile(self) -> TrainingProfileSpec:
+        return self.snapshot.profile
 
     @property
     def name(self) -> str:

@@ -137,7 +137,8 @@ def _resources(order: Order, gpu: GpuClass | None) -> dict[str, Any]:
 
 
 def _volumes(order: Order) -> Iterator[dict[str, Any]]:
-    yield {"name": "run-file", "configMap": {"name": order.name}}
+    items = [{"key": RUN_FILE_KEY, "path": RUN_FILE_KEY}]
+    yield {"name": "run-file", "configMap": {"name": order.name, "items": items}}
     yield {"name": "scratch", "emptyDir": {}}
     yield {"name": "tmp", "emptyDir": {}}
     yield {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": order.profile.resources.shared_memory}}

@@ -8,6 +8,7 @@ from atelier_api.v1alpha1.status import MOST_NODES_EXCLUDED, AttemptStatus, Phas
 from atelier_operator.observed import Backend, Child, Observed, Run
 from atelier_operator.plan import attempts
 from atelier_operator.plan.conditions import Said
+from atelier_operator.plan.cost import Rate, charged
 from atelier_operator.plan.ending import Ending
 from atelier_operator.plan.outcome import Event, Plan, Ref
 from atelier_operator.times import format_time
@@ -29,6 +30,7 @@ class Draft:
         self.delete: list[Ref] = []
         self.cause: Ending | None = None
         self.requeue: float | None = None
+        self.rate = Rate(self.nodes * self._gpus_per_node)
 
     @property
     def suspend(self) -> bool:
@@ -40,6 +42,11 @@ class Draft:
         """Nodes that the spec asks for."""
         nodes = ((self.run.document.get("spec") or {}).get("parallelism") or {}).get("nodes")
         return nodes if isinstance(nodes, int) else 1
+
+    @property
+    def _gpus_per_node(self) -> int:
+        gpus = ((self.run.document.get("spec") or {}).get("parallelism") or {}).get("gpusPerNode")
+        return gpus if isinstance(gpus, int) else 0
 
     @property
     def used(self) -> int:
@@ -86,6 +93,8 @@ class Draft:
 
     def close_attempt(self, reason: Reason | str, message: str) -> None:
         """Note how the present attempt has ended, once."""
+        if attempts.is_open(self.records):
+            self.said.say(ConditionType.SCHEDULED, "False", Reason.ENDED)
         self.records = attempts.ended(self.records, str(reason), message, self.now)
 
     def succeed(self) -> None:
@@ -120,6 +129,10 @@ class Draft:
                 "excluded_nodes": self.excluded_nodes,
             }
         )
+        if status != self.before:  # the price of time alone is not worth a write
+            child = self.seen.child(self.before.attempt)
+            until = min(self.now, (child.finished_at if child else None) or self.now)
+            status = status.model_copy(update={"cost": charged(self.before, status, self.rate, until)})
         return Plan(
             status=status,
             create=tuple(self.create),

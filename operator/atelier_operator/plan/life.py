@@ -9,10 +9,12 @@ from atelier_operator.plan import attempts, live
 from atelier_operator.plan.acceptance import Accepted, Refused, accept
 from atelier_operator.plan.adoption import adopt
 from atelier_operator.plan.again import DELETED, after_failure, after_loss, start_next
+from atelier_operator.plan.cost import Rate
 from atelier_operator.plan.deadlines import after_the_end, overdue
 from atelier_operator.plan.draft import Draft
 from atelier_operator.plan.ending import ending, of_pods
 from atelier_operator.plan.outcome import Plan
+from atelier_operator.planner.cluster import gpu_class
 
 LATEST_FACTS_SECONDS = 10.0
 """Watches of different kinds are not in step: a child can be seen to have failed before its pods are seen to have ended."""
@@ -27,6 +29,8 @@ def plan(run: Run, seen: Observed, now: datetime) -> Plan:
     draft = Draft(run, seen, now)
     accepted = accept(run, seen)
     _say_accepted(draft, accepted)
+    if isinstance(accepted, Accepted):
+        draft.rate = _rate(accepted)
     child = seen.child(attempts.present(run.status, seen))
     if child is not None:
         _with_child(draft, child, accepted)
@@ -37,13 +41,28 @@ def plan(run: Run, seen: Observed, now: datetime) -> Plan:
     return draft.done()
 
 
+def _rate(accepted: Accepted) -> Rate:
+    spec, profile = accepted.run.spec, accepted.profile
+    gpu = gpu_class(spec, profile)
+    if gpu is None:
+        return Rate(0)
+    return Rate(spec.parallelism.nodes * spec.parallelism.gpus_per_node, gpu.price_per_hour, profile.currency)
+
+
 def _say_accepted(draft: Draft, accepted: Accepted | Refused) -> None:
     if isinstance(accepted, Refused):
         if accepted.kind is ConditionType.FITS:
             draft.said.say(ConditionType.ACCEPTED, "True", Reason.VALID)
         draft.said.say(accepted.kind, "False", accepted.reason, accepted.message)
         return
-    draft.said.say(ConditionType.ACCEPTED, "True", Reason.VALID)
+    if accepted.drift:
+        changed = ", ".join(accepted.drift)
+        message = (
+            f"{changed} changed after the start, which is ignored: the run goes on as it was started; make a new run"
+        )
+        draft.said.say(ConditionType.ACCEPTED, "True", Reason.SPEC_DRIFT, message)
+    else:
+        draft.said.say(ConditionType.ACCEPTED, "True", Reason.VALID)
     if accepted.run_file.plan.device_memory_bytes is None:
         draft.said.say(ConditionType.FITS, "Unknown", Reason.UNKNOWN, "the memory of the device is not known")
     else:

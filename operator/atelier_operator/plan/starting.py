@@ -13,6 +13,7 @@ from atelier_operator.plan.waiting import lacking_quota, times
 from atelier_operator.planner.cluster import cluster_machine, gpu_class, run_file_of, with_profile
 from atelier_operator.planner.execution import plan_below
 from atelier_operator.planner.memory import table_facts
+from atelier_operator.snapshot import Snapshot
 
 LOOK_AGAIN_SECONDS = 15.0
 """What stands in the way of an attempt, such as a full quota, is watched by looking at it."""
@@ -44,6 +45,7 @@ def start(draft: Draft, accepted: Accepted, number: int) -> None:
     }
     draft.records = attempts.opened(draft.records, number, draft.now)
     draft.said.say(ConditionType.SUSPENDED, "False", Reason.ACTIVE)
+    draft.said.say(ConditionType.SCHEDULED, "False", Reason.GANG_PENDING, "the pods are being made")
     draft.said.say(ConditionType.RUNNING, "False", Reason.STARTING)
     again = draft.before.start_time is not None
     phase: Phase = "Recovering" if again else "Queued" if order.queue else "Preparing"
@@ -78,7 +80,7 @@ def order_of(draft: Draft, accepted: Accepted, number: int) -> Order:
     run_file = run_file_of(with_profile(run, profile), execution, uid=draft.run.uid, attempt=number, scratch=SCRATCH)
     return Order(
         run_file=run_file,
-        profile=profile,
+        snapshot=Snapshot(profile=profile, spec=run.spec),
         attempt=number,
         backend="jobset" if draft.seen.apis.jobset else "job",
         queue=run.spec.schedule.queue or profile.default_queue if draft.seen.apis.kueue else None,

@@ -103,9 +103,9 @@ def test_a_spec_that_is_refused_by_now_ends_no_attempt_that_is_under_way() -> No
     story = Story()
     story.look()
     story.train()
-    story.profile = None
+    story.edit("hyperparameters", steps=0)
     story.look()
-    assert (story.status.phase, story.condition("Accepted").reason) == ("Running", "ProfileNotFound")
+    assert (story.status.phase, story.condition("Accepted").reason) == ("Running", "InvalidSpec")
 
 
 @pytest.mark.parametrize("suspend", [False, True])
@@ -114,11 +114,11 @@ def test_a_started_run_that_is_refused_does_not_go_back_to_pending(suspend: bool
     story = Story()
     story.look()
     story.vanish()
-    story.profile = None
+    story.edit("hyperparameters", steps=0)
     story.edit("schedule", suspend=suspend)
     story.look()
     assert story.status.phase == ("Suspended" if suspend else "Recovering")
-    assert story.condition("Accepted").reason == "ProfileNotFound"
+    assert story.condition("Accepted").reason == "InvalidSpec"
 
 
 def test_a_profile_that_cannot_be_read_is_quoted() -> None:

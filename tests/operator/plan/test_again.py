@@ -169,14 +169,3 @@ def test_a_restart_that_waits_for_quota_is_charged_once(code: int) -> None:
     story.quotas = ()
     story.look(15)
     assert (max(story.children), story.status.restarts.uncounted) == (2, 1)
-
-
-def test_a_failure_that_a_restart_cures_waits_for_the_profile_that_is_gone() -> None:
-    story = trained()
-    story.fail(ended(75), ended(75, 1))
-    story.profile = None
-    story.look(1)
-    assert (story.status.phase, story.status.reason) == ("Recovering", "ProfileNotFound")
-    story.profile = Story().profile
-    story.look(1)
-    assert story.status.attempt == 2
