@@ -64,6 +64,7 @@ KINDS: Mapping[str, Kind] = {
     "Job": Kind("batch", "v1", "jobs"),
     "Workload": Kind("kueue.x-k8s.io", "v1beta1", "workloads"),
     "Pod": Kind("", "v1", "pods"),
+    "Node": Kind("", "v1", "nodes", namespaced=False),
     "ConfigMap": Kind("", "v1", "configmaps"),
     "Service": Kind("", "v1", "services"),
     "Event": Kind("", "v1", "events"),
@@ -126,13 +127,15 @@ class Cluster:
         path = KINDS[kind].path(manifest["metadata"]["namespace"])
         return await self._request("POST", kind, path, manifest, {"fieldManager": FIELD_MANAGER})
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
-        """Delete that very object and, first, what belongs to it. It may be gone already, or be another one by now."""
+    async def delete(self, kind: str, namespace: str, name: str, uid: str, *, force: bool = False) -> None:
+        """Delete that very object and, first, what belongs to it. It may be gone already, or be another one by now. `force`: a
+        pod goes without its node's answer."""
         options = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
             "propagationPolicy": "Foreground",
             "preconditions": {"uid": uid},
+            **({"gracePeriodSeconds": 0} if force else {}),
         }
         try:
             await self._request("DELETE", kind, KINDS[kind].path(namespace, name), options)

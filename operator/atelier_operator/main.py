@@ -70,6 +70,7 @@ class Operator:
             self.inventory,
             self._poller,
             clock=lambda: datetime.now(UTC),
+            may_see_nodes=not settings.namespaces,
         )
         cluster.may_write = self._leadership.holds
         self._tasks: list[asyncio.Task[Any]] = []

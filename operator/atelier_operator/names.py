@@ -20,6 +20,8 @@ RESTART_LABEL = (
     "jobset.sigs.k8s.io/restart-attempt"  # which life of the JobSet a pod belongs to; the pod hands it to the agent
 )
 
+UNREACHABLE_TAINT = "node.kubernetes.io/unreachable"  # the cluster puts it on a node whose kubelet does not answer
+
 REPLICATED_JOB = "node"  # name of the ReplicatedJob whose pods train
 CONTAINER = "trainer"  # the pods' only container that trains
 

@@ -24,6 +24,7 @@ from atelier_operator.names import (
     QUEUE_LABEL,
     RESTART_LABEL,
     STEPS_ANNOTATION,
+    UNREACHABLE_TAINT,
 )
 from atelier_operator.snapshot import Snapshot
 from atelier_operator.times import parse_time
@@ -143,7 +144,8 @@ def _plan(text: str | None) -> ExecutionPlan | None:
 @dataclass(frozen=True)
 class Pod:
     """A training pod. `result` are the terminal facts that its agent left, `waiting` is why its container has not started,
-    `failure` is what the node says of a pod that it has failed itself."""
+    `failure` is what the node says of a pod that it has failed itself. `gone_by`: it is to go, and its grace ends then; None
+    also where it was removed by force."""
 
     name: str
     uid: str
@@ -164,6 +166,7 @@ class Pod:
     finished: datetime | None = None
     failure: str = ""
     result: AgentResult | None = None
+    gone_by: datetime | None = None
 
     @property
     def failed(self) -> bool:
@@ -211,6 +214,9 @@ class Pod:
             finished=parse_time(ended.get("finishedAt")),
             failure=status.get("message") or status.get("reason") or _not_begun(ended),
             result=_result(ended.get("message")),
+            gone_by=parse_time(metadata.get("deletionTimestamp"))
+            if metadata.get("deletionGracePeriodSeconds")
+            else None,
         )
 
 
@@ -224,6 +230,13 @@ def _result(text: str | None) -> AgentResult | None:
         return AgentResult.model_validate_json(text) if text else None
     except ValidationError:
         return None
+
+
+def is_lost(node: Raw) -> bool:
+    """Whether the cluster has given a node up: it is not ready, and tainted as one that does not answer."""
+    conditions = {each["type"]: each for each in (node.get("status") or {}).get("conditions") or ()}
+    taints = {each.get("key") for each in (node.get("spec") or {}).get("taints") or ()}
+    return (conditions.get("Ready") or {}).get("status") != "True" and UNREACHABLE_TAINT in taints
 
 
 @dataclass(frozen=True)
@@ -302,7 +315,8 @@ class Observed:
 
     `workload` is that of the newest child, `waiting` all workloads of its queue that have no quota, `snapshot` what the newest
     attempt was made from, `obstacle` what stood in the way of an attempt that this pass has tried to make. `profile` None: there
-    is no such profile; `profile_problem` says why one that exists cannot be used.
+    is no such profile; `profile_problem` says why one that exists cannot be used. `lost_nodes` are those, of nodes with pods that
+    should have been gone long ago, that the cluster has given up.
     """
 
     apis: Apis
@@ -315,6 +329,7 @@ class Observed:
     quotas: tuple[Quota, ...] = ()
     progress: Progress | None = None
     snapshot: Snapshot | None = None
+    lost_nodes: frozenset[str] = frozenset()
     obstacle: Obstacle | None = None
 
     def child(self, attempt: int) -> Child | None:

@@ -9,9 +9,22 @@ from typing import Any
 from atelier_operator.cluster import ApiError, Cluster
 from atelier_operator.inventory import CHILD_KINDS, Inventory, Key, Raw
 from atelier_operator.names import RUN_LABEL, UID_LABEL, child_name
-from atelier_operator.observed import Apis, Backend, Child, Observed, Obstacle, Pod, Quota, Run, Workload, read_profile
+from atelier_operator.observed import (
+    Apis,
+    Backend,
+    Child,
+    Observed,
+    Obstacle,
+    Pod,
+    Quota,
+    Run,
+    Workload,
+    is_lost,
+    read_profile,
+)
 from atelier_operator.plan import Event, Plan, plan
 from atelier_operator.plan.attempts import present
+from atelier_operator.plan.lost_nodes import stuck
 from atelier_operator.polling import Poller
 from atelier_operator.snapshot import Snapshot
 from atelier_operator.snapshot import read as read_snapshot
@@ -35,11 +48,13 @@ class Reconciler:
         poller: Poller,
         *,
         clock: Callable[[], datetime],
+        may_see_nodes: bool = True,
     ) -> None:
         self._cluster = cluster
         self._inventory = inventory
         self._poller = poller
         self._clock = clock
+        self._may_see_nodes = may_see_nodes
         self.apis = Apis()
         self._snapshots: dict[Key, tuple[str, Snapshot | None]] = {}
 
@@ -89,6 +104,8 @@ class Reconciler:
             seen = replace(seen, pods=tuple(map(Pod.of, self._inventory.pods(key, run.uid))))
         if not (run.terminal or run.deleting) and (child is None or child.finished == "Failed"):
             seen = replace(seen, quotas=await self._quotas(run.namespace))  # another attempt may have to be made
+        if overdue := stuck(seen, self._clock()):
+            seen = replace(seen, lost_nodes=await self._lost_nodes(overdue))
         if child is None:
             return seen
         progress = self._poller.latest(key, _life(child, seen))
@@ -141,6 +158,13 @@ class Reconciler:
             self._inventory.put("Pod", raw)
         return True
 
+    async def _lost_nodes(self, pods: tuple[Pod, ...]) -> frozenset[str]:
+        """Nodes of these pods that are gone, or that the cluster has given up. In an installation for some namespaces nodes
+        cannot be asked for; there an administrator removes such pods."""
+        nodes = {pod.node for pod in pods if pod.node} if self._may_see_nodes else set()
+        found = {node: await self._cluster.get("Node", "", node) for node in nodes}
+        return frozenset(node for node, raw in found.items() if raw is None or is_lost(raw))
+
     async def _quotas(self, namespace: str) -> tuple[Quota, ...]:
         return tuple(map(Quota.of, await self._cluster.list("ResourceQuota", namespace)))
 
@@ -170,7 +194,8 @@ class Reconciler:
             if obstacle:
                 return obstacle
         for reference in decided.delete:
-            await self._cluster.delete(reference.kind, reference.namespace, reference.name, reference.uid)
+            force = reference.kind == "Pod"
+            await self._cluster.delete(reference.kind, reference.namespace, reference.name, reference.uid, force=force)
         if decided.status != run.status:
             status = decided.status.model_dump(mode="json", by_alias=True, exclude_none=True)
             try:

@@ -8,7 +8,7 @@ import pytest
 from atelier_api.exit_codes import ExitCode
 from atelier_api.result import AgentResult
 from atelier_operator.desired import job, jobset
-from atelier_operator.observed import Apis, Child, Observed, Pod
+from atelier_operator.observed import Apis, Child, Observed, Pod, is_lost
 from orders import order
 from run_stories import START, pod
 
@@ -152,3 +152,34 @@ def test_the_pods_of_an_attempt_are_those_of_its_newest_life_in_order() -> None:
 def test_a_child_without_the_label_of_an_attempt_is_nobodys() -> None:
     child = replace(Child.of(made(jobset(order())), "jobset"), attempt=0)
     assert Observed(Apis(), None, children=(child,)).child(0) is None
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({}, None),
+        ({"deletionTimestamp": "2026-11-01T12:00:00Z", "deletionGracePeriodSeconds": 30}, START),
+        ({"deletionTimestamp": "2026-11-01T12:00:00Z", "deletionGracePeriodSeconds": 0}, None),
+    ],
+    ids=["stays", "is to go", "was removed by force"],
+)
+def test_a_pod_that_is_to_go_says_by_when(metadata: Object, expected: Any) -> None:
+    raw = raw_pod(RUNNING)
+    raw["metadata"] |= metadata
+    assert Pod.of(raw).gone_by == expected
+
+
+@pytest.mark.parametrize(
+    ("ready", "taint", "expected"),
+    [
+        ("Unknown", "node.kubernetes.io/unreachable", True),
+        ("False", "node.kubernetes.io/unreachable", True),
+        ("True", "node.kubernetes.io/unreachable", False),
+        ("False", "node.kubernetes.io/not-ready", False),
+        ("Unknown", "example.org/mine", False),
+    ],
+)
+def test_a_node_is_lost_when_the_cluster_has_given_it_up(ready: str, taint: str, expected: bool) -> None:
+    node = {"spec": {"taints": [{"key": taint}]}, "status": {"conditions": [{"type": "Ready", "status": ready}]}}
+    assert is_lost(node) == expected
+    assert not is_lost({})

@@ -41,6 +41,7 @@ class MemoryCluster:
         self.calls: list[tuple[str, str, str]] = []
         self.changes: list[tuple[str, str, Object]] = []
         self.statuses: list[Object] = []
+        self.forced: set[str] = set()
         self.interrupt: Callable[[str, str, str], None] = lambda *_: None
 
     # --- the calls of `Cluster` ---------------------------------------------------------------------------------------
@@ -61,10 +62,13 @@ class MemoryCluster:
         self.interrupt("stored", "POST", manifest["kind"])
         return answer
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
+    async def delete(self, kind: str, namespace: str, name: str, uid: str, *, force: bool = False) -> None:
         self._ask("DELETE", kind, name)
         found = self._objects.get(kind, {}).get((namespace, name))
-        if found is not None and found["metadata"]["uid"] == uid and "deletionTimestamp" not in found["metadata"]:
+        if force and found is not None and found["metadata"]["uid"] == uid:
+            self.forced.add(name)
+            self.remove(found)
+        elif found is not None and found["metadata"]["uid"] == uid and "deletionTimestamp" not in found["metadata"]:
             found["metadata"]["deletionTimestamp"] = format_time(self._clock())
             self.store(found)
         self.interrupt("stored", "DELETE", kind)

@@ -58,6 +58,7 @@ class Life:
         self.answers: dict[str, Progress] = {}
         self.killed = 0
         self.forgives = False
+        self.may_see_nodes = True
         profile = {"kind": "ClusterTrainingProfile", "metadata": {"name": "default"}, "spec": PROFILE}
         self.cluster.make(profile)
         raw = raw_run(**spec)
@@ -74,7 +75,13 @@ class Life:
 
     def operator(self, inventory: Inventory, agents: Agents) -> Reconciler:
         """An operator over an inventory."""
-        made = Reconciler(cast(Cluster, self.cluster), inventory, cast(Poller, agents), clock=lambda: self.now)
+        made = Reconciler(
+            cast(Cluster, self.cluster),
+            inventory,
+            cast(Poller, agents),
+            clock=lambda: self.now,
+            may_see_nodes=self.may_see_nodes,
+        )
         made.apis = self.apis
         return made
 

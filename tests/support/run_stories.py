@@ -133,6 +133,7 @@ class Story:
         self.progress: Progress | None = None
         self.obstacle: Obstacle | None = None
         self.snapshots: dict[int, Snapshot | None] = {}
+        self.lost_nodes: frozenset[str] = frozenset()
 
     @property
     def status(self) -> RunStatus:
@@ -150,6 +151,7 @@ class Story:
             quotas=self.quotas,
             progress=self.progress,
             obstacle=self.obstacle,
+            lost_nodes=self.lost_nodes,
             snapshot=self.snapshots.get(max([self.status.attempt, *self.children])),
         )
 

@@ -77,6 +77,7 @@ class Reason(StrEnum):
     GPU_FAULT = "GpuFault"
     STOPPED = "Stopped"
     DELETED = "Deleted"
+    NODE_LOST = "NodeLost"
 
 
 class Condition(Block):

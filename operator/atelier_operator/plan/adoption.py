@@ -5,7 +5,7 @@ from atelier_operator.observed import Child
 from atelier_operator.plan import attempts
 from atelier_operator.plan.acceptance import Accepted, Refused
 from atelier_operator.plan.draft import Draft
-from atelier_operator.plan.ending import Ending, ending, of_pods
+from atelier_operator.plan.ending import ending, of_loss, of_pods
 from atelier_operator.plan.starting import plan_status
 
 
@@ -31,7 +31,7 @@ def _close(draft: Draft) -> None:
         draft.close_attempt(Reason.COMPLETED, f"{older.steps} steps done")
         return
     if older is None:
-        cause = Ending("restart", Reason.DELETED, "the child object was deleted")
+        cause = of_loss(newest)
     else:
         pods = draft.seen.pods_of(newest.number)
         cause = ending(older, pods, noted=newest.last_exit_code)

@@ -6,12 +6,13 @@ from atelier_operator.plan import attempts
 from atelier_operator.plan.acceptance import Accepted
 from atelier_operator.plan.deadlines import overdue
 from atelier_operator.plan.draft import Draft
-from atelier_operator.plan.ending import Ending
+from atelier_operator.plan.ending import Ending, of_loss
 from atelier_operator.plan.starting import replanned, start
 from atelier_operator.times import parse_time
 
 LONGEST_BACKOFF_SECONDS = 600.0
-DELETED = Reason.DELETED
+LOSSES = (Reason.DELETED, Reason.NODE_LOST)
+"""Reasons of attempts whose child is gone without having ended."""
 
 
 def start_next(draft: Draft, accepted: Accepted) -> None:
@@ -30,8 +31,8 @@ def after_failure(draft: Draft, accepted: Accepted, cause: Ending) -> None:
 
 
 def after_loss(draft: Draft, accepted: Accepted) -> None:
-    """Another attempt after the child was deleted by somebody else."""
-    draft.cause = Ending("restart", DELETED, "the child object was deleted")
+    """Another attempt after the child was deleted: by somebody else, or by us because a node was lost."""
+    draft.cause = of_loss(draft.records[-1])
     _restart(draft, accepted, draft.cause)
 
 

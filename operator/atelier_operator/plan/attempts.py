@@ -60,11 +60,11 @@ def ended(records: list[AttemptStatus], reason: str, message: str, now: datetime
     return [*records[:-1], records[-1].model_copy(update=closed)]
 
 
-def stopping(records: list[AttemptStatus]) -> list[AttemptStatus]:
-    """The records with the newest, which is open until its child is gone, marked: nobody else has deleted that child."""
+def marked(records: list[AttemptStatus], reason: str, message: str) -> list[AttemptStatus]:
+    """The records with the newest, which is open until its child is gone, marked with why we have deleted that child."""
     if not is_open(records):
         return records
-    return [*records[:-1], records[-1].model_copy(update={"reason": SUSPENDED, "message": STOPPED_ON_REQUEST})]
+    return [*records[:-1], records[-1].model_copy(update={"reason": str(reason), "message": message[:2000]})]
 
 
 def restarts(records: list[AttemptStatus], before: RunStatus, cause: Ending | None) -> RestartsStatus:

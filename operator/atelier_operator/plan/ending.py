@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from atelier_api.exit_codes import MEANINGS, ExitCode
 from atelier_api.v1alpha1.conditions import Reason
+from atelier_api.v1alpha1.status import AttemptStatus
 from atelier_operator.exit_rules import RULES, Reaction
 from atelier_operator.observed import Child, Pod, Workload
 
@@ -50,6 +51,13 @@ def of_pods(pods: tuple[Pod, ...]) -> Ending | None:
         return Ending("restart", Reason.BACKEND_ERROR, _crashed(pod), pod.exit_code, pod.node)
     said = pod.result.message if pod.result and pod.result.exit_code == code else MEANINGS[code].text
     return Ending(RULES[code].reaction, _reason(pod, code), f"node {pod.index}: {said}", int(code), pod.node)
+
+
+def of_loss(record: AttemptStatus) -> Ending:
+    """The cause of a child's absence, by what its attempt's record says: we have deleted it for a lost node, or somebody else has."""
+    if record.reason == Reason.NODE_LOST:
+        return Ending("restart-uncounted", Reason.NODE_LOST, record.message)
+    return Ending("restart", Reason.DELETED, "the child object was deleted")
 
 
 def _of_message(child: Child) -> Ending:

@@ -8,11 +8,12 @@ from atelier_operator.observed import Child, Observed, Pod, Run
 from atelier_operator.plan import attempts, live
 from atelier_operator.plan.acceptance import Accepted, Refused, accept
 from atelier_operator.plan.adoption import adopt
-from atelier_operator.plan.again import DELETED, after_failure, after_loss, start_next
+from atelier_operator.plan.again import LOSSES, after_failure, after_loss, start_next
 from atelier_operator.plan.cost import Rate
 from atelier_operator.plan.deadlines import after_the_end, overdue
 from atelier_operator.plan.draft import Draft
 from atelier_operator.plan.ending import ending, of_pods
+from atelier_operator.plan.lost_nodes import lost, told, without_lost
 from atelier_operator.plan.outcome import Plan
 from atelier_operator.planner.cluster import gpu_class
 
@@ -22,6 +23,10 @@ LATEST_FACTS_SECONDS = 10.0
 
 def plan(run: Run, seen: Observed, now: datetime) -> Plan:
     """What is to be done for the run now."""
+    return without_lost(_decided(run, seen, now), run.namespace, seen, now)
+
+
+def _decided(run: Run, seen: Observed, now: datetime) -> Plan:
     if run.deleting:
         return Plan(run.status)
     if run.terminal:
@@ -83,10 +88,10 @@ def _refuse(draft: Draft, refused: Refused) -> None:
 def _without_child(draft: Draft, accepted: Accepted) -> None:
     """None was made yet, we have stopped it, or somebody has deleted it."""
     reason = draft.records[-1].reason if draft.records else None
-    lost = attempts.is_open(draft.records) and reason != attempts.SUSPENDED
+    vanished = attempts.is_open(draft.records) and reason != attempts.SUSPENDED
     if draft.suspend:
         _suspended(draft)
-    elif lost or reason == DELETED:
+    elif vanished or reason in LOSSES:
         after_loss(draft, accepted)
     else:
         draft.close_attempt(attempts.SUSPENDED, attempts.STOPPED_ON_REQUEST)
@@ -119,6 +124,8 @@ def _with_child(draft: Draft, child: Child, accepted: Accepted | Refused) -> Non
         _stop(draft, child, pods)
     elif child.finished:
         _failed(draft, child, accepted, pods)
+    elif gone := set(pods) & set(lost(draft.seen, draft.now)):
+        _lost(draft, child, min(gone, key=lambda pod: pod.index))
     elif draft.uncounted > MOST_UNCOUNTED:
         draft.remove(child)
         draft.fail(Reason.MAX_RESTARTS, f"restarted {draft.uncounted} times, which is more than {MOST_UNCOUNTED}")
@@ -152,9 +159,18 @@ def _stop(draft: Draft, child: Child, pods: tuple[Pod, ...]) -> None:
     message = f"{left} pods are committing a checkpoint" if left else "stopping"
     draft.said.say(ConditionType.RUNNING, "False", Reason.STOPPING)
     if draft.suspend:
-        draft.records = attempts.stopping(draft.records)
+        draft.records = attempts.marked(draft.records, attempts.SUSPENDED, attempts.STOPPED_ON_REQUEST)
         draft.said.say(ConditionType.SUSPENDED, "False", Reason.STOPPING, message)
     draft.phase("Suspended" if draft.suspend else "Recovering", Reason.STOPPING, message)
+
+
+def _lost(draft: Draft, child: Child, pod: Pod) -> None:
+    """A node is lost, and its Job will never notice. The record tells, once the child is gone, what another attempt is for."""
+    draft.remove(child)
+    message = told(pod)
+    draft.records = attempts.marked(draft.records, Reason.NODE_LOST, message)
+    draft.said.say(ConditionType.RUNNING, "False", Reason.NODE_LOST, message)
+    draft.phase("Recovering", Reason.NODE_LOST, message)
 
 
 def _failed(draft: Draft, child: Child, accepted: Accepted | Refused, pods: tuple[Pod, ...]) -> None:

@@ -8,9 +8,9 @@ from atelier_api.v1alpha1.status import RunStatus
 
 @dataclass(frozen=True)
 class Ref:
-    """An object to delete. With `uid` only that very object."""
+    """An object to delete: that very one. A pod is removed by force, without its node's answer."""
 
-    kind: Literal["TrainingRun", "JobSet", "Job"]
+    kind: Literal["TrainingRun", "JobSet", "Job", "Pod"]
     namespace: str
     name: str
     uid: str
