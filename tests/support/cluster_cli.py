@@ -17,7 +17,7 @@ import yaml
 from atelier_api.exit_codes import MEANINGS, ExitCode
 from cluster.local import Cluster
 from cluster_documents import PROFILE, run_document
-from operator_process import ClusterRun, OperatorProcess, install_crds, until
+from operator_process import ClusterRun, OperatorProcess, checked, install_crds, until
 
 Object = dict[str, Any]
 Ended = subprocess.CompletedProcess[str]
@@ -49,9 +49,10 @@ def errors(ended: Ended) -> list[str]:
 def operator(fake_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
     install_crds(fake_cluster)
     fake_cluster.apply(PROFILE)
-    process = OperatorProcess(fake_cluster, tmp_path_factory.mktemp("operator") / "log").start()
-    yield process
-    process.stop()
+    with checked(fake_cluster):
+        process = OperatorProcess(fake_cluster, tmp_path_factory.mktemp("operator") / "log").start()
+        yield process
+        process.stop()
 
 
 class Place:

@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from atelier_api.crdgen import resources
 from cluster.local import Cluster
+from invariants import broken, changes
 
 Object = dict[str, Any]
 PATIENCE_SECONDS = 90.0
@@ -36,6 +37,22 @@ def install_crds(cluster: Cluster) -> None:
     cluster.kubectl("apply", "--server-side", *paths)
     for resource in resources():
         cluster.kubectl("wait", "--for=condition=Established", f"crd/{resource.plural}.atelier.dev")
+
+
+@contextlib.contextmanager
+def checked(cluster: Cluster) -> Iterator[None]:
+    """Fails in the end if an invariant was broken at any moment meanwhile. A ClusterQueue of a namespace's name is its quota."""
+    before = len(cluster.audit())
+    yield
+    quotas = {each["metadata"]["name"]: _gpus(each) for each in cluster.get("clusterqueues")["items"]}
+    found = broken(changes(cluster.audit()[before:]), quotas)
+    assert not found, "\n".join(found)
+
+
+def _gpus(queue: Object) -> int:
+    groups = queue["spec"]["resourceGroups"]
+    resources = [each for group in groups for flavor in group["flavors"] for each in flavor["resources"]]
+    return sum(int(each["nominalQuota"]) for each in resources if each["name"] == "nvidia.com/gpu")
 
 
 @dataclass

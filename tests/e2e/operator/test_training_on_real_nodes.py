@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from cluster.images import BASE_IMAGE
 from cluster.local import Cluster
 from cluster_documents import queues, run_document
-from operator_process import ClusterRun, OperatorProcess, install_crds, until
+from operator_process import ClusterRun, OperatorProcess, checked, install_crds, until
 from runs import write_digits
 from s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server, running_server
 from tiny_families import save_tiny
@@ -52,9 +52,10 @@ def operator(real_cluster: Cluster, base: Path, tmp_path_factory: pytest.TempPat
     install_crds(real_cluster)
     real_cluster.apply(profile(base))
     log = tmp_path_factory.mktemp("operator") / "log"
-    process = OperatorProcess(real_cluster, log, prefix=real_cluster.inside).start()
-    yield process
-    process.stop()
+    with checked(real_cluster):
+        process = OperatorProcess(real_cluster, log, prefix=real_cluster.inside).start()
+        yield process
+        process.stop()
 
 
 def profile(base: Path) -> dict[str, Any]:
