@@ -130,6 +130,41 @@ def test_who_may_read_metrics_can_be_said_and_helm_test_always_may(helm: Helm) -
     assert "from" not in helm.template({}).one("NetworkPolicy")["spec"]["ingress"][0]
 
 
+def test_only_pods_of_runs_reach_training_pods(helm: Helm) -> None:
+    rendered = helm.template({"network": {"runs": {"namespaces": ["art", "film"]}}})
+    policies = [each for each in rendered.of("NetworkPolicy") if each["metadata"]["name"] == "atelier-runs"]
+    assert [each["metadata"]["namespace"] for each in policies] == ["art", "film"]
+    spec = policies[0]["spec"]
+    assert spec["podSelector"] == {"matchExpressions": [{"key": "atelier.dev/run", "operator": "Exists"}]}
+    assert (spec["policyTypes"], "egress" in spec) == (["Ingress"], False)
+    gang, told = spec["ingress"]
+    assert gang == {"from": [{"podSelector": spec["podSelector"]}]}
+    assert told == {"ports": [{"port": 9400}]}
+
+
+def test_what_training_pods_reach_can_be_said(helm: Helm) -> None:
+    peer = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    store = {"to": [{"ipBlock": {"cidr": "10.2.0.0/16"}}], "ports": [{"port": 443}]}
+    rendered = helm.template({"network": {"metricsFrom": [peer], "runs": {"namespaces": ["art"], "egress": [store]}}})
+    spec = rendered.one("NetworkPolicy", "atelier-runs")["spec"]
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    assert spec["egress"][0] == {"to": [{"podSelector": spec["podSelector"]}]}
+    assert [port["port"] for port in spec["egress"][1]["ports"]] == [53, 53]
+    assert spec["egress"][2] == store
+    operator, scraper = spec["ingress"][1]["from"]
+    pods = rendered.one("Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert operator["podSelector"]["matchLabels"].items() <= pods.items()
+    assert operator["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "atelier-system"}
+    assert scraper == peer
+
+
+def test_a_namespaced_release_makes_policies_in_its_own_namespaces_alone(helm: Helm) -> None:
+    values = {"rbac": {"scope": "namespaced", "namespaces": ["art"]}, "crds": {"install": False}}
+    said = helm.refusal(values, {"network": {"runs": {"namespaces": ["film"]}}})
+    assert "network.runs.namespaces has film, but the release is for art" in said
+    assert helm.template(values, {"network": {"runs": {"namespaces": ["art"]}}}).one("NetworkPolicy", "atelier-runs")
+
+
 def test_monitors_need_their_api(helm: Helm) -> None:
     for name, api in (("operator", SERVICE_MONITOR), ("pods", POD_MONITOR)):
         values = {"monitoring": {name: {"enabled": True}, "labels": {"release": "prometheus"}}}
