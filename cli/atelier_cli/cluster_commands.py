@@ -230,6 +230,8 @@ def facts_of(run: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("cost", _cost(said["cost"])))
     if said.get("excludedNodes"):
         rows.append(("avoids", ", ".join(said["excludedNodes"])))
+    for each in said.get("artifacts") or ():
+        rows.append((each["format"], f"{each['uri']}, {terminal.size(each['sizeBytes'])}"))
     if said.get("storeUri"):
         rows.append(("store", said["storeUri"]))
     return rows

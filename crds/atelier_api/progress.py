@@ -31,6 +31,15 @@ class CheckpointReport(Block):
     time: str = Field(description="RFC 3339, UTC.")
 
 
+class ArtifactReport(Block):
+    """A published file."""
+
+    format: str = Field(description="Layout: `diffusers` or `kohya`.")
+    key: str = Field(description="Its key in the store, below the run's folder.")
+    size_bytes: int
+    sha256: str
+
+
 class Progress(Block):
     """One message. Absent facts are null, not zero."""
 
@@ -52,4 +61,5 @@ class Progress(Block):
     checkpoint: CheckpointReport | None = None
     funnel: FunnelReport | None = None
     samples: list[str] = Field(default=[], description="Keys of the newest round of samples.")
+    artifacts: list[ArtifactReport] = Field(default=[], description="Published files, once they are in the store.")
     updated_at: str = Field(default="", description="RFC 3339, UTC.")

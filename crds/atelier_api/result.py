@@ -3,7 +3,11 @@
 from pydantic import Field
 
 from atelier_api.exit_codes import ExitCode
+from atelier_api.progress import ArtifactReport
 from atelier_api.v1alpha1.base import Block
+
+LARGEST_MESSAGE_BYTES = 4096
+"""The kubelet cuts a termination message there."""
 
 
 class AgentResult(Block):
@@ -21,6 +25,14 @@ class AgentResult(Block):
     checkpoint_step: int | None = Field(
         default=None, description="Step of the newest committed checkpoint that is known."
     )
+    artifacts: list[ArtifactReport] = Field(default=[], description="Published files, as many as find room.")
+
+    def message_bytes(self) -> bytes:
+        """The termination message: without the last of the artifacts where there are too many for its size."""
+        text = self.model_dump_json(by_alias=True).encode()
+        if len(text) <= LARGEST_MESSAGE_BYTES or not self.artifacts:
+            return text
+        return self.model_copy(update={"artifacts": self.artifacts[:-1]}).message_bytes()
 
 
 def shorten(text: str, limit_bytes: int = 2000) -> str:

@@ -185,6 +185,7 @@ class Agent:
             time=time.time(),
             step=self._step(),
             checkpoint_step=progress.checkpoint.step if progress and progress.checkpoint else None,
+            artifacts=progress.artifacts if progress and code is ExitCode.DONE else [],
         )
 
     def _step(self) -> int | None:
@@ -215,11 +216,10 @@ def backoff_seconds(first: float, restart: int) -> float:
 
 def write_result(result: AgentResult, *paths: Path | None) -> None:
     """Write the terminal facts; a place that cannot be written is only logged."""
-    text = result.model_dump_json(by_alias=True)
     for path in paths:
         try:
             if path is not None:
-                path.write_text(text)
+                path.write_bytes(result.message_bytes())
         except OSError as problem:
             log.warning("the result cannot be written", extra={"path": str(path), "error": str(problem)})
 

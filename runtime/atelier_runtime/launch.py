@@ -232,6 +232,7 @@ def finish(session: Session, parts: Parts) -> None:
     if session.distributed.rank == 0:
         write_report(parts, session.store, exports)
         write_result(parts, session.store, exports)
+        session.reporter.published([file.report for file in exports])
     session.reporter.stage("Succeeded", "", done=parts.state.step, total=parts.state.step)
     torch.distributed.barrier()
 

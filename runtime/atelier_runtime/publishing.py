@@ -14,6 +14,7 @@ from PIL import Image
 
 from atelier_api.errors import RunError
 from atelier_api.model_files import base_arguments
+from atelier_api.progress import ArtifactReport
 from atelier_api.run_file import RunFile
 from atelier_runtime.checkpoint.export import ExportedFile, Provenance, export_full, export_lora
 from atelier_runtime.denoisers import gathered_weights
@@ -35,6 +36,11 @@ class PublishedFile:
     key: str
     sha256: str
     size_bytes: int
+
+    @property
+    def report(self) -> ArtifactReport:
+        """As it is told to the operator and the command line."""
+        return ArtifactReport(format=self.format, key=self.key, size_bytes=self.size_bytes, sha256=self.sha256)
 
 
 def publish(parts: Parts, store: Store) -> list[PublishedFile]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from atelier_api.progress import FunnelReport, Stage
+from atelier_api.progress import ArtifactReport, FunnelReport, Stage
 from atelier_api.run_file import RunFile
 from atelier_runtime.checkpoint import Checkpointer, ResumePoint
 from atelier_runtime.observe.metrics import TrainMetrics
@@ -82,6 +82,10 @@ class Reporter:
     def funnel(self, funnel: FunnelReport) -> None:
         """Show what became of the files found."""
         self._progress.update(funnel=funnel)
+
+    def published(self, artifacts: list[ArtifactReport]) -> None:
+        """Show the published files."""
+        self._progress.update(artifacts=artifacts)
 
     def training(self, step: int) -> None:
         """The loop starts, or goes on, at `step`."""

@@ -86,10 +86,14 @@ def test_a_run_tells_what_is_known_of_it() -> None:
                 excludedNodes=["gpu-7"],
                 checkpoint={"step": 20, "sizeBytes": 3 * 2**20},
                 queue={"name": "gpu"},
+                artifacts=[
+                    {"format": "diffusers", "uri": "s3://runs/x.safetensors", "sizeBytes": 2 << 20, "sha256": "ab"}
+                ],
                 cost={"gpuSeconds": 5400, "spent": "4.2", "expected": "8.4", "currency": "USD"},
             )
         )
     )
+    assert facts["diffusers"] == "s3://runs/x.safetensors, 2 MiB"
     assert facts["cost"] == "1.50 GPU hours, 4.20 USD of about 8.40"
     assert facts["progress"] == "Training, step 40 of 100, loss 0.25"
     assert facts["restarts"] == "1 counted, 2 that do not count"

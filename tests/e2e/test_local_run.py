@@ -1,5 +1,6 @@
 """Whole runs on this machine, by the command that users type: two processes, real pictures, a real checkpoint."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
+from atelier_api.result import AgentResult
+from atelier_runtime.observe.scratch import Scratch
 from runs import LocalRun, checkpoint_state, history, kill_tree, tiny_run, wait_for, write_run
 
 pytestmark = pytest.mark.processes
@@ -60,6 +63,11 @@ def test_a_run_leaves_everything_that_users_expect(finished: tuple[LocalRun, str
     assert (run.folder / "report.html").exists()
     assert (run.folder / "exports/diffusers/pytorch_lora_weights.safetensors").exists()
     assert (run.folder / "exports/kohya/finished.safetensors").exists()
+    left = AgentResult.model_validate_json(Scratch(run.scratch).result(0).read_bytes())
+    assert {each.key: each.sha256 for each in left.artifacts} == {
+        path.relative_to(run.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (run.folder / "exports").rglob("*.safetensors")
+    }
     assert sorted(path.name for path in (run.folder / "samples").iterdir()) == ["00000000", "00000006", "00000012"]
     assert sorted(history(run)) == list(range(12))
     assert "report.html" in output

@@ -130,6 +130,7 @@ def test_done_ranks_end_with_zero_and_leave_the_facts(node: Node) -> None:
     node.start("done", processes=2)
     assert node.wait() == ExitCode.DONE
     assert (node.result.reason, node.result.step, node.result.checkpoint_step) == ("Completed", 10, 10)
+    assert [each.key for each in node.result.artifacts] == ["exports/x.safetensors"]
     assert read_progress(node.scratch.progress).stage == "Succeeded"  # type: ignore[union-attr]
     assert AgentResult.model_validate_json(node.scratch.result(0).read_bytes()) == node.result
     assert not node.scratch.port(0).exists()

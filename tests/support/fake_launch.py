@@ -14,7 +14,7 @@ from types import FrameType
 
 from atelier_api.errors import ConfigError
 from atelier_api.exit_codes import ExitCode
-from atelier_api.progress import CheckpointReport, FunnelReport
+from atelier_api.progress import ArtifactReport, CheckpointReport, FunnelReport
 from atelier_api.run_file import RunFile
 from atelier_runtime.observe.failure import record_failure
 from atelier_runtime.observe.log import setup_logging
@@ -77,7 +77,10 @@ class Rank:
         match part:
             case "done":
                 self.train()
-                self.progress.update(stage="Succeeded")
+                artifact = ArtifactReport(
+                    format="diffusers", key="exports/x.safetensors", size_bytes=7, sha256="0f" * 32
+                )
+                self.progress.update(stage="Succeeded", artifacts=[artifact])
                 return 0
             case "config":
                 return self.fail(ConfigError("spec.adapter.targets is ['foo']; no module of the denoiser matches"))

@@ -14,6 +14,7 @@ Phase = Literal[
 MOST_ATTEMPTS = 20
 MOST_CONDITIONS = 16
 MOST_SAMPLES = 64
+MOST_ARTIFACTS = 32
 MOST_NODES_EXCLUDED = 32
 
 
@@ -78,6 +79,15 @@ class DataStatus(Block):
     too_short: int = Field(default=0, ge=0, description="Clips that are too short.")
 
 
+class ArtifactStatus(Block):
+    """A published file."""
+
+    format: str = Field(max_length=63, description="Layout: `diffusers` or `kohya`.")
+    uri: str = Field(max_length=4096, description="Where it lies.")
+    size_bytes: int = Field(ge=0, description="Size.")
+    sha256: str = Field(max_length=64, description="SHA-256 of its bytes.")
+
+
 class RestartsStatus(Block):
     """Restarts from a checkpoint."""
 
@@ -128,6 +138,9 @@ class RunStatus(Block):
     checkpoint: CheckpointStatus | None = Field(default=None, description="Newest checkpoint.")
     samples: Annotated[list[str], Field(max_length=MOST_SAMPLES)] = Field(
         default=[], description="Newest round of samples."
+    )
+    artifacts: Annotated[list[ArtifactStatus], Field(max_length=MOST_ARTIFACTS)] = Field(
+        default=[], description="What was published; all of it is in `result.json` of the store."
     )
     data: DataStatus | None = Field(default=None, description="What became of the files found.")
     cost: CostStatus | None = Field(default=None, description="What it has cost. None on the CPU.")

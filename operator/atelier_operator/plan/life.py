@@ -117,15 +117,15 @@ def _with_child(draft: Draft, child: Child, accepted: Accepted | Refused) -> Non
     draft.records = attempts.recorded(draft.records, child, progress.step if progress else None, of_pods(pods))
     live.report(draft)
     if child.finished == "Completed":
-        _completed(draft, child, accepted)
+        _completed(draft, child, accepted, pods)
     elif child.finished and draft.suspend:
         _suspended(draft)
     elif draft.suspend or child.deleting:
         _stop(draft, child, pods)
     elif child.finished:
         _failed(draft, child, accepted, pods)
-    elif gone := set(pods) & set(lost(draft.seen, draft.now)):
-        _lost(draft, child, min(gone, key=lambda pod: pod.index))
+    elif gone := [pod for pod in lost(draft.seen, draft.now) if pod in pods]:
+        _lost(draft, child, gone[0])
     elif draft.uncounted > MOST_UNCOUNTED:
         draft.remove(child)
         draft.fail(Reason.MAX_RESTARTS, f"restarted {draft.uncounted} times, which is more than {MOST_UNCOUNTED}")
@@ -135,7 +135,7 @@ def _with_child(draft: Draft, child: Child, accepted: Accepted | Refused) -> Non
             overdue(draft, accepted, child.attempt)
 
 
-def _completed(draft: Draft, child: Child, accepted: Accepted | Refused) -> None:
+def _completed(draft: Draft, child: Child, accepted: Accepted | Refused, pods: tuple[Pod, ...]) -> None:
     """All steps are done; where the spec asks for more by now, another attempt goes on."""
     if isinstance(accepted, Accepted) and 0 < child.steps < accepted.run.spec.hyperparameters.steps:
         draft.close_attempt(Reason.COMPLETED, f"{child.steps} steps done")
@@ -148,6 +148,7 @@ def _completed(draft: Draft, child: Child, accepted: Accepted | Refused) -> None
     if progress is not None:
         done = {"stage": "Succeeded", "detail": "", "step": progress.total_steps, "percent": 100, "eta_seconds": 0}
         draft.fields["progress"] = progress.model_copy(update=done)
+    live.report_artifacts(draft, pods)
     draft.succeed()
 
 

@@ -29,6 +29,14 @@ def report(draft: Draft) -> None:
         draft.fields["data"] = reports.data_status(progress)
 
 
+def report_artifacts(draft: Draft, pods: tuple[Pod, ...]) -> None:
+    """What was published, as the first node left it, or told it last."""
+    left = next((pod.result.artifacts for pod in pods if pod.index == 0 and pod.result), [])
+    told = draft.seen.progress.artifacts if draft.seen.progress else []
+    store = draft.before.store_uri or str(draft.fields.get("store_uri", ""))
+    draft.fields["artifacts"] = reports.artifact_statuses(left or told, store)
+
+
 def tell(draft: Draft, child: Child, pods: tuple[Pod, ...]) -> None:
     """Conditions and phase of a live child."""
     draft.fields["queue"] = queue_status(child, draft.seen)

@@ -5,9 +5,17 @@ the API server refuse the whole status.
 """
 
 import math
+from collections.abc import Iterable
 
-from atelier_api.progress import Progress
-from atelier_api.v1alpha1.status import MOST_SAMPLES, CheckpointStatus, DataStatus, ProgressStatus
+from atelier_api.progress import ArtifactReport, Progress
+from atelier_api.v1alpha1.status import (
+    MOST_ARTIFACTS,
+    MOST_SAMPLES,
+    ArtifactStatus,
+    CheckpointStatus,
+    DataStatus,
+    ProgressStatus,
+)
 
 LARGEST_NUMBER = 2**53
 LONGEST_KEY = 1024
@@ -48,6 +56,20 @@ def sample_uris(progress: Progress, store_uri: str) -> list[str]:
     """The newest round of samples."""
     keys = [key for key in progress.samples if len(key) <= LONGEST_KEY]
     return [f"{store_uri}/{key}" for key in keys[:MOST_SAMPLES]]
+
+
+def artifact_statuses(artifacts: Iterable[ArtifactReport], store_uri: str) -> list[ArtifactStatus]:
+    """The published files."""
+    kept = [each for each in artifacts if len(each.key) <= LONGEST_KEY][:MOST_ARTIFACTS]
+    return [
+        ArtifactStatus(
+            format=each.format[:63],
+            uri=f"{store_uri}/{each.key}",
+            size_bytes=_whole(each.size_bytes),
+            sha256=each.sha256[:64],
+        )
+        for each in kept
+    ]
 
 
 def data_status(progress: Progress) -> DataStatus | None:

@@ -3,6 +3,7 @@
 The pods see the tested virtual environment read-only; nothing else differs from the runtime image.
 """
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -180,6 +181,11 @@ def test_a_run_trains_on_two_nodes_and_leaves_a_lora_that_stock_diffusers_loads(
     assert len(history(run, store)) == STEPS
     weights = in_store(run, store) / "exports" / "diffusers" / "pytorch_lora_weights.safetensors"
     assert load_file(weights)
+    published = {each["uri"].removeprefix(status["storeUri"] + "/"): each["sha256"] for each in status["artifacts"]}
+    assert (
+        published["exports/diffusers/pytorch_lora_weights.safetensors"]
+        == hashlib.sha256(weights.read_bytes()).hexdigest()
+    )
     draw = (
         "import sys; from diffusers import StableDiffusion3Pipeline as P; p = P.from_pretrained(sys.argv[1]); "
         "p.load_lora_weights(sys.argv[2]); print(p.get_list_adapters())"

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from atelier_api.progress import CheckpointReport, FunnelReport
+from atelier_api.progress import ArtifactReport, CheckpointReport, FunnelReport
 from atelier_operator.observed import Apis
 from run_stories import Story, ended, pod, trained
 
@@ -33,6 +33,34 @@ def test_a_run_goes_from_preparing_to_succeeded() -> None:
     assert status.progress is not None
     assert (status.progress.percent, status.progress.stage) == (100, "Succeeded")
     assert [event.reason for event in decided.events] == ["Completed"]
+
+
+LORA = ArtifactReport(format="diffusers", key="exports/diffusers/lora.safetensors", size_bytes=9, sha256="ab")
+
+
+def artifact_uris(story: Story) -> list[str]:
+    return [each.uri.removeprefix(f"{story.status.store_uri}/") for each in story.status.artifacts]
+
+
+def test_what_was_published_is_in_the_status_also_when_the_operator_was_away() -> None:
+    """The first node's agent leaves it; nobody has asked it for its progress."""
+    story = trained()
+    story.progress = None
+    story.complete()
+    first, second = story.pods
+    assert first.result is not None
+    story.pods = (replace(first, result=first.result.model_copy(update={"artifacts": [LORA]})), second)
+    story.look(1)
+    assert (story.status.phase, artifact_uris(story)) == ("Succeeded", [LORA.key])
+
+
+def test_what_was_published_may_be_known_from_the_progress_alone() -> None:
+    story = trained()
+    story.train(100, "Succeeded", artifacts=[LORA.model_dump()])
+    story.complete()
+    story.pods = ()
+    story.look(1)
+    assert (story.status.phase, artifact_uris(story)) == ("Succeeded", [LORA.key])
 
 
 def test_the_status_holds_what_the_runtime_tells() -> None:
