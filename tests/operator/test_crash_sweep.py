@@ -11,7 +11,7 @@ from operator_life import Killed, Life, chapters
 Object = dict[str, Any]
 
 BLOCKS: dict[str, Object] = {"schedule": {"ttlSecondsAfterFinished": 600}, "retry": {"backoffSeconds": 0}}
-TIMES = {"startTime", "completionTime", "start", "end", "lastTransitionTime"}
+TIMES = {"startTime", "completionTime", "start", "end", "lastTransitionTime", "measuredAt", "gpuSeconds"}
 
 
 pytestmark = pytest.mark.sweep
@@ -86,6 +86,7 @@ def never_back(life: Life) -> None:
         assert new["attempt"] >= old["attempt"]
         assert new["restarts"]["counted"] >= old["restarts"]["counted"]
         assert new["restarts"]["uncounted"] >= old["restarts"]["uncounted"]
+        assert (new.get("cost") or {}).get("gpuSeconds", 0) >= (old.get("cost") or {}).get("gpuSeconds", 0)
         ends = {each["number"]: each.get("end") for each in new["attempts"]}
         assert all(ends[each["number"]] == each["end"] for each in old["attempts"] if "end" in each)
         assert old["phase"] not in ("Succeeded", "Failed") or new == old

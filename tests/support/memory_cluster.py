@@ -19,6 +19,7 @@ from atelier_operator.cluster import ApiError
 from atelier_operator.inventory import Inventory
 from atelier_operator.names import ATTEMPT_LABEL, CONTAINER, RESTART_LABEL, RUN_LABEL
 from atelier_operator.times import format_time
+from chart_rights import is_allowed
 
 Object = dict[str, Any]
 Place = tuple[str, str]
@@ -178,6 +179,8 @@ class MemoryCluster:
 
     def _ask(self, verb: str, kind: str, name: str) -> None:
         self.calls.append((verb, kind, name))
+        if kind != "Lease" and not is_allowed(verb, kind, name, "status" if verb == "PATCH" else ""):
+            raise ApiError(403, f"{verb} {kind} is forbidden: the chart's roles do not allow it")
         self.interrupt("asked", verb, kind)
 
 

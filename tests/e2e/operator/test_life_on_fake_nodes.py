@@ -232,7 +232,7 @@ def test_the_second_run_waits_for_quota_and_starts_when_the_first_has_ended(make
         first.end_pod(pod, 0, result(ExitCode.DONE))
     first.wait("Succeeded")
     assert len(both_pods(second)) == 2
-    assert second.condition("Admitted")["status"] == "True"
+    until(lambda: second.condition("Admitted")["status"] == "True", "the status to say so")
 
 
 def test_a_run_larger_than_the_quota_says_so(make: Make) -> None:

@@ -5,7 +5,7 @@ no other. No Secrets, no exec, no logs, no wildcard.
 {{- define "atelier.rules" -}}
 - apiGroups: [atelier.dev]
   resources: [trainingruns]
-  verbs: [list, watch, delete] # delete: ttlSecondsAfterFinished
+  verbs: [get, list, watch, delete] # get: one that has changed since it was seen; delete: ttlSecondsAfterFinished
 - apiGroups: [atelier.dev]
   resources: [trainingruns/status]
   verbs: [patch]
