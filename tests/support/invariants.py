@@ -50,21 +50,27 @@ class Change:
 
 def changes(audit: Iterable[Object]) -> list[Change]:
     """The writes to runs and what belongs to them, oldest first."""
-    found = [change for entry in audit if (change := _change(entry)) is not None]
+    found: list[Change] = []
+    for entry in audit:
+        change = _change(entry, found[-1].version if found else 0)
+        if change is not None:
+            found.append(change)
     return sorted(found, key=lambda change: change.version)
 
 
-def _change(entry: Object) -> Change | None:
+def _change(entry: Object, before: int) -> Change | None:
+    """The write of an entry, if it is one; `before` is the version of the entry before, for an object that is told without its own."""
     raw = entry.get("responseObject") or {}
     metadata = raw.get("metadata") or {}
-    done = entry.get("verb") in WRITES and (entry.get("responseStatus") or {}).get("code", 500) < 300
+    tried = "dryRun=" in entry.get("requestURI", "")
+    done = entry.get("verb") in WRITES and not tried and (entry.get("responseStatus") or {}).get("code", 500) < 300
     if not done or raw.get("kind") not in KINDS or "uid" not in metadata:
         return None
     if raw["kind"] != "TrainingRun" and RUN_LABEL not in (metadata.get("labels") or {}):
         return None
     doomed = "deletionTimestamp" in metadata or entry["verb"] == "delete"
     gone = doomed and not metadata.get("finalizers") and not metadata.get("deletionGracePeriodSeconds")
-    return Change(int(metadata["resourceVersion"]), raw, gone)
+    return Change(int(metadata.get("resourceVersion") or before), raw, gone)
 
 
 def broken(history: Iterable[Change], quotas: Mapping[str, int] | None = None) -> list[str]:
