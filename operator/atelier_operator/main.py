@@ -22,11 +22,12 @@ from atelier_operator.cluster import KINDS, ApiError, Cluster, LostLeadership
 from atelier_operator.inventory import Inventory, Key
 from atelier_operator.leadership import Leadership
 from atelier_operator.metrics import Metrics
-from atelier_operator.names import GROUP, RUN_LABEL
+from atelier_operator.names import GROUP
 from atelier_operator.observed import Apis
 from atelier_operator.polling import Poller
 from atelier_operator.reconcile import Reconciler
 from atelier_operator.settings import Settings
+from atelier_operator.watched import served_kinds, watched_kinds, watched_namespaces
 from atelier_operator.work_queue import WorkQueue
 
 log = logging.getLogger(__name__)
@@ -40,18 +41,6 @@ PHASES = (
     *("Pending", "Queued", "Preparing", "Running", "Suspended", "Recovering"),
     *("Publishing", "Succeeded", "Failed"),
 )
-
-
-WATCHED: Mapping[str, str] = {
-    "ClusterTrainingProfile": "",
-    "TrainingProfile": "",
-    "TrainingRun": "",
-    "JobSet": RUN_LABEL,
-    "Job": RUN_LABEL,
-    "Pod": RUN_LABEL,
-    "Workload": "",
-}
-"""The kinds that are watched, with the label that those of ours have."""
 
 
 class Operator:
@@ -77,8 +66,8 @@ class Operator:
     async def start(self) -> None:
         """Read everything once, so that no run is judged before all is known of it; then follow the Lease and the APIs."""
         await self._discover()
-        for kind, selector in self._kinds().items():
-            for namespace in self._namespaces(kind):
+        for kind, selector in served_kinds(self._settings, self._reconciler.apis).items():
+            for namespace in watched_namespaces(self._settings, kind):
                 for raw in await self._cluster.list(kind, namespace, selector):
                     self.inventory.put(kind, raw)
         self.queue.start()
@@ -173,26 +162,13 @@ class Operator:
     async def _resync(self) -> None:
         """Forget what is gone without a watch having told so, and look at every run."""
         try:
-            for kind, selector in self._kinds().items():
-                for namespace in self._namespaces(kind):
+            for kind, selector in served_kinds(self._settings, self._reconciler.apis).items():
+                for namespace in watched_namespaces(self._settings, kind):
                     since = self.inventory.names(kind, namespace)
                     self.inventory.keep(kind, since, await self._cluster.list(kind, namespace, selector))
         except ApiError as error:
             log.warning("the inventory cannot be compared", extra={"error": str(error)})
         self._wake_all()
-
-    def _kinds(self) -> dict[str, str]:
-        """What is watched, each with the selector of ours, as far as the cluster serves it."""
-        apis, cluster_wide = self._reconciler.apis, not self._settings.namespaces
-        absent = {
-            *(() if apis.jobset else ("JobSet",)),
-            *(() if apis.kueue else ("Workload",)),
-            *(() if cluster_wide else ("ClusterTrainingProfile",)),
-        }
-        return {kind: selector for kind, selector in WATCHED.items() if kind not in absent}
-
-    def _namespaces(self, kind: str) -> tuple[str | None, ...]:
-        return (None,) if kind == "ClusterTrainingProfile" else self._settings.namespaces or (None,)
 
     def _count(self) -> None:
         found = (self.inventory.run(key) or {} for key in self.inventory.runs())
@@ -203,9 +179,7 @@ class Operator:
 
 def register(registry: kopf.OperatorRegistry, operator: Operator, settings: Settings) -> None:
     """The watches. Objects of others are selected by label on the server, so that not every Pod comes here."""
-    for kind, selector in WATCHED.items():
-        if kind == "ClusterTrainingProfile" and settings.namespaces:
-            continue
+    for kind, selector in watched_kinds(settings).items():
 
         async def handle(event: Mapping[str, Any], kind: str = kind, **_: Any) -> None:
             operator.take(kind, event)
