@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,6 +26,7 @@ from atelier_operator.names import GROUP
 from atelier_operator.observed import Apis
 from atelier_operator.polling import Poller
 from atelier_operator.reconcile import Reconciler
+from atelier_operator.serving import plain_app, served
 from atelier_operator.settings import Settings
 from atelier_operator.watched import served_kinds, watched_kinds, watched_namespaces
 from atelier_operator.work_queue import WorkQueue
@@ -62,6 +63,7 @@ class Operator:
         )
         cluster.may_write = self._leadership.holds
         self._tasks: list[asyncio.Task[Any]] = []
+        self.has_listed = False
 
     async def start(self) -> None:
         """Read everything once, so that no run is judged before all is known of it; then follow the Lease and the APIs."""
@@ -70,6 +72,7 @@ class Operator:
             for namespace in watched_namespaces(self._settings, kind):
                 for raw in await self._cluster.list(kind, namespace, selector):
                     self.inventory.put(kind, raw)
+        self.has_listed = True
         self.queue.start()
         self._tasks = [
             asyncio.create_task(self._leadership.follow(self._gained, self._lost)),
@@ -210,10 +213,18 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.peering.standalone = True
 
 
+@contextlib.asynccontextmanager
+async def servers(settings: Settings, operator: Operator, metrics: Metrics) -> AsyncIterator[None]:
+    """Metrics and probes: they answer from the first moment on, and on every replica."""
+    async with contextlib.AsyncExitStack() as stack:
+        plain = plain_app(metrics.registry, lambda: operator.has_listed)
+        await stack.enter_async_context(served(plain, settings.metrics_port))
+        yield
+
+
 async def run(settings: Settings, stop: asyncio.Event) -> None:
     """Serve until `stop` is set."""
     metrics = Metrics()
-    metrics.serve(settings.metrics_port)
     cluster = await Cluster.connect(metrics.request)
     operator = Operator(settings, cluster, metrics)
     registry = kopf.OperatorRegistry()
@@ -221,18 +232,19 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     kopf_settings = kopf.OperatorSettings()
     configure(kopf_settings)
     kopf_settings.scanning.disabled = bool(settings.namespaces)
-    await operator.start()
-    try:
-        await kopf.operator(
-            registry=registry,
-            settings=kopf_settings,
-            standalone=True,
-            clusterwide=not settings.namespaces,
-            namespaces=settings.namespaces,
-            stop_flag=stop,
-        )
-    finally:
-        await operator.stop()
+    async with servers(settings, operator, metrics):
+        await operator.start()
+        try:
+            await kopf.operator(
+                registry=registry,
+                settings=kopf_settings,
+                standalone=True,
+                clusterwide=not settings.namespaces,
+                namespaces=settings.namespaces,
+                stop_flag=stop,
+            )
+        finally:
+            await operator.stop()
 
 
 def main() -> None:
