@@ -14,10 +14,14 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import kopf
 
+from atelier_operator.admission.certificate import ServerCertificate
+from atelier_operator.admission.measure import WebhookMetrics
+from atelier_operator.admission.server import Webhook, webhook_served
 from atelier_operator.cluster import KINDS, ApiError, Cluster, LostLeadership
 from atelier_operator.inventory import Inventory, Key
 from atelier_operator.leadership import Leadership
@@ -215,10 +219,15 @@ def configure(settings: kopf.OperatorSettings) -> None:
 
 @contextlib.asynccontextmanager
 async def servers(settings: Settings, operator: Operator, metrics: Metrics) -> AsyncIterator[None]:
-    """Metrics and probes: they answer from the first moment on, and on every replica."""
+    """Metrics and probes, and the webhook where there is one. They answer from the first moment on, and on every replica."""
     async with contextlib.AsyncExitStack() as stack:
         plain = plain_app(metrics.registry, lambda: operator.has_listed)
         await stack.enter_async_context(served(plain, settings.metrics_port))
+        if settings.webhook_port:
+            counts = WebhookMetrics(metrics.registry)
+            webhook = Webhook(operator.inventory.profile, lambda: operator.has_listed, counts)
+            certificate = ServerCertificate(Path(settings.webhook_certificates), counts.certificate)
+            await stack.enter_async_context(webhook_served(webhook, certificate, settings.webhook_port))
         yield
 
 
