@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from atelier_operator.names import WEBHOOK
+
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(3600)]  # the first test on a machine builds helm
 pytest_plugins = ("cluster_fixtures",)
 
@@ -41,7 +43,7 @@ def mounted(rendered: Any) -> str:
 def test_it_is_asked_about_runs_and_nothing_waits_for_it_in_vain(helm: Helm) -> None:
     found = webhook(helm.template({}))
     assert (found["failurePolicy"], found["sideEffects"], found["matchPolicy"]) == ("Ignore", "None", "Equivalent")
-    assert found["timeoutSeconds"] == 5
+    assert (found["name"], found["timeoutSeconds"]) == (WEBHOOK, 5)
     (rule,) = found["rules"]
     assert (rule["resources"], rule["operations"]) == (["trainingruns"], ["CREATE", "UPDATE"])
     assert webhook(helm.template({"webhook": {"timeoutSeconds": 2}}))["timeoutSeconds"] == 2
