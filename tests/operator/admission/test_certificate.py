@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import ssl
+import subprocess
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -123,6 +124,13 @@ def test_a_pair_that_is_half_written_changes_nothing(
     with caplog.at_level(logging.WARNING):
         serve(folder, story)
     assert "the one before is served" in caplog.text
+
+
+def test_an_encrypted_key_is_refused_and_asks_for_no_password(pairs: tuple[Pair, Pair], folder: Path) -> None:
+    encrypt = ["openssl", "pkey", "-aes256", "-passout", "pass:secret"]
+    key = subprocess.run(encrypt, input=pairs[0].key, capture_output=True, check=True).stdout
+    Pair(pairs[0].certificate, key).write(folder)
+    assert not ServerCertificate(folder, lambda _: None).look()
 
 
 def test_a_problem_is_logged_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
