@@ -113,8 +113,8 @@ def test_a_profile_may_come_with_its_first_run(cluster: Cluster, namespace: str)
 def test_where_it_does_not_answer_the_run_is_stored_and_its_status_says_the_same(
     cluster: Cluster, operator: OperatorProcess, webhook: BesideWebhook, namespace: str
 ) -> None:
-    """Dead, then back: what came in meanwhile is judged, can be labelled, stopped and deleted."""
-    operator.kill()
+    """Away, then back: what came in meanwhile is judged, can be labelled, stopped and deleted."""
+    operator.stop()
     ended = apply(cluster, run_document(namespace, "large", **TOO_LARGE))
     assert ended.returncode == 0, ended.stderr
     operator.start()
