@@ -23,6 +23,7 @@ from atelier_operator.names import (
     MODEL_CONTAINER,
     RUN_LABEL,
     VERSION,
+    WEBHOOK,
 )
 
 Object = dict[str, Any]
@@ -224,7 +225,9 @@ def problem(error: ApiException) -> RunError:
     status = _status(error.body)
     causes = (status.get("details") or {}).get("causes") or ()
     said = [_said(str(each.get("field", "")), str(each.get("message", ""))) for each in causes]
-    message = "\n".join(dict.fromkeys(said)) or status.get("message") or str(error.reason)
+    message = str("\n".join(dict.fromkeys(said)) or status.get("message") or error.reason)
+    if (spec := message.removeprefix(_DENIED)) != message:
+        return ConfigError(spec)
     if error.status == 404:
         # An object that is missing has a kind; a kind that is missing has none.
         if not (status.get("details") or {}).get("name"):
@@ -256,6 +259,9 @@ def _status(body: Any) -> Object:
         return {}
     return found if isinstance(found, dict) else {}
 
+
+# Our webhook says what the operator would: a mistake in the file, also where the profile forbids it (403).
+_DENIED = f'admission webhook "{WEBHOOK}" denied the request: '
 
 # Before the message of a rule stands the type of what it judges, in newer servers nothing; a value is part of the message.
 _INVALID = re.compile(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from atelier_operator.names import QUEUE_LABEL, RUN_LABEL, UID_LABEL
+from atelier_operator.profiles import profile_reference
 
 Raw = Mapping[str, Any]
 Key = tuple[str, str]
@@ -90,8 +91,7 @@ class Inventory:
     def using_profile(self, kind: str, namespace: str, name: str) -> Iterable[Key]:
         """Runs that name a profile."""
         for key, raw in self._objects["TrainingRun"].items():
-            reference = (raw.get("spec") or {}).get("profileRef") or {}
-            if (reference.get("kind"), reference.get("name")) == (kind, name) and namespace in ("", key[0]):
+            if profile_reference(raw.get("spec")) == (kind, name) and namespace in ("", key[0]):
                 yield key
 
     def _belonging(self, kind: str, key: Key, uid: str) -> list[Raw]:

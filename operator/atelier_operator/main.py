@@ -12,21 +12,27 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import kopf
 
+from atelier_operator.admission.certificate import ServerCertificate
+from atelier_operator.admission.measure import WebhookMetrics
+from atelier_operator.admission.server import Webhook, webhook_served
 from atelier_operator.cluster import KINDS, ApiError, Cluster, LostLeadership
 from atelier_operator.inventory import Inventory, Key
 from atelier_operator.leadership import Leadership
 from atelier_operator.metrics import Metrics
-from atelier_operator.names import GROUP, RUN_LABEL
+from atelier_operator.names import GROUP
 from atelier_operator.observed import Apis
 from atelier_operator.polling import Poller
 from atelier_operator.reconcile import Reconciler
+from atelier_operator.serving import plain_app, served
 from atelier_operator.settings import Settings
+from atelier_operator.watched import served_kinds, watched_kinds, watched_namespaces
 from atelier_operator.work_queue import WorkQueue
 
 log = logging.getLogger(__name__)
@@ -40,18 +46,6 @@ PHASES = (
     *("Pending", "Queued", "Preparing", "Running", "Suspended", "Recovering"),
     *("Publishing", "Succeeded", "Failed"),
 )
-
-
-WATCHED: Mapping[str, str] = {
-    "ClusterTrainingProfile": "",
-    "TrainingProfile": "",
-    "TrainingRun": "",
-    "JobSet": RUN_LABEL,
-    "Job": RUN_LABEL,
-    "Pod": RUN_LABEL,
-    "Workload": "",
-}
-"""The kinds that are watched, with the label that those of ours have."""
 
 
 class Operator:
@@ -74,14 +68,16 @@ class Operator:
         )
         cluster.may_write = self._leadership.holds
         self._tasks: list[asyncio.Task[Any]] = []
+        self.has_listed = False
 
     async def start(self) -> None:
         """Read everything once, so that no run is judged before all is known of it; then follow the Lease and the APIs."""
         await self._discover()
-        for kind, selector in self._kinds().items():
-            for namespace in self._namespaces(kind):
+        for kind, selector in served_kinds(self._settings, self._reconciler.apis).items():
+            for namespace in watched_namespaces(self._settings, kind):
                 for raw in await self._cluster.list(kind, namespace, selector):
                     self.inventory.put(kind, raw)
+        self.has_listed = True
         self.queue.start()
         self._tasks = [
             asyncio.create_task(self._leadership.follow(self._gained, self._lost)),
@@ -174,26 +170,13 @@ class Operator:
     async def _resync(self) -> None:
         """Forget what is gone without a watch having told so, and look at every run."""
         try:
-            for kind, selector in self._kinds().items():
-                for namespace in self._namespaces(kind):
+            for kind, selector in served_kinds(self._settings, self._reconciler.apis).items():
+                for namespace in watched_namespaces(self._settings, kind):
                     since = self.inventory.names(kind, namespace)
                     self.inventory.keep(kind, since, await self._cluster.list(kind, namespace, selector))
         except ApiError as error:
             log.warning("the inventory cannot be compared", extra={"error": str(error)})
         self._wake_all()
-
-    def _kinds(self) -> dict[str, str]:
-        """What is watched, each with the selector of ours, as far as the cluster serves it."""
-        apis, cluster_wide = self._reconciler.apis, not self._settings.namespaces
-        absent = {
-            *(() if apis.jobset else ("JobSet",)),
-            *(() if apis.kueue else ("Workload",)),
-            *(() if cluster_wide else ("ClusterTrainingProfile",)),
-        }
-        return {kind: selector for kind, selector in WATCHED.items() if kind not in absent}
-
-    def _namespaces(self, kind: str) -> tuple[str | None, ...]:
-        return (None,) if kind == "ClusterTrainingProfile" else self._settings.namespaces or (None,)
 
     def _count(self) -> None:
         found = (self.inventory.run(key) or {} for key in self.inventory.runs())
@@ -204,9 +187,7 @@ class Operator:
 
 def register(registry: kopf.OperatorRegistry, operator: Operator, settings: Settings) -> None:
     """The watches. Objects of others are selected by label on the server, so that not every Pod comes here."""
-    for kind, selector in WATCHED.items():
-        if kind == "ClusterTrainingProfile" and settings.namespaces:
-            continue
+    for kind, selector in watched_kinds(settings).items():
 
         async def handle(event: Mapping[str, Any], kind: str = kind, **_: Any) -> None:
             operator.take(kind, event)
@@ -237,10 +218,23 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.peering.standalone = True
 
 
+@contextlib.asynccontextmanager
+async def servers(settings: Settings, operator: Operator, metrics: Metrics) -> AsyncIterator[None]:
+    """Metrics and probes, and the webhook where there is one. They answer from the first moment on, and on every replica."""
+    async with contextlib.AsyncExitStack() as stack:
+        plain = plain_app(metrics.registry, lambda: operator.has_listed)
+        await stack.enter_async_context(served(plain, settings.metrics_port))
+        if settings.webhook_port:
+            counts = WebhookMetrics(metrics.registry)
+            webhook = Webhook(operator.inventory.profile, lambda: operator.has_listed, counts)
+            certificate = ServerCertificate(Path(settings.webhook_certificates), counts.certificate)
+            await stack.enter_async_context(webhook_served(webhook, certificate, settings.webhook_port))
+        yield
+
+
 async def run(settings: Settings, stop: asyncio.Event) -> None:
     """Serve until `stop` is set."""
     metrics = Metrics()
-    metrics.serve(settings.metrics_port)
     cluster = await Cluster.connect(metrics.request)
     operator = Operator(settings, cluster, metrics)
     registry = kopf.OperatorRegistry()
@@ -248,18 +242,19 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     kopf_settings = kopf.OperatorSettings()
     configure(kopf_settings)
     kopf_settings.scanning.disabled = bool(settings.namespaces)
-    await operator.start()
-    try:
-        await kopf.operator(
-            registry=registry,
-            settings=kopf_settings,
-            standalone=True,
-            clusterwide=not settings.namespaces,
-            namespaces=settings.namespaces,
-            stop_flag=stop,
-        )
-    finally:
-        await operator.stop()
+    async with servers(settings, operator, metrics):
+        await operator.start()
+        try:
+            await kopf.operator(
+                registry=registry,
+                settings=kopf_settings,
+                standalone=True,
+                clusterwide=not settings.namespaces,
+                namespaces=settings.namespaces,
+                stop_flag=stop,
+            )
+        finally:
+            await operator.stop()
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The operator's own metrics, in a registry of its own."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 PREFIX = "atelier"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -62,7 +62,3 @@ class Metrics:
 
     def queue(self, length: int) -> None:
         self._queue.set(length)
-
-    def serve(self, port: int) -> None:
-        """Serve /metrics."""
-        start_http_server(port, registry=self.registry)

@@ -27,6 +27,8 @@ CONTAINER = "trainer"  # the pods' only container that trains
 
 MODEL_CONTAINER = "model"  # init container that fetches the base model of a remote source
 
+WEBHOOK = f"trainingruns.{GROUP}"  # name in the chart's configuration; the API server begins refusals with it
+
 AGENT_PORT = 9400  # /metrics and /progress
 RENDEZVOUS_PORT = 29400  # torchrun of node 0
 

@@ -20,12 +20,12 @@ from atelier_operator.observed import (
     Run,
     Workload,
     is_lost,
-    read_profile,
 )
 from atelier_operator.plan import Event, Plan, plan
 from atelier_operator.plan.attempts import present
 from atelier_operator.plan.lost_nodes import stuck
 from atelier_operator.polling import Poller
+from atelier_operator.profiles import profile_of
 from atelier_operator.snapshot import Snapshot
 from atelier_operator.snapshot import read as read_snapshot
 from atelier_operator.times import format_time
@@ -85,7 +85,7 @@ class Reconciler:
 
     async def _observe(self, run: Run) -> Observed:
         key = (run.namespace, run.name)
-        profile, problem = self._profile(run)
+        profile, problem = profile_of(run, self._inventory.profile)
         children = await self._children(run, key)
         seen = Observed(
             apis=self.apis,
@@ -115,12 +115,6 @@ class Reconciler:
         found = Workload.of(workload)
         waiting = map(Workload.of, self._inventory.waiting(run.namespace, found.queue))
         return replace(seen, progress=progress, workload=found, waiting=tuple(waiting))
-
-    def _profile(self, run: Run) -> tuple[Any, str]:
-        reference = (run.document.get("spec") or {}).get("profileRef") or {}
-        kind = reference.get("kind", "ClusterTrainingProfile")
-        raw = self._inventory.profile(kind, run.namespace, reference.get("name", "default"))
-        return (None, "") if raw is None else read_profile(raw)
 
     async def _children(self, run: Run, key: Key) -> tuple[Child, ...]:
         """What the watches have brought, and where the present child is missing, what the API server has."""

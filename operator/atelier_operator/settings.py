@@ -7,13 +7,16 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Settings:
     """`namespaces` empty: all of them. `lease_namespace` holds the Lease of the leader; `identity` names this replica in it.
-    `metrics_port` 0: any that is free."""
+    `metrics_port` 0: any that is free. `webhook_port` 0: no webhook; `webhook_certificates` is the folder with its tls.crt and
+    tls.key."""
 
     namespaces: tuple[str, ...] = ()
     lease_namespace: str = "default"
     lease_name: str = "atelier-operator"
     identity: str = "atelier-operator"
     metrics_port: int = 8080
+    webhook_port: int = 0
+    webhook_certificates: str = "/etc/atelier/webhook"
     resync_seconds: float = 600.0
     progress_seconds: float = 10.0
 
@@ -27,6 +30,8 @@ class Settings:
             lease_name=environment.get("ATELIER_LEASE_NAME", cls.lease_name),
             identity=environment.get("ATELIER_IDENTITY") or environment.get("HOSTNAME") or cls.identity,
             metrics_port=_port(environment, "ATELIER_METRICS_PORT", cls.metrics_port),
+            webhook_port=_port(environment, "ATELIER_WEBHOOK_PORT", cls.webhook_port),
+            webhook_certificates=environment.get("ATELIER_WEBHOOK_CERTIFICATES") or cls.webhook_certificates,
             resync_seconds=_number(environment, "ATELIER_RESYNC_SECONDS", cls.resync_seconds),
             progress_seconds=_number(environment, "ATELIER_PROGRESS_SECONDS", cls.progress_seconds),
         )

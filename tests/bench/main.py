@@ -1,4 +1,4 @@
-"""`make bench`: the speed of the loop, the data path, checkpoints and the operator, as ratios of interleaved runs and as counts.
+"""`make bench`: the speed of the loop, data path, checkpoints, webhook and operator, as ratios of interleaved runs and as counts.
 
     python tests/bench/main.py [--quick] [--only C1 …] [--state-mib 256] [--out build/bench.json]
 
@@ -33,13 +33,14 @@ import data_path  # noqa: E402
 import loop_overhead  # noqa: E402
 import operator_scale  # noqa: E402
 import torch  # noqa: E402
+import webhook_latency  # noqa: E402
 from pairs import Findings  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from atelier_runtime.launch import quiet_libraries  # noqa: E402
 
-ALL = ("C1", "C2", "C4", "O")
+ALL = ("C1", "C2", "C4", "W", "O")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "atelier-training")
 
 
@@ -113,6 +114,7 @@ def main() -> None:
         "C1": lambda: loop_overhead.run(quick=options.quick),
         "C2": lambda: data_path.run(quick=options.quick),
         "C4": lambda: checkpoint_stall.run(quick=options.quick, mebibytes=options.state_mib),
+        "W": lambda: webhook_latency.run(quick=options.quick),
         "O": lambda: operator_scale.run(quick=options.quick),
     }
     facts, started = machine(), time.monotonic()

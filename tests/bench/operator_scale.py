@@ -6,7 +6,6 @@ controller managers, JobSet, the operator and this client. The counts of writes 
 
 import asyncio
 import shutil
-import statistics
 import tempfile
 import time
 import urllib.request
@@ -17,7 +16,7 @@ from typing import Any
 
 import psutil
 from kubernetes.aio import client, config
-from pairs import Findings, Row
+from pairs import Findings, Row, quantiles
 
 from atelier_operator.cluster import Cluster as Client
 from atelier_operator.times import format_time
@@ -129,7 +128,7 @@ def _burst_rows(found: Object) -> list[Row]:
     runs, writes = found["runs"], found["writes"]
     a_run = sum(writes.values()) / runs
     without_events = a_run - writes.get("POST Event", 0) / runs
-    child, told = _quantiles(found["child_seconds"]), _quantiles(found["status_seconds"])
+    child, told = quantiles(found["child_seconds"]), quantiles(found["status_seconds"])
     mebibytes = f"{found['memory_idle'] / 2**20:.0f} → {found['memory'] / 2**20:.0f} MiB"
     return [
         Row("O", f"{runs} runs: made → JobSet made", f"p50 {child[0]:.2f} s, p99 {child[1]:.2f} s"),
@@ -274,9 +273,3 @@ def _shares(seconds: dict[str, float]) -> str:
     whole = sum(seconds.values())
     largest = sorted(seconds.items(), key=lambda each: -each[1])[:3]
     return f"{whole:.0f} s: " + ", ".join(f"{name} {used / whole:.0%}" for name, used in largest)
-
-
-def _quantiles(values: list[float]) -> tuple[float, float]:
-    """Median and 99th percentile."""
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return cuts[49], cuts[98]

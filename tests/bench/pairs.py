@@ -51,6 +51,12 @@ class Ratio:
         return f"{self.median:.3f} ({self.first_quartile:.3f}–{self.third_quartile:.3f}, {self.pairs} pairs)"
 
 
+def quantiles(values: Sequence[float]) -> tuple[float, float]:
+    """Median and 99th percentile."""
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return cuts[49], cuts[98]
+
+
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
     """Of measurements taken in pairs, two at least."""
     values = [a / b for a, b in zip(numerator, denominator, strict=True)]

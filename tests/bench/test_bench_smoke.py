@@ -89,6 +89,11 @@ def test_the_trainer_writes_nothing_while_it_waits_for_a_save(raw: dict[str, Any
     assert ours["page_faults"] < size / 4096 / 10  # the memory of the snapshot is there already
 
 
+def test_both_kinds_of_reviews_are_asked(raw: dict[str, Any]) -> None:
+    asked = raw["W"]
+    assert len(asked["allowed_seconds"]) == len(asked["refused_seconds"]) == asked["reviews"] / 2
+
+
 def test_a_new_run_takes_few_writes_and_ended_ones_take_none(raw: dict[str, Any]) -> None:
     if "why_not" in raw["O"]:
         pytest.skip(raw["O"]["why_not"])

@@ -186,6 +186,16 @@ def test_a_value_stays_part_of_the_message(message: str) -> None:
     assert str(problem(refusal(422, **cause("spec.x", message)))) == f"spec.x: {message}"
 
 
+@pytest.mark.parametrize("code", [403, 422])
+def test_what_our_webhook_refuses_is_a_mistake_in_the_file(code: int) -> None:
+    said = "spec.parallelism.nodes is 2; the profile allows at most 1"
+    found = problem(refusal(code, message=f'admission webhook "trainingruns.atelier.dev" denied the request: {said}'))
+    assert isinstance(found, ConfigError)
+    assert str(found) == said
+    other = problem(refusal(403, message=f'admission webhook "policy.example.org" denied the request: {said}'))
+    assert isinstance(other, NotAllowed)
+
+
 def test_refusals_are_told_apart() -> None:
     assert isinstance(problem(refusal(404, message="m", details={"name": "knight"})), NotThere)
     assert isinstance(problem(refusal(404)), KindMissing)

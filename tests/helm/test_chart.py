@@ -54,13 +54,16 @@ def test_the_operator_reads_every_variable_that_it_is_given(helm: Helm) -> None:
     from atelier_operator.settings import Settings
 
     values = {"operator": {"metricsPort": 9090, "resyncSeconds": 1, "progressSeconds": 2.5}}
-    given = helm.template(NAMESPACED, values).environment()
+    given = helm.template({"webhook": {"port": 8443}}, values).environment()
+    assert (given["ATELIER_WEBHOOK_PORT"], given["ATELIER_WEBHOOK_CERTIFICATES"]) == ("8443", "/etc/atelier/webhook")
+    given = given | helm.template(NAMESPACED, values).environment()
     assert Settings.of(given) == Settings(
         namespaces=("atelier-system",),
         lease_namespace="metadata.namespace",
         lease_name="atelier-operator",
         identity="metadata.name",
         metrics_port=9090,
+        webhook_port=8443,
         resync_seconds=1.0,
         progress_seconds=2.5,
     )
@@ -88,6 +91,17 @@ def test_pods_pass_restricted_pod_security(helm: Helm) -> None:
                 "capabilities": {"drop": ["ALL"]},
             }
             assert container["resources"]["limits"]["memory"]
+
+
+def test_probes_ask_the_event_loop(helm: Helm) -> None:
+    (container,) = helm.template({}).one("Deployment")["spec"]["template"]["spec"]["containers"]
+    asked = {each: container[each]["httpGet"] for each in ("startupProbe", "readinessProbe", "livenessProbe")}
+    assert {each: get["path"] for each, get in asked.items()} == {
+        "startupProbe": "/healthz",
+        "readinessProbe": "/readyz",
+        "livenessProbe": "/healthz",
+    }
+    assert {get["port"] for get in asked.values()} == {"metrics"}
 
 
 def test_two_replicas_and_one_of_them_may_be_drained(helm: Helm) -> None:
@@ -123,7 +137,8 @@ def test_the_operator_reaches_the_api_server_dns_and_progress_alone(helm: Helm) 
 def test_who_may_read_metrics_can_be_said_and_helm_test_always_may(helm: Helm) -> None:
     peer = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
     rendered = helm.template({"network": {"metricsFrom": [peer]}})
-    (rule,) = rendered.one("NetworkPolicy")["spec"]["ingress"]
+    rule, of_the_webhook = rendered.one("NetworkPolicy")["spec"]["ingress"]
+    assert of_the_webhook == {"ports": [{"port": "webhook"}]}
     assert rule["from"][1:] == [peer]
     test_pod = rule["from"][0]["podSelector"]["matchLabels"]
     assert test_pod == rendered.one("Pod")["metadata"]["labels"]

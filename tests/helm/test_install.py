@@ -13,7 +13,7 @@ import yaml
 from cluster.daemons import ClusterError
 from cluster.local import Cluster
 from cluster_documents import PROFILE, run_document
-from operator_process import ClusterRun, OperatorProcess, until
+from operator_process import ClusterRun, OperatorProcess, free_port, until
 
 pytest_plugins = ("cluster_fixtures",)
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(3600)]
@@ -22,6 +22,7 @@ CHART = str(Path(__file__).resolve().parents[2] / "helm" / "atelier")
 SYSTEM = "atelier-system"
 ACCOUNT = "atelier-operator"
 IMAGE = {"image": {"repository": "localhost/atelier-operator"}}
+BRIEF = {"timeoutSeconds": 1}  # nobody answers at the Service's address: this cluster has no pods
 
 Values = Mapping[str, Any]
 Helm = Callable[..., str]
@@ -39,7 +40,7 @@ def helm(cluster: Cluster, tmp_path: Path) -> Iterator[Helm]:
 
     def call(verb: str, *arguments: str, values: Values | None = None) -> str:
         given = [CHART, "-f", str(tmp_path / "values.json")] if values is not None else []
-        (tmp_path / "values.json").write_text(json.dumps({"operator": IMAGE} | dict(values or {})))
+        (tmp_path / "values.json").write_text(json.dumps({"operator": IMAGE, "webhook": BRIEF} | dict(values or {})))
         return cluster.helm(verb, "atelier", *given, f"--namespace={SYSTEM}", *arguments)
 
     yield call
@@ -115,6 +116,28 @@ def test_runs_go_with_the_release_where_it_is_told_so(cluster: Cluster, helm: He
     helm("install", "--create-namespace", values=profiles("one") | {"crds": {"keep": False}})
     helm("uninstall")
     until(lambda: crds(cluster) == [], "the CRDs to be gone")
+
+
+def test_the_webhooks_certificate_is_kept_by_upgrades_and_made_anew_in_time(cluster: Cluster, helm: Helm) -> None:
+    helm("install", "--create-namespace", values={})
+    first = certificate(cluster)
+    helm("upgrade", values={"operator": IMAGE | {"replicas": 3}})
+    assert certificate(cluster) == first
+    secret = ("secret", f"{ACCOUNT}-webhook", f"--namespace={SYSTEM}")
+    cluster.kubectl("annotate", *secret, "--overwrite", "atelier.dev/renew-after=1700000000")
+    helm("upgrade", values={})
+    second = certificate(cluster)
+    cluster.kubectl("delete", *secret)
+    helm("upgrade", values={})
+    assert len({first, second, certificate(cluster)}) == 3
+
+
+def certificate(cluster: Cluster) -> str:
+    """What the operator's pods would serve, whose authority the API server trusts."""
+    data = cluster.get("secret", f"{ACCOUNT}-webhook", f"--namespace={SYSTEM}")["data"]
+    (webhook,) = cluster.get("validatingwebhookconfiguration", ACCOUNT)["webhooks"]
+    assert webhook["clientConfig"]["caBundle"] == data["ca.crt"]
+    return str(data["tls.crt"])
 
 
 def test_a_second_release_over_the_same_namespaces_is_refused(cluster: Cluster, helm: Helm) -> None:
@@ -208,6 +231,8 @@ def start_operator(cluster: Cluster, log: Path) -> OperatorProcess:
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     settings = {each["name"]: each["value"] for each in container["env"] if "value" in each}
     settings |= {"ATELIER_LEASE_NAMESPACE": SYSTEM, "ATELIER_METRICS_PORT": "0"}
+    if "ATELIER_WEBHOOK_PORT" in settings:
+        settings["ATELIER_WEBHOOK_PORT"] = str(free_port())
     kubeconfig = cluster.kubeconfig_of_service_account(SYSTEM, ACCOUNT)
     return OperatorProcess(cluster, log, kubeconfig, settings=settings).start()
 

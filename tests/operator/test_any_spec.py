@@ -1,5 +1,5 @@
-"""Two thousand specs that come past the API server: sound, against the rules, broken, hostile. None stops the operator; each is
-executed as the runtime would have it, or refused by the field."""
+"""Two thousand specs that come past the API server: sound, against the rules, broken, hostile. None stops the operator or its
+webhook; each is executed as the runtime would have it, or refused by the field, by both in the same words."""
 
 import copy
 import json
@@ -16,6 +16,8 @@ from atelier_api.fields import tree
 from atelier_api.read import problems
 from atelier_api.run_file import RunFile
 from atelier_api.v1alpha1.status import RunStatus
+from atelier_operator.admission.review import answer
+from atelier_operator.admission.verdict import judge
 from atelier_operator.names import RUN_FILE_KEY
 from atelier_operator.observed import Apis, Observed, Run
 from atelier_operator.plan import Plan, plan
@@ -24,8 +26,9 @@ from atelier_runtime.families import get_family
 from atelier_runtime.objectives import build_objective
 from atelier_runtime.optimizers.schedule import learning_rate_at
 from atelier_runtime.store import open_store
+from reviews import read, review
 from run_documents import Document, documents, places, sound_documents, with_value, wrong_values
-from run_stories import START, UID, profile
+from run_stories import PROFILE, START, UID, profile
 from tiny_families import save_tiny
 
 pytestmark = pytest.mark.sweep
@@ -72,7 +75,18 @@ def decided(drawn: Document, *, jobset: bool = True) -> Plan:
     """What the operator plans for a new run with the drawn spec."""
     metadata = {"name": "knight", "namespace": "art", "uid": UID, "generation": 1}
     raw = json.loads(json.dumps({**copy.deepcopy(drawn), "metadata": metadata}))
-    return plan(Run.of(raw), Observed(apis=Apis(jobset=jobset), profile=profile()), START)
+    planned = plan(Run.of(raw), Observed(apis=Apis(jobset=jobset), profile=profile()), START)
+    same_at_admission(raw, planned)
+    return planned
+
+
+def same_at_admission(raw: Document, planned: Plan) -> None:
+    """The webhook refuses what the operator would, in the same words."""
+    verdict = judge(read(review(raw)), lambda *_: {"spec": PROFILE})
+    refused = planned.status.phase == "Pending"
+    assert (verdict.result, bool(verdict.code)) == (("refused", True) if refused else ("allowed", False))
+    assert verdict.message == (planned.status.message if refused else "")
+    assert json.loads(json.dumps(answer(UID, verdict)))["response"]["allowed"] is not refused
 
 
 def for_a_cluster(drawn: Document) -> Document:

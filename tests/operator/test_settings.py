@@ -17,12 +17,15 @@ def test_every_setting_is_read() -> None:
         "ATELIER_LEASE_NAME": "lease",
         "ATELIER_IDENTITY": "replica-1",
         "ATELIER_METRICS_PORT": "9000",
+        "ATELIER_WEBHOOK_PORT": "9443",
+        "ATELIER_WEBHOOK_CERTIFICATES": "/certificates",
         "ATELIER_RESYNC_SECONDS": "60",
         "ATELIER_PROGRESS_SECONDS": "2.5",
     }
     settings = Settings.of(environment)
     assert settings.namespaces == ("art", "lab")
     assert (settings.lease_namespace, settings.lease_name, settings.identity) == ("system", "lease", "replica-1")
+    assert (settings.webhook_port, settings.webhook_certificates) == (9443, "/certificates")
     assert (settings.metrics_port, settings.resync_seconds, settings.progress_seconds) == (9000, 60.0, 2.5)
 
 
@@ -41,6 +44,12 @@ def test_a_replica_is_named_by_its_pod(environment: dict[str, str], identity: st
 def test_a_port_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=f"ATELIER_METRICS_PORT is '{text}'; must be a whole number from 0 to 65535"):
         Settings.of({"ATELIER_METRICS_PORT": text})
+
+
+def test_without_a_port_there_is_no_webhook() -> None:
+    assert Settings.of({}).webhook_port == 0
+    with pytest.raises(ValueError, match="ATELIER_WEBHOOK_PORT is 'https'; must be a whole number from 0 to 65535"):
+        Settings.of({"ATELIER_WEBHOOK_PORT": "https"})
 
 
 def test_port_0_is_any_that_is_free() -> None:

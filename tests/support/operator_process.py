@@ -72,7 +72,7 @@ class OperatorProcess:
             **os.environ,
             "KUBECONFIG": str(self.kubeconfig or self.cluster.kubeconfig),
             "ATELIER_IDENTITY": f"operator-{time.monotonic_ns()}",
-            "ATELIER_METRICS_PORT": str(_free_port()),
+            "ATELIER_METRICS_PORT": str(free_port()),
             "ATELIER_PROGRESS_SECONDS": "1",
             **self.settings,
         }
@@ -194,7 +194,8 @@ def _json(text: str) -> Object:
     return dict(json.loads(text))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
