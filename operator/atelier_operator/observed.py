@@ -167,6 +167,7 @@ class Pod:
     failure: str = ""
     result: AgentResult | None = None
     gone_by: datetime | None = None
+    created: datetime | None = None
 
     @property
     def failed(self) -> bool:
@@ -214,6 +215,7 @@ class Pod:
             finished=parse_time(ended.get("finishedAt")),
             failure=status.get("message") or status.get("reason") or _not_begun(ended),
             result=_result(ended.get("message")),
+            created=parse_time(metadata.get("creationTimestamp")),
             gone_by=parse_time(metadata.get("deletionTimestamp"))
             if metadata.get("deletionGracePeriodSeconds")
             else None,

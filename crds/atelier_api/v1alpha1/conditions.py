@@ -78,6 +78,7 @@ class Reason(StrEnum):
     STOPPED = "Stopped"
     DELETED = "Deleted"
     NODE_LOST = "NodeLost"
+    GANG_TORN = "GangTorn"
 
 
 class Condition(Block):

@@ -11,7 +11,7 @@ from atelier_operator.plan.starting import replanned, start
 from atelier_operator.times import parse_time
 
 LONGEST_BACKOFF_SECONDS = 600.0
-LOSSES = (Reason.DELETED, Reason.NODE_LOST)
+LOSSES = (Reason.DELETED, Reason.NODE_LOST, Reason.GANG_TORN)
 """Reasons of attempts whose child is gone without having ended."""
 
 

@@ -54,9 +54,12 @@ def of_pods(pods: tuple[Pod, ...]) -> Ending | None:
 
 
 def of_loss(record: AttemptStatus) -> Ending:
-    """The cause of a child's absence, by what its attempt's record says: we have deleted it for a lost node, or somebody else has."""
+    """The cause of a child's absence, by what its attempt's record says: we have deleted it for a gang that was broken, or somebody
+    else has."""
     if record.reason == Reason.NODE_LOST:
         return Ending("restart-uncounted", Reason.NODE_LOST, record.message)
+    if record.reason == Reason.GANG_TORN:
+        return Ending("restart", Reason.GANG_TORN, record.message)
     return Ending("restart", Reason.DELETED, "the child object was deleted")
 
 

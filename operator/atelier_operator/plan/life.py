@@ -5,7 +5,7 @@ from datetime import datetime
 from atelier_api.v1alpha1.conditions import ConditionType, Reason
 from atelier_operator.exit_rules import MOST_UNCOUNTED
 from atelier_operator.observed import Child, Observed, Pod, Run
-from atelier_operator.plan import attempts, live
+from atelier_operator.plan import attempts, live, torn_gangs
 from atelier_operator.plan.acceptance import Accepted, Refused, accept
 from atelier_operator.plan.adoption import adopt
 from atelier_operator.plan.again import LOSSES, after_failure, after_loss, start_next
@@ -125,7 +125,9 @@ def _with_child(draft: Draft, child: Child, accepted: Accepted | Refused) -> Non
     elif child.finished:
         _failed(draft, child, accepted, pods)
     elif gone := [pod for pod in lost(draft.seen, draft.now) if pod in pods]:
-        _lost(draft, child, gone[0])
+        _anew(draft, child, Reason.NODE_LOST, told(gone[0]))
+    elif late := torn_gangs.replaced(pods, draft.before.conditions):
+        _anew(draft, child, Reason.GANG_TORN, torn_gangs.told(late))
     elif draft.uncounted > MOST_UNCOUNTED:
         draft.remove(child)
         draft.fail(Reason.MAX_RESTARTS, f"restarted {draft.uncounted} times, which is more than {MOST_UNCOUNTED}")
@@ -165,13 +167,12 @@ def _stop(draft: Draft, child: Child, pods: tuple[Pod, ...]) -> None:
     draft.phase("Suspended" if draft.suspend else "Recovering", Reason.STOPPING, message)
 
 
-def _lost(draft: Draft, child: Child, pod: Pod) -> None:
-    """A node is lost, and its Job will never notice. The record tells, once the child is gone, what another attempt is for."""
+def _anew(draft: Draft, child: Child, reason: Reason, message: str) -> None:
+    """The gang is broken, and its Job will never notice. The record tells, once the child is gone, what another attempt is for."""
     draft.remove(child)
-    message = told(pod)
-    draft.records = attempts.marked(draft.records, Reason.NODE_LOST, message)
-    draft.said.say(ConditionType.RUNNING, "False", Reason.NODE_LOST, message)
-    draft.phase("Recovering", Reason.NODE_LOST, message)
+    draft.records = attempts.marked(draft.records, reason, message)
+    draft.said.say(ConditionType.RUNNING, "False", reason, message)
+    draft.phase("Recovering", reason, message)
 
 
 def _failed(draft: Draft, child: Child, accepted: Accepted | Refused, pods: tuple[Pod, ...]) -> None:
