@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from atelier_api.crdgen import resources
+from cluster.api import place
 from cluster.local import Cluster
 
 Object = dict[str, Any]
 PATIENCE_SECONDS = 90.0
+CHILDREN = ("jobsets", "jobs", "pods", "configmaps", "services")
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> Any:
@@ -26,7 +28,7 @@ def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SEC
     while time.monotonic() < end:
         if value := condition():
             return value
-        time.sleep(0.2)
+        time.sleep(0.1)
     raise AssertionError(f"waited {seconds:g} s in vain for {what}")
 
 
@@ -99,8 +101,14 @@ class ClusterRun:
     namespace: str
     name: str
 
+    @property
+    def place(self) -> str:
+        return place("trainingruns", self.namespace, self.name)
+
     def get(self) -> Object:
-        return _json(self.cluster.kubectl("get", "trun", self.name, "-n", self.namespace, "-o", "json"))
+        found = self.cluster.api.get(self.place)
+        assert found is not None, f"there is no run {self.name} in namespace {self.namespace}"
+        return found
 
     def status(self) -> Object:
         return dict(self.get().get("status") or {})
@@ -111,11 +119,10 @@ class ClusterRun:
 
     def patch(self, spec: Object) -> None:
         """Change part of the spec."""
-        change = json.dumps({"spec": spec})
-        self.cluster.kubectl("patch", "trun", self.name, "-n", self.namespace, "--type=merge", "-p", change)
+        self.cluster.api.send("PATCH", self.place, {"spec": spec})
 
     def delete(self) -> None:
-        self.cluster.kubectl("delete", "trun", self.name, "-n", self.namespace, "--wait=false")
+        self.cluster.api.send("DELETE", self.place, None)
 
     def wait(self, phase: str, reason: str | None = None, seconds: float = PATIENCE_SECONDS) -> Object:
         """The status, once the run is in the phase. Fails with the status that it had instead."""
@@ -132,18 +139,17 @@ class ClusterRun:
             raise AssertionError(f"{error}; it is {json.dumps(seen, indent=1)}") from None
         return seen
 
-    def objects(self, kinds: str = "jobset,job,pod,configmap,service") -> list[Object]:
-        """Everything that is labelled as the run's."""
+    def objects(self, *plurals: str) -> list[Object]:
+        """Everything of these kinds, of all without any, that is labelled as the run's."""
         selector = f"atelier.dev/run={self.name}"
-        return list(
-            _json(self.cluster.kubectl("get", kinds, "-n", self.namespace, "-l", selector, "-o", "json"))["items"]
-        )
+        found = (self.cluster.api.items(plural, self.namespace, selector) for plural in plurals or CHILDREN)
+        return [each for items in found for each in items]
 
     def pods(self) -> list[Object]:
         """Pods that have not ended and are not being deleted, by index."""
         live = [
             pod
-            for pod in self.objects("pod")
+            for pod in self.objects("pods")
             if pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]
         ]
         return sorted(live, key=_index)
@@ -162,19 +168,12 @@ class ClusterRun:
             "phase": "Succeeded" if code == 0 else "Failed",
             "containerStatuses": [container | {"state": {"terminated": terminated}}],
         }
-        name = pod["metadata"]["name"]
-        self.cluster.kubectl(
-            *("patch", "pod", name, "-n", self.namespace, "--subresource=status", "--type=merge"),
-            *("-p", json.dumps({"status": status})),
-        )
+        path = place("pods", self.namespace, pod["metadata"]["name"], "status")
+        self.cluster.api.send("PATCH", path, {"status": status})
 
 
 def _index(pod: Object) -> int:
     return int(pod["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"])
-
-
-def _json(text: str) -> Object:
-    return dict(json.loads(text))
 
 
 def _free_port() -> int:
