@@ -42,13 +42,14 @@ def install_crds(cluster: Cluster) -> None:
 
 @dataclass
 class OperatorProcess:
-    """`python -m atelier_operator` with the rights of a kubeconfig."""
+    """`python -m atelier_operator` with the rights of a kubeconfig. Started again it is the same replica: it has its Lease."""
 
     cluster: Cluster
     log: Path
     kubeconfig: Path | None = None
     prefix: Sequence[str] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
+    identity: str = field(default_factory=lambda: f"operator-{time.monotonic_ns()}")
     process: "subprocess.Popen[bytes] | None" = None
 
     def start(self) -> "OperatorProcess":
@@ -56,7 +57,7 @@ class OperatorProcess:
         environment = {
             **os.environ,
             "KUBECONFIG": str(self.kubeconfig or self.cluster.kubeconfig),
-            "ATELIER_IDENTITY": f"operator-{time.monotonic_ns()}",
+            "ATELIER_IDENTITY": self.identity,
             "ATELIER_METRICS_PORT": str(_free_port()),
             "ATELIER_PROGRESS_SECONDS": "1",
             **self.settings,

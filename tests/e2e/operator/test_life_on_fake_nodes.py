@@ -260,7 +260,7 @@ def test_a_gang_that_does_not_fit_into_the_resource_quota_makes_no_pod(make: Mak
     """Of two gangs that together are too large none may hold half of the quota."""
     first = make("first", quota=2)
     both_pods(first)
-    second = make("second", parallelism={"nodes": wanted})
+    second = make("second", parallelism={"nodes": wanted}, hyperparameters={"globalBatchSize": 12})
     status = second.wait("Queued", "WaitingForQuota")
     said = "2, ResourceQuota gpus has 0 of 2 left" if wanted == 2 else "3, ResourceQuota gpus allows 2 at most"
     assert status["message"] == f"waiting for the whole gang to fit: requests.nvidia.com/gpu: needs {said}"
@@ -333,6 +333,8 @@ def test_the_operator_is_killed_and_back_after_the_run_has_ended(
     run = make()
     pods = both_pods(run)
     operator.kill()
+    if engines.kueue:
+        operator.identity = "another"  # has to wait until the Lease is over; elsewhere it is the same container again
     for pod in pods:
         run.end_pod(pod, 0, result(ExitCode.DONE))
     until(lambda: completed(run, engines), "the child to complete")

@@ -67,7 +67,7 @@ class Api:
             try:
                 connection.request(verb, path, text, headers)
                 answer = connection.getresponse()
-                return answer.status, json.loads(answer.read() or "{}")
+                return answer.status, _document(answer.read())
             except (http.client.HTTPException, OSError) as error:
                 self._local.connection = None  # it was kept for long, or the server has been started anew
                 connection.close()
@@ -83,6 +83,14 @@ class Api:
             trust.load_cert_chain(files.certificate("admin"), files.key("admin"))
             connection = self._local.connection = http.client.HTTPSConnection(self._host, timeout=60, context=trust)
         return connection
+
+
+def _document(text: bytes) -> Object:
+    """Of a group that is not served the answer is a line of text."""
+    try:
+        return dict(json.loads(text or b"{}"))
+    except ValueError:
+        return {"message": text.decode(errors="replace").strip()}
 
 
 def _checked(verb: str, path: str, status: int, answer: Object) -> Object:
