@@ -10,18 +10,17 @@ from typing import Any
 import pytest
 import yaml
 
+import chart_release
+from chart_release import ACCOUNT, IMAGE, SYSTEM, USER, chart_operator
 from cluster.daemons import ClusterError
 from cluster.local import Cluster
 from cluster_documents import PROFILE, run_document
-from operator_process import ClusterRun, OperatorProcess, free_port, until
+from operator_process import ClusterRun, until
 
 pytest_plugins = ("cluster_fixtures",)
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(3600)]
 
-CHART = str(Path(__file__).resolve().parents[2] / "helm" / "atelier")
-SYSTEM = "atelier-system"
-ACCOUNT = "atelier-operator"
-IMAGE = {"image": {"repository": "localhost/atelier-operator"}}
+CHART = str(chart_release.CHART)
 BRIEF = {"timeoutSeconds": 1}  # nobody answers at the Service's address: this cluster has no pods
 
 Values = Mapping[str, Any]
@@ -186,13 +185,12 @@ def test_the_operator_needs_no_right_that_the_chart_does_not_give(
         }
         reference["kind"] = "TrainingProfile"
     helm("install", "--create-namespace", values=values)
-    operator = start_operator(cluster, tmp_path / "log")
+    operator = chart_operator(cluster, tmp_path / "log").start()
     try:
         live_a_life(cluster, namespace, reference)
     finally:
         operator.stop()
-    user = f"system:serviceaccount:{SYSTEM}:{ACCOUNT}"
-    asked = [each for each in cluster.audit() if each["user"]["username"] == user]
+    asked = [each for each in cluster.audit() if each["user"]["username"] == USER]
     refused = {(each["verb"], each["requestURI"]) for each in asked if each["responseStatus"]["code"] == 403}
     assert asked
     assert refused == set(), operator.text()[-3000:]
@@ -204,11 +202,11 @@ def live_a_life(cluster: Cluster, namespace: str, reference: Values) -> None:
     schedule = {"startTimeoutSeconds": 2, "ttlSecondsAfterFinished": 1}
     cluster.apply(run_document(namespace, "run", profileRef=reference))
     run = ClusterRun(cluster, namespace, "run")
-    until(lambda: run.objects("jobset"), "the JobSet")
+    until(lambda: run.objects("jobsets"), "the JobSet")
     run.patch({"schedule": {"suspend": True}})
-    until(lambda: not run.objects("jobset"), "the JobSet to be stopped")
+    until(lambda: not run.objects("jobsets"), "the JobSet to be stopped")
     run.patch({"schedule": {"suspend": False}})
-    until(lambda: run.objects("jobset"), "another JobSet")
+    until(lambda: run.objects("jobsets"), "another JobSet")
     cluster.apply(run_document(namespace, "late", profileRef=reference, schedule=schedule))
     until(lambda: "late" not in names(cluster, namespace), "the run with a deadline to be deleted")
     assert cluster.get("events", f"--namespace={namespace}")["items"]
@@ -223,18 +221,6 @@ def install_crds(cluster: Cluster) -> None:
     for path in sorted((Path(CHART).parents[1] / "crds").glob("*.yaml")):
         cluster.kubectl("apply", "--server-side", "-f", str(path))
         cluster.kubectl("wait", "--for=condition=Established", f"crd/{path.stem}")
-
-
-def start_operator(cluster: Cluster, log: Path) -> OperatorProcess:
-    """The operator's process as the Deployment would run it: its variables, its service account."""
-    deployment = cluster.get("deployment", ACCOUNT, f"--namespace={SYSTEM}")
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    settings = {each["name"]: each["value"] for each in container["env"] if "value" in each}
-    settings |= {"ATELIER_LEASE_NAMESPACE": SYSTEM, "ATELIER_METRICS_PORT": "0"}
-    if "ATELIER_WEBHOOK_PORT" in settings:
-        settings["ATELIER_WEBHOOK_PORT"] = str(free_port())
-    kubeconfig = cluster.kubeconfig_of_service_account(SYSTEM, ACCOUNT)
-    return OperatorProcess(cluster, log, kubeconfig, settings=settings).start()
 
 
 def test_quotas_need_kueue_and_become_queues_that_are_active(

@@ -1,6 +1,7 @@
 """`atelier` as a process of its own against a real API server, as a user has it: the client reads KUBECONFIG when it is imported.
 
-A test module takes the fixtures with `pytest_plugins = ("cluster_fixtures", "cluster_cli")`: an operator, and a place with a file.
+A test module takes the fixtures with `pytest_plugins = ("cluster_fixtures", "cluster_kinds", "cluster_cli")`: an operator, and a
+place with a file.
 """
 
 import json
@@ -16,8 +17,8 @@ import yaml
 
 from atelier_api.exit_codes import MEANINGS, ExitCode
 from cluster.local import Cluster
-from cluster_documents import PROFILE, run_document
-from operator_process import ClusterRun, OperatorProcess, checked, install_crds, until
+from cluster_documents import run_document
+from operator_process import ClusterRun, OperatorProcess, until
 
 Object = dict[str, Any]
 Ended = subprocess.CompletedProcess[str]
@@ -43,16 +44,6 @@ def errors(ended: Ended) -> list[str]:
     lines = ended.stderr.splitlines()
     assert all(line.startswith("error: ") for line in lines), ended.stderr
     return [line.removeprefix("error: ") for line in lines]
-
-
-@pytest.fixture(scope="module")
-def operator(fake_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
-    install_crds(fake_cluster)
-    fake_cluster.apply(PROFILE)
-    with checked(fake_cluster):
-        process = OperatorProcess(fake_cluster, tmp_path_factory.mktemp("operator") / "log").start()
-        yield process
-        process.stop()
 
 
 class Place:

@@ -71,3 +71,10 @@ def queues(namespace: str, gpus: int, *, name: str | None = None) -> list[Object
             "spec": {"clusterQueue": name},
         },
     ]
+
+
+def resource_quota(namespace: str, gpus: int) -> Object:
+    """The namespace's GPUs where there is no Kueue."""
+    hard = {"requests.nvidia.com/gpu": str(gpus)}
+    metadata = {"name": "gpus", "namespace": namespace}
+    return {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": metadata, "spec": {"hard": hard}}

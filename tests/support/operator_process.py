@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from atelier_api.crdgen import resources
+from cluster.api import place
 from cluster.local import Cluster
 from invariants import broken, changes
 
 Object = dict[str, Any]
 PATIENCE_SECONDS = 90.0
+CHILDREN = ("jobsets", "jobs", "pods", "configmaps", "services")
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> Any:
@@ -27,7 +29,7 @@ def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SEC
     while time.monotonic() < end:
         if value := condition():
             return value
-        time.sleep(0.2)
+        time.sleep(0.1)
     raise AssertionError(f"waited {seconds:g} s in vain for {what}")
 
 
@@ -44,7 +46,7 @@ def checked(cluster: Cluster) -> Iterator[None]:
     """Fails in the end if an invariant was broken at any moment meanwhile. A ClusterQueue of a namespace's name is its quota."""
     before = len(cluster.audit())
     yield
-    quotas = {each["metadata"]["name"]: _gpus(each) for each in cluster.get("clusterqueues")["items"]}
+    quotas = {each["metadata"]["name"]: _gpus(each) for each in cluster.api.items("clusterqueues")}
     found = broken(changes(cluster.audit()[before:]), quotas)
     assert not found, "\n".join(found)
 
@@ -57,13 +59,14 @@ def _gpus(queue: Object) -> int:
 
 @dataclass
 class OperatorProcess:
-    """`python -m atelier_operator` with the rights of a kubeconfig."""
+    """`python -m atelier_operator` with the rights of a kubeconfig. Started again it is the same replica: it has its Lease."""
 
     cluster: Cluster
     log: Path
     kubeconfig: Path | None = None
     prefix: Sequence[str] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
+    identity: str = field(default_factory=lambda: f"operator-{time.monotonic_ns()}")
     process: "subprocess.Popen[bytes] | None" = None
 
     def start(self) -> "OperatorProcess":
@@ -71,7 +74,7 @@ class OperatorProcess:
         environment = {
             **os.environ,
             "KUBECONFIG": str(self.kubeconfig or self.cluster.kubeconfig),
-            "ATELIER_IDENTITY": f"operator-{time.monotonic_ns()}",
+            "ATELIER_IDENTITY": self.identity,
             "ATELIER_METRICS_PORT": str(free_port()),
             "ATELIER_PROGRESS_SECONDS": "1",
             **self.settings,
@@ -116,8 +119,14 @@ class ClusterRun:
     namespace: str
     name: str
 
+    @property
+    def place(self) -> str:
+        return place("trainingruns", self.namespace, self.name)
+
     def get(self) -> Object:
-        return _json(self.cluster.kubectl("get", "trun", self.name, "-n", self.namespace, "-o", "json"))
+        found = self.cluster.api.get(self.place)
+        assert found is not None, f"there is no run {self.name} in namespace {self.namespace}"
+        return found
 
     def status(self) -> Object:
         return dict(self.get().get("status") or {})
@@ -128,11 +137,10 @@ class ClusterRun:
 
     def patch(self, spec: Object) -> None:
         """Change part of the spec."""
-        change = json.dumps({"spec": spec})
-        self.cluster.kubectl("patch", "trun", self.name, "-n", self.namespace, "--type=merge", "-p", change)
+        self.cluster.api.send("PATCH", self.place, {"spec": spec})
 
     def delete(self) -> None:
-        self.cluster.kubectl("delete", "trun", self.name, "-n", self.namespace, "--wait=false")
+        self.cluster.api.send("DELETE", self.place, None)
 
     def wait(self, phase: str, reason: str | None = None, seconds: float = PATIENCE_SECONDS) -> Object:
         """The status, once the run is in the phase. Fails with the status that it had instead."""
@@ -149,18 +157,17 @@ class ClusterRun:
             raise AssertionError(f"{error}; it is {json.dumps(seen, indent=1)}") from None
         return seen
 
-    def objects(self, kinds: str = "jobset,job,pod,configmap,service") -> list[Object]:
-        """Everything that is labelled as the run's."""
+    def objects(self, *plurals: str) -> list[Object]:
+        """Everything of these kinds, of all without any, that is labelled as the run's."""
         selector = f"atelier.dev/run={self.name}"
-        return list(
-            _json(self.cluster.kubectl("get", kinds, "-n", self.namespace, "-l", selector, "-o", "json"))["items"]
-        )
+        found = (self.cluster.api.items(plural, self.namespace, selector) for plural in plurals or CHILDREN)
+        return [each for items in found for each in items]
 
     def pods(self) -> list[Object]:
         """Pods that have not ended and are not being deleted, by index."""
         live = [
             pod
-            for pod in self.objects("pod")
+            for pod in self.objects("pods")
             if pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]
         ]
         return sorted(live, key=_index)
@@ -179,19 +186,12 @@ class ClusterRun:
             "phase": "Succeeded" if code == 0 else "Failed",
             "containerStatuses": [container | {"state": {"terminated": terminated}}],
         }
-        name = pod["metadata"]["name"]
-        self.cluster.kubectl(
-            *("patch", "pod", name, "-n", self.namespace, "--subresource=status", "--type=merge"),
-            *("-p", json.dumps({"status": status})),
-        )
+        path = place("pods", self.namespace, pod["metadata"]["name"], "status")
+        self.cluster.api.send("PATCH", path, {"status": status})
 
 
 def _index(pod: Object) -> int:
     return int(pod["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"])
-
-
-def _json(text: str) -> Object:
-    return dict(json.loads(text))
 
 
 def free_port() -> int:

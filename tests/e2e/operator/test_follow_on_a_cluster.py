@@ -10,10 +10,11 @@ from atelier_api.exit_codes import MEANINGS, ExitCode
 from cluster.local import Cluster
 from cluster_cli import Ended, Place, atelier, command, errors, run_with
 from cluster_documents import PROFILE, queues
+from cluster_kinds import as_the_chart_allows
 from operator_process import OperatorProcess, install_crds, until
 
-pytest_plugins = ("cluster_fixtures", "cluster_cli")
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400)]
+pytest_plugins = ("cluster_fixtures", "cluster_kinds", "cluster_cli")
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400), as_the_chart_allows]
 
 
 # --- follow -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""The life of runs on a real control plane with JobSet and Kueue; the pods' ends are told as a kubelet would tell them."""
+"""The life of runs on real control planes: with JobSet and Kueue, without Kueue, and without both.
+
+The pods' ends are told as a kubelet would tell them. The operator has the rights of the chart's service account: a test fails
+when one of its calls was denied.
+"""
 
 import contextlib
 import json
@@ -9,12 +13,16 @@ from typing import Any
 import pytest
 
 from atelier_api.exit_codes import MEANINGS, ExitCode
+from atelier_operator.names import rendezvous
+from chart_release import ACCOUNT, Rights
+from cluster.api import place
 from cluster.daemons import ClusterError
-from cluster_documents import queues, run_document
+from cluster_documents import queues, resource_quota, run_document
+from cluster_kinds import Engines, as_the_chart_allows, needs, on_every_kind
 from operator_process import ClusterRun, OperatorProcess, until
 
-pytest_plugins = ("cluster_fixtures", "cluster_cli")
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400)]
+pytest_plugins = ("cluster_fixtures", "cluster_kinds", "cluster_cli")
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400), on_every_kind, as_the_chart_allows]
 
 Make = Callable[..., ClusterRun]
 
@@ -26,9 +34,14 @@ def make(operator: OperatorProcess, request: pytest.FixtureRequest) -> Iterator[
     namespace = f"t{abs(hash(request.node.nodeid)) % 10**8}"
     cluster.make_namespace(namespace)
 
-    def run(name: str = "run", *, gpus: int | None = None, **spec: Any) -> ClusterRun:
-        if gpus is not None:
-            cluster.apply(queues(namespace, gpus))
+    def run(name: str = "run", *, queued: int | None = None, quota: int | None = None, **spec: Any) -> ClusterRun:
+        """`queued`: GPUs of a Kueue queue that is made before; `quota`: GPUs of a ResourceQuota."""
+        if queued is not None:
+            cluster.apply(queues(namespace, queued))
+        if quota is not None:
+            cluster.apply(resource_quota(namespace, quota))
+            where = place("resourcequotas", namespace, "gpus")
+            until(lambda: "used" in ((cluster.api.get(where) or {}).get("status") or {}), "the quota to be counted")
         cluster.apply(json.dumps(run_document(namespace, name, **spec)))
         return ClusterRun(cluster, namespace, name)
 
@@ -63,13 +76,13 @@ def end(run: ClusterRun, code: ExitCode, message: str = "") -> None:
         run.end_pod(second, 82, result(ExitCode.COLLECTIVE_TIMEOUT))
 
 
-def test_a_run_goes_from_pending_to_succeeded(make: Make) -> None:
+def test_a_run_goes_from_pending_to_succeeded(make: Make, engines: Engines) -> None:
     run = make()
     run.wait("Preparing", "Starting")
     for pod in both_pods(run):
         run.end_pod(pod, 0, result(ExitCode.DONE, step=10))
     status = run.wait("Succeeded")
-    assert status["plan"]["backend"] == "jobset"
+    assert status["plan"]["backend"] == engines.backend
     assert status["attempt"] == 1
     assert run.condition("Succeeded")["status"] == "True"
     assert run.condition("Failed")["status"] == "False"
@@ -85,26 +98,28 @@ def test_what_no_restart_cures_fails_the_run_at_once(make: Make, code: ExitCode)
     assert status["restarts"]["counted"] == 0
 
 
-def test_a_crash_restarts_the_gang_and_is_counted(make: Make) -> None:
+def test_a_crash_restarts_the_gang_and_is_counted(make: Make, engines: Engines) -> None:
+    """A JobSet starts the gang again itself; of a Job the operator makes another one."""
     run = make()
     before = {pod["metadata"]["uid"] for pod in both_pods(run)}
     end(run, ExitCode.INTERNAL)
-    run.wait("Recovering")
     until(lambda: len(run.pods()) == 2 and not before & {pod["metadata"]["uid"] for pod in run.pods()}, "new pods")
     status = until(lambda: s if (s := run.status())["restarts"]["counted"] == 1 else None, "the count")
-    assert status["attempt"] == 1
+    assert status["attempt"] == (1 if engines.jobset else 2)
     for pod in both_pods(run):
         run.end_pod(pod, 0, result(ExitCode.DONE))
     run.wait("Succeeded")
+    assert run.status()["restarts"] == {**status["restarts"], "counted": 1, "uncounted": 0}
 
 
 def test_a_stop_is_not_counted(make: Make) -> None:
     run = make(retry={"maxRestarts": 0})
+    before = {pod["metadata"]["uid"] for pod in both_pods(run)}
     for pod in both_pods(run):
         run.end_pod(pod, 75, result(ExitCode.STOPPED))
     status = until(lambda: s if (s := run.status())["restarts"]["uncounted"] == 1 else None, "the count")
     assert status["restarts"]["counted"] == 0
-    assert len(both_pods(run)) == 2
+    until(lambda: len(run.pods()) == 2 and not before & {pod["metadata"]["uid"] for pod in run.pods()}, "new pods")
 
 
 def test_restarts_are_used_up(make: Make) -> None:
@@ -143,7 +158,7 @@ def test_suspend_stops_and_resume_goes_on(make: Make) -> None:
     run.patch({"schedule": {"suspend": True}})
     run.wait("Suspended", "Requested")
     assert run.condition("Suspended")["status"] == "True"
-    assert run.objects("jobset,job,pod") == []
+    assert run.objects("jobsets", "jobs", "pods") == []
     run.patch({"schedule": {"suspend": False}})
     both_pods(run)
     status = run.status()
@@ -151,10 +166,10 @@ def test_suspend_stops_and_resume_goes_on(make: Make) -> None:
     assert status["restarts"] == {"counted": 0, "uncounted": 0}
 
 
-def test_a_deleted_child_is_made_again_and_counted_once(make: Make) -> None:
+def test_a_deleted_child_is_made_again_and_counted_once(make: Make, engines: Engines) -> None:
     run = make()
     both_pods(run)
-    run.cluster.kubectl("delete", "jobset", "run-1", "-n", run.namespace)
+    run.cluster.kubectl("delete", engines.child, "run-1", "-n", run.namespace)
     until(lambda: run.status().get("attempt") == 2, "a second attempt")
     assert run.status()["restarts"]["counted"] == 1
     assert len(both_pods(run)) == 2
@@ -190,7 +205,7 @@ def test_a_deadline_stops_the_run(make: Make) -> None:
     run = make(schedule={"activeDeadlineSeconds": 2})
     both_pods(run)
     run.wait("Failed", "DeadlineExceeded")
-    until(lambda: run.objects("pod") == [], "the pods to go")
+    until(lambda: run.objects("pods") == [], "the pods to go")
 
 
 LARGE = {
@@ -218,11 +233,50 @@ def test_a_run_that_cannot_work_says_so_and_makes_nothing(
     assert run.objects() == []
 
 
-# --- queues -----------------------------------------------------------------------------------------------------------
+def test_node_0_has_the_name_that_the_others_look_for(make: Make, engines: Engines) -> None:
+    """A headless Service gives every pod a name, also before it is ready: the JobSet's own, or the operator's for a Job."""
+    run = make()
+    api = run.cluster.api
+    first, second = both_pods(run)
+    service = api.get(place("services", run.namespace, "run-1"))
+    assert service is not None
+    assert (service["spec"]["clusterIP"], service["spec"]["publishNotReadyAddresses"]) == ("None", True)
+    names = {f"{pod['spec']['hostname']}.{pod['spec']['subdomain']}" for pod in (first, second)}
+    assert rendezvous("run-1", engines.backend).split(":")[0] in names
+    slices = f"/apis/discovery.k8s.io/v1/namespaces/{run.namespace}/endpointslices"
+
+    def named() -> set[str]:
+        found = api.get(slices, labelSelector="kubernetes.io/service-name=run-1") or {}
+        return {end["hostname"] for each in found["items"] for end in each["endpoints"] or () if "hostname" in end}
+
+    until(lambda: {f"{name}.run-1" for name in named()} == names, "the names of both pods")
 
 
+# --- quotas and queues -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", [2, 3], ids=["fits later", "never fits"])
+def test_a_gang_that_does_not_fit_into_the_resource_quota_makes_no_pod(make: Make, wanted: int) -> None:
+    """Of two gangs that together are too large none may hold half of the quota."""
+    first = make("first", quota=2)
+    both_pods(first)
+    second = make("second", parallelism={"nodes": wanted}, hyperparameters={"globalBatchSize": 12})
+    status = second.wait("Queued", "WaitingForQuota")
+    said = "2, ResourceQuota gpus has 0 of 2 left" if wanted == 2 else "3, ResourceQuota gpus allows 2 at most"
+    assert status["message"] == f"waiting for the whole gang to fit: requests.nvidia.com/gpu: needs {said}"
+    assert second.condition("Admitted")["reason"] == "WaitingForQuota"
+    assert second.objects() == []
+    for pod in both_pods(first):
+        first.end_pod(pod, 0, result(ExitCode.DONE))
+    first.wait("Succeeded")
+    if wanted == 2:
+        assert len(both_pods(second)) == 2
+        assert second.condition("Admitted")["status"] == "True"
+
+
+@needs("kueue")
 def test_the_second_run_waits_for_quota_and_starts_when_the_first_has_ended(make: Make) -> None:
-    first = make("first", gpus=2, schedule={"queue": "gpu"})
+    first = make("first", queued=2, schedule={"queue": "gpu"})
     both_pods(first)
     second = make("second", schedule={"queue": "gpu"})
     status = second.wait("Queued", "WaitingForQuota")
@@ -235,13 +289,15 @@ def test_the_second_run_waits_for_quota_and_starts_when_the_first_has_ended(make
     until(lambda: second.condition("Admitted")["status"] == "True", "the status to say so")
 
 
+@needs("kueue")
 def test_a_run_larger_than_the_quota_says_so(make: Make) -> None:
-    run = make(gpus=1, schedule={"queue": "gpu"})
+    run = make(queued=1, schedule={"queue": "gpu"})
     run.wait("Queued", "ExceedsMaxQuota")
 
 
+@needs("kueue")
 def test_a_higher_priority_takes_the_quota_and_gives_it_back(make: Make) -> None:
-    low = make("low", gpus=2, schedule={"queue": "gpu"})
+    low = make("low", queued=2, schedule={"queue": "gpu"})
     low.cluster.apply(
         {
             "apiVersion": "kueue.x-k8s.io/v1beta1",
@@ -264,12 +320,43 @@ def test_a_higher_priority_takes_the_quota_and_gives_it_back(make: Make) -> None
 # --- the operator itself ----------------------------------------------------------------------------------------------
 
 
-def test_the_operator_is_killed_and_back_after_the_run_has_ended(operator: OperatorProcess, make: Make) -> None:
+def completed(run: ClusterRun, engines: Engines) -> bool:
+    """Whether the child has ended well, as its own controller says."""
+    kinds = {"Completed", "Complete"}
+    conditions = run.objects(engines.child)[0].get("status", {}).get("conditions", ())
+    return any(each["type"] in kinds and each["status"] == "True" for each in conditions)
+
+
+def test_the_operator_is_killed_and_back_after_the_run_has_ended(
+    operator: OperatorProcess, make: Make, engines: Engines
+) -> None:
     run = make()
     pods = both_pods(run)
     operator.kill()
+    if engines.kueue:
+        operator.identity = "another"  # has to wait until the Lease is over; elsewhere it is the same container again
     for pod in pods:
         run.end_pod(pod, 0, result(ExitCode.DONE))
-    until(lambda: run.objects("jobset")[0]["status"].get("terminalState") == "Completed", "the JobSet to complete")
+    until(lambda: completed(run, engines), "the child to complete")
     operator.start()
     run.wait("Succeeded")
+
+
+def test_a_call_that_is_denied_is_found_in_the_audit_log(operator: OperatorProcess, make: Make, rights: Rights) -> None:
+    """The check that every test here ends with: it fails when the role lacks a rule."""
+    api, role = operator.cluster.api, f"/apis/rbac.authorization.k8s.io/v1/clusterroles/{ACCOUNT}"
+    rules = (api.get(role) or {})["rules"]
+    fewer = [rule for rule in rules if "configmaps" not in rule["resources"]]
+    assert len(fewer) == len(rules) - 1
+    api.send("PATCH", role, {"rules": fewer})
+    try:
+        run = make()
+        run.wait("Pending", "NotPermitted")
+        with pytest.raises(
+            AssertionError, match=rf"roles do not allow .*'create', '/api/v1/namespaces/{run.namespace}"
+        ):
+            rights.check()
+    finally:
+        api.send("PATCH", role, {"rules": rules})
+    both_pods(run)
+    rights.forget()

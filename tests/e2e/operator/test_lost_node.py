@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from cluster_documents import PROFILE, run_document
+from cluster_kinds import as_the_chart_allows
 from operator_process import ClusterRun, OperatorProcess, until
 
-pytest_plugins = ("cluster_fixtures", "cluster_cli")
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400)]
+pytest_plugins = ("cluster_fixtures", "cluster_kinds")
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400), as_the_chart_allows]
 
 Object = dict[str, Any]
 NODE = "without-kubelet"
@@ -51,7 +52,7 @@ def test_a_run_on_a_node_that_dies_goes_on_elsewhere(operator: OperatorProcess) 
     document = run_document(NAMESPACE, "run", parallelism={"nodes": 1, "gpusPerNode": 1}, profileRef=reference)
     cluster.apply(json.dumps(document))
     run = ClusterRun(cluster, NAMESPACE, "run")
-    (pod,) = until(lambda: [each for each in run.objects("pod") if each["spec"].get("nodeName")], "a pod on the node")
+    (pod,) = until(lambda: [each for each in run.objects("pods") if each["spec"].get("nodeName")], "a pod on the node")
     name = pod["metadata"]["name"]
     state = {"name": "trainer", "image": "x", "imageID": "", "ready": True, "restartCount": 0, "state": {"running": {}}}
     patch(operator, "pod", name, {"phase": "Running", "containerStatuses": [state]}, "-n", NAMESPACE)
@@ -63,8 +64,8 @@ def test_a_run_on_a_node_that_dies_goes_on_elsewhere(operator: OperatorProcess) 
     status = until(lambda: s if (s := run.status()).get("attempt") == 2 else None, "another attempt", 180)
     assert (status["attempts"][0]["reason"], status["restarts"]["uncounted"]) == ("NodeLost", 1)
     assert f"node {NODE} does not answer" in status["attempts"][0]["message"]
-    assert name not in {each["metadata"]["name"] for each in run.objects("pod")}
-    assert [each["metadata"]["name"] for each in run.objects("jobset")] == ["run-2"]
+    assert name not in {each["metadata"]["name"] for each in run.objects("pods")}
+    assert [each["metadata"]["name"] for each in run.objects("jobsets")] == ["run-2"]
     events = cluster.kubectl("get", "events", "-n", NAMESPACE, "--field-selector", "reason=NodeLost", "-o", "name")
     assert len(events.split()) >= 1
     cluster.kubectl("delete", "namespace", NAMESPACE, "--wait=false")

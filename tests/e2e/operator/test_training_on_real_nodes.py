@@ -168,7 +168,7 @@ def test_a_run_trains_on_two_nodes_and_leaves_a_lora_that_stock_diffusers_loads(
 ) -> None:
     run = make(parallelism={"strategy": "fsdp2"})
     status = run.wait("Succeeded", seconds=SECONDS)
-    nodes = {pod["spec"]["nodeName"] for pod in run.objects("pod")}
+    nodes = {pod["spec"]["nodeName"] for pod in run.objects("pods")}
     assert nodes == {"node1", "node2"}
     assert status["plan"] | {"predictedPeakMemoryBytes": 0} == status["plan"] | {
         "backend": "jobset",
@@ -259,7 +259,7 @@ def test_the_operator_may_be_away_while_a_run_ends(make: Make, operator: Operato
     run = make()
     until(lambda: len(run.pods()) == 2, "the pods", SECONDS)
     operator.kill()
-    until(lambda: run.objects("jobset")[0].get("status", {}).get("terminalState") == "Completed", "the end", SECONDS)
+    until(lambda: run.objects("jobsets")[0].get("status", {}).get("terminalState") == "Completed", "the end", SECONDS)
     operator.start()
     run.wait("Succeeded", seconds=SECONDS)
     assert committed(run, store)[-1] == STEPS
@@ -270,7 +270,7 @@ def test_stop_and_resume_lose_no_step(make: Make, store: S3Server) -> None:
     first_checkpoint(run, store)
     run.patch({"schedule": {"suspend": True}})
     run.wait("Suspended", "Requested", seconds=SECONDS)
-    until(lambda: run.objects("pod") == [], "the pods to go", SECONDS)
+    until(lambda: run.objects("pods") == [], "the pods to go", SECONDS)
     left_at = committed(run, store)[-1]
     assert max(history(run, store)) == left_at - 1
     time.sleep(1)

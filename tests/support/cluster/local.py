@@ -22,6 +22,7 @@ from typing import Any, Self
 import yaml
 
 from cluster import addons, control_plane, fake_nodes, network, programs, real_nodes, state
+from cluster.api import Api
 from cluster.certificates import Certificates
 from cluster.daemons import ClusterError, Daemons, own_identity, wait_for
 from cluster.network import Network
@@ -56,6 +57,7 @@ class Cluster:
         port = record.api_port
         node_url = f"https://{network.HUB_ADDRESS}:{port}"
         self.certificates = Certificates(record.state / "pki", f"https://127.0.0.1:{port}", node_url)
+        self.api = Api(self.certificates)
         self._kubectl = [str(programs.program("kubectl")), f"--kubeconfig={self.kubeconfig}"]
 
     @classmethod

@@ -1,0 +1,98 @@
+"""The kinds of clusters on which a run must live: with all engines, without Kueue, without JobSet and Kueue.
+
+A module takes `pytest_plugins = ("cluster_fixtures", "cluster_kinds")` and, in its `pytestmark`, `as_the_chart_allows`; with
+`on_every_kind` it runs on each kind, else on the full one. A test that makes sense only with an engine says `needs("kueue")`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from chart_release import Rights, chart_operator, install_chart
+from cluster.local import Cluster
+from cluster_fixtures import FAKE_GPUS, FAKE_NODES
+from operator_process import OperatorProcess, checked
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What a cluster has besides Kubernetes, and what an attempt is made of there."""
+
+    jobset: bool
+    kueue: bool
+
+    @property
+    def backend(self) -> str:
+        return "jobset" if self.jobset else "job"
+
+    @property
+    def child(self) -> str:
+        """The kind of an attempt's child, as the API's paths name it."""
+        return "jobsets" if self.jobset else "jobs"
+
+
+FULL = Engines(jobset=True, kueue=True)
+KINDS = {
+    "full": FULL,
+    "without Kueue": Engines(jobset=True, kueue=False),
+    "without JobSet and Kueue": Engines(jobset=False, kueue=False),
+}
+on_every_kind = pytest.mark.parametrize("engines", KINDS.values(), ids=KINDS, indirect=True, scope="module")
+as_the_chart_allows = pytest.mark.usefixtures("engine_is_there", "rights")
+"""Not autouse: the fixtures of a plugin are those of every test of the session."""
+
+
+def needs(engine: str) -> pytest.MarkDecorator:
+    """For a test that asks something of an engine: skipped on clusters that do not have it."""
+    return pytest.mark.needs_engine(engine)
+
+
+@pytest.fixture(scope="module")
+def engines(request: pytest.FixtureRequest) -> Engines:
+    kind: Engines = getattr(request, "param", FULL)
+    return kind
+
+
+@pytest.fixture
+def engine_is_there(request: pytest.FixtureRequest, engines: Engines) -> None:
+    for mark in request.node.iter_markers("needs_engine"):
+        if not getattr(engines, mark.args[0]):
+            pytest.skip(f"asks something of {mark.args[0]}, which this kind of cluster does not have")
+
+
+@pytest.fixture(scope="module")
+def kind_cluster(
+    engines: Engines, request: pytest.FixtureRequest, start_cluster: Callable[..., Cluster]
+) -> Iterator[Cluster]:
+    """The shared full cluster, or one of the kind that ends with the module."""
+    if engines == FULL:
+        yield request.getfixturevalue("fake_cluster")
+        return
+    settings = {"kwok": FAKE_NODES, "gpus_per_node": FAKE_GPUS}
+    with start_cluster(jobset=engines.jobset, kueue=engines.kueue, **settings) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def operator(kind_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
+    """The chart is installed, its operator runs."""
+    install_chart(kind_cluster)
+    with checked(kind_cluster):
+        process = chart_operator(kind_cluster, tmp_path_factory.mktemp("operator") / "log").start()
+        yield process
+        process.stop()
+
+
+@pytest.fixture(scope="module")
+def audited(operator: OperatorProcess) -> Rights:
+    found = Rights(operator.cluster)
+    found.forget()
+    return found
+
+
+@pytest.fixture
+def rights(audited: Rights) -> Iterator[Rights]:
+    """After each test: no call of the operator was denied."""
+    yield audited
+    audited.check()
