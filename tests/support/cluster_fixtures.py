@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from cluster import buildah
+from cluster.buildah import BuiltImage
 from cluster.local import Cluster, why_not
 from go_build import NoGo
 
@@ -53,3 +55,11 @@ def real_cluster(start_cluster: Callable[..., Cluster]) -> Iterator[Cluster]:
     """Two real nodes that claim two GPUs each, with JobSet and Kueue; shared, so a test uses a namespace of its own."""
     with start_cluster(nodes=REAL_NODES, gpus_per_node=REAL_GPUS) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def operator_image(cluster_report: Callable[[str], None]) -> BuiltImage:
+    """`images/operator`, built once for all tests and again when it changes."""
+    if (reason := buildah.why_not()) is not None:
+        pytest.skip(reason)
+    return buildah.built(buildah.OPERATOR, cluster_report)

@@ -4,54 +4,42 @@ The pods see the tested virtual environment read-only; nothing else differs from
 """
 
 import hashlib
-import json
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from cluster.images import BASE_IMAGE
 from cluster.local import Cluster
-from cluster_documents import queues, run_document
+from cluster_documents import queues
+from cluster_training import (
+    SECONDS,
+    STEPS,
+    Place,
+    assert_a_lora_of_all_steps,
+    committed,
+    default_profile,
+    first_checkpoint,
+    history,
+    profile,
+    training,
+)
 from operator_process import ClusterRun, OperatorProcess, checked, install_crds, until
-from runs import write_digits
-from s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server, running_server
-from tiny_families import save_tiny
+from s3_server import S3Server
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(3600)]
-pytest_plugins = ("cluster_fixtures",)
+pytest_plugins = ("cluster_fixtures", "cluster_training")
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-SECONDS = 300.0
-STEPS = 8
 Make = Callable[..., ClusterRun]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with running_server(tmp_path_factory.mktemp("s3")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save_tiny("sd3", folder / "base")
-    write_digits(folder / "pictures", 8)
-    subprocess.run(["chmod", "-R", "a+rX", str(folder)], check=True)  # for the pods' user
-    return folder
 
 
 @pytest.fixture(scope="module")
 def operator(real_cluster: Cluster, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
     install_crds(real_cluster)
-    real_cluster.apply(profile(base))
+    real_cluster.apply(default_profile(profile(base)))
     log = tmp_path_factory.mktemp("operator") / "log"
     with checked(real_cluster):
         process = OperatorProcess(real_cluster, log, prefix=real_cluster.inside).start()
@@ -59,108 +47,13 @@ def operator(real_cluster: Cluster, base: Path, tmp_path_factory: pytest.TempPat
         process.stop()
 
 
-def profile(base: Path) -> dict[str, Any]:
-    """What an administrator writes for machines that have the runtime on a shared disk instead of in an image."""
-    packages = Path(sysconfig.get_path("purelib"))
-    folders = {"/opt/python": Path(sys.base_prefix), "/opt/packages": packages, str(base): base}
-    folders |= {f"/opt/atelier/{name}": REPOSITORY / name for name in ("crds", "operator", "runtime", "cli")}
-    path = ":".join(place for place in folders if place not in ("/opt/python", str(base)))
-    environment = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "LD_LIBRARY_PATH": "/opt/python/lib"}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return {
-        "apiVersion": "atelier.dev/v1alpha1",
-        "kind": "ClusterTrainingProfile",
-        "metadata": {"name": "default"},
-        "spec": {
-            "image": BASE_IMAGE,
-            "imagePullPolicy": "Never",
-            "python": f"/opt/python/bin/python{sys.version_info.major}.{sys.version_info.minor}",
-            "resources": {"cpu": "500m", "memory": "4Gi", "sharedMemory": "256Mi"},
-            "environment": [{"name": name, "value": value} for name, value in environment.items()],
-            "volumes": [
-                {"name": f"v{number}", "mountPath": place, "hostPath": str(folder)}
-                for number, (place, folder) in enumerate(folders.items())
-            ],
-        },
-    }
-
-
 @pytest.fixture
 def make(operator: OperatorProcess, store: S3Server, base: Path, request: pytest.FixtureRequest) -> Iterator[Make]:
     """Makes runs in the test's own namespace, which refuses every pod that is not restricted but for its host folders."""
     cluster = operator.cluster
     namespace = f"t{abs(hash(request.node.nodeid)) % 10**8}"
-    cluster.make_namespace(namespace)
-    endpoint = f"http://{cluster.share(int(store.url.rsplit(':', 1)[1]))}"
-    secret = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
-    cluster.apply(
-        {
-            "apiVersion": "v1",
-            "kind": "Secret",
-            "metadata": {"name": "s3", "namespace": namespace},
-            "stringData": secret,
-        }
-    )
-
-    def run(name: str = "run", **spec: Any) -> ClusterRun:
-        defaults: dict[str, Any] = {
-            "model": {"source": str(base / "base")},
-            "adapter": {"rank": 4, "alpha": "8"},
-            "data": {"sources": [{"uri": str(base / "pictures")}], "resolution": 32, "maxUpscale": "2"},
-            "hyperparameters": {"steps": STEPS, "globalBatchSize": 4, "learningRate": "1e-3", "precision": "fp32"},
-            "parallelism": {"nodes": 2, "gpusPerNode": 0},
-            "storage": {
-                "uri": f"s3://{BUCKET}/runs",
-                "s3": {"endpoint": endpoint},
-                "credentialsRef": {"name": "s3"},
-                "checkpoint": {"everySteps": 2, "everySeconds": 0},
-            },
-            "schedule": {"terminationGraceSeconds": 60},
-        }
-        for block, changes in spec.items():
-            defaults[block] = {**defaults.get(block, {}), **changes}
-        cluster.apply(json.dumps(run_document(namespace, name, **defaults)))
-        return ClusterRun(cluster, namespace, name)
-
-    yield run
+    yield Place.make(cluster, namespace, store, base).run
     cluster.kubectl("delete", "namespace", namespace, "--wait=false")
-
-
-def in_store(run: ClusterRun, store: S3Server) -> Path:
-    """The run's folder in the bucket."""
-    return store.folder / str(run.status()["storeUri"]).removeprefix(f"s3://{BUCKET}/")
-
-
-def committed(run: ClusterRun, store: S3Server) -> list[int]:
-    """Steps of the checkpoints in the store."""
-    return sorted(int(path.name[:8]) for path in (in_store(run, store) / "manifests").glob("*.json"))
-
-
-def training(run: ClusterRun, step: int) -> dict[str, Any]:
-    """The status once the run has passed a step."""
-    return dict(
-        until(
-            lambda: (
-                s
-                if (s := run.status()).get("phase") == "Running" and s.get("progress", {}).get("step", 0) >= step
-                else None
-            ),
-            f"step {step}",
-            SECONDS,
-        )
-    )
-
-
-def first_checkpoint(run: ClusterRun, store: S3Server) -> None:
-    """Wait until the run trains and has committed a checkpoint: on a busy machine its writer is up many seconds later."""
-    training(run, 1)
-    until(lambda: committed(run, store), "a checkpoint", SECONDS)
-
-
-def history(run: ClusterRun, store: S3Server) -> dict[int, float]:
-    """Loss by step."""
-    lines = (in_store(run, store) / "logs" / "history.jsonl").read_text().splitlines()[1:]
-    return {int(row[0]): float(row[1]) for row in map(json.loads, lines)}
 
 
 def test_a_run_trains_on_two_nodes_and_leaves_a_lora_that_stock_diffusers_loads(
@@ -177,9 +70,7 @@ def test_a_run_trains_on_two_nodes_and_leaves_a_lora_that_stock_diffusers_loads(
         "predictedPeakMemoryBytes": 0,
     }
     assert status["progress"]["percent"] == 100
-    assert committed(run, store)[-1] == STEPS
-    assert len(history(run, store)) == STEPS
-    weights = in_store(run, store) / "exports" / "diffusers" / "pytorch_lora_weights.safetensors"
+    weights = assert_a_lora_of_all_steps(run, store)
     assert load_file(weights)
     published = {each["uri"].removeprefix(status["storeUri"] + "/"): each["sha256"] for each in status["artifacts"]}
     assert (

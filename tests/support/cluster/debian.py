@@ -1,4 +1,4 @@
-"""The container runtime from the machine's own Debian packages, unpacked below `.cache/cluster/` instead of installed.
+"""The container runtime, and buildah, from the machine's own Debian packages, unpacked below `.cache/cluster/` instead of installed.
 
 Installed, containerd would start as a service of the machine and drive out the packages of other container engines. Only
 iptables, which kube-proxy calls, is installed for good where it is missing.
@@ -14,7 +14,12 @@ from cluster.daemons import ClusterError
 from cluster.programs import CLUSTER_CACHE
 from go_build import locked
 
-_UNPACKED = ("containerd", "runc", "containernetworking-plugins", "debootstrap")
+_RUNTIME = ("containerd", "runc", "containernetworking-plugins", "debootstrap")
+# With the libraries that a minimal system may lack. Never its programs for users without root, nor a network: builds are chroots.
+_BUILDAH = (
+    *("buildah", "golang-github-containers-common", "golang-github-containers-image"),
+    *("libgpgme11", "libassuan0", "libgpg-error0", "libdevmapper1.02.1", "libseccomp2"),
+)
 
 
 def distribution() -> tuple[str, str]:
@@ -33,24 +38,38 @@ def why_not() -> str | None:
 
 def runtime_folder(report: Callable[[str], None]) -> Path:
     """The root of the unpacked packages: usr/bin/containerd, usr/sbin/runc, usr/lib/cni, usr/sbin/debootstrap."""
-    folder = CLUSTER_CACHE / f"packages-{'-'.join(distribution())}"
+    folder = _unpacked("packages", _RUNTIME, report)
+    with locked(CLUSTER_CACHE / ".packages.lock"):
+        if shutil.which("iptables") is None:
+            report("installing iptables")
+            _apt(["install", "--yes", "--no-install-recommends", "iptables"], folder)
+    return folder
+
+
+def buildah_folder(report: Callable[[str], None]) -> Path:
+    """The root of the unpacked packages: /usr with buildah and its libraries, /etc with what it reads there."""
+    return _unpacked("buildah", _BUILDAH, report)
+
+
+def _unpacked(name: str, packages: tuple[str, ...], report: Callable[[str], None]) -> Path:
+    folder = CLUSTER_CACHE / f"{name}-{'-'.join(distribution())}"
     with locked(CLUSTER_CACHE / ".packages.lock"):
         if not folder.exists():
-            report(f"unpacking {', '.join(_UNPACKED)}")
+            report(f"unpacking {', '.join(packages)}")
             unfinished = folder.with_name(folder.name + ".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             _apt(["update"], unfinished)
-            _apt(["download", *_UNPACKED], unfinished)
+            _apt(["download", *packages], unfinished)
             for package in sorted(unfinished.glob("*.deb")):
                 subprocess.run(
                     ["dpkg-deb", "--extract", str(package), str(unfinished)], check=True, capture_output=True
                 )
                 package.unlink()
+            if (unfinished / "lib").is_dir():  # as on the machine, where it is a link
+                shutil.copytree(unfinished / "lib", unfinished / "usr" / "lib", symlinks=True, dirs_exist_ok=True)
+                shutil.rmtree(unfinished / "lib")
             unfinished.rename(folder)
-        if shutil.which("iptables") is None:
-            report("installing iptables")
-            _apt(["install", "--yes", "--no-install-recommends", "iptables"], folder)
     return folder
 
 

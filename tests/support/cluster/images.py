@@ -1,7 +1,7 @@
 """Two container images as archives below `.cache/cluster/`, made without a container engine.
 
-`pause` holds a pod's namespaces. `base` is a minimal system of the machine's own release with Python's shared libraries, so that a
-virtual environment of the machine, mounted by hostPath at its own path, runs in it.
+`pause` holds a pod's namespaces. `base` is a minimal system of the machine's own release with Python: a virtual environment of the
+machine, mounted by hostPath at its own path, runs in it, and the project's images are built upon it (`buildah.py`).
 """
 
 import hashlib
@@ -22,8 +22,11 @@ from go_build import GoProgram, build, locked
 PAUSE_IMAGE = "localhost/pause:1"
 BASE_IMAGE = "localhost/base:1"
 _PAUSE = GoProgram("pause", Path(__file__).resolve().parent / "gomod" / "pause", ".")
-_INCLUDED = "python3,ca-certificates,procps"
+_INCLUDED = "python3,python3-venv,ca-certificates,procps"
 _USELESS = ("usr/share/doc", "usr/share/man", "usr/share/locale", "var/lib/apt/lists", "var/cache/apt", "var/log")
+
+# Of one layer. Buildah builds upon no image without.
+_HISTORY = [{"created": "1970-01-01T00:00:00Z"}]
 
 
 def pause_archive(report: Callable[[str], None]) -> Path:
@@ -41,7 +44,8 @@ def pause_archive(report: Callable[[str], None]) -> Path:
 
 def base_archive(packages: Path, report: Callable[[str], None]) -> Path:
     """`packages` is the folder of unpacked Debian packages, for its debootstrap."""
-    archive = CLUSTER_CACHE / "images" / f"base-{'-'.join(distribution())}.tar"
+    recipe = hashlib.sha256(repr((_INCLUDED, _USELESS, _HISTORY)).encode()).hexdigest()[:12]
+    archive = CLUSTER_CACHE / "images" / f"base-{'-'.join(distribution())}-{recipe}.tar"
     with locked(CLUSTER_CACHE / ".images.lock"):
         if not archive.exists():
             report("making the base image (about two minutes)")
@@ -87,6 +91,7 @@ def _write_archive(archive: Path, image: str, layer: bytes, command: list[str]) 
             "architecture": {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine],
             "os": "linux",
             "config": {"Cmd": command, "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]},
+            "history": _HISTORY,
             "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
         }
     ).encode()

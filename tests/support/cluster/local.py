@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import yaml
 
-from cluster import addons, control_plane, fake_nodes, network, programs, real_nodes, state
+from cluster import addons, control_plane, debian, fake_nodes, network, programs, real_nodes, state
 from cluster.api import Api
 from cluster.certificates import Certificates
 from cluster.daemons import ClusterError, Daemons, own_identity, wait_for
@@ -71,11 +71,13 @@ class Cluster:
         gpus_per_node: int = fake_nodes.GPUS_PER_NODE,
         name: str | None = None,
         detached: bool = False,
+        images_in_memory: bool = True,
         report: Callable[[str], None] = silent,
     ) -> Self:
         """A new cluster that is ready for pods, with `nodes` real nodes (0 to 9) and `kwok` fake ones.
 
-        `report` gets progress lines. A `detached` cluster stays until it is removed. Raises ClusterError.
+        `report` gets progress lines. A `detached` cluster stays until it is removed. Images of more than 3 GB need the disk
+        (`images_in_memory=False`). Raises ClusterError.
         """
         if not 0 <= nodes <= 9:
             raise ClusterError(f"nodes is {nodes}; a cluster has 0 to 9 real nodes")
@@ -106,7 +108,7 @@ class Cluster:
             if kueue:
                 cluster.add_kueue()
             if nodes:
-                cluster._start_nodes(nodes, gpus_per_node)
+                cluster._start_nodes(nodes, gpus_per_node, images_in_memory)
             if kwok:
                 cluster.add_fake_nodes(kwok, gpus_per_node)
             wait_for("no default service account", lambda: cluster._has_service_account("default"))
@@ -220,6 +222,12 @@ class Cluster:
         self.apply(fake_nodes.fake_nodes(count, gpus))
         self.kubectl("wait", "--for=condition=Ready", "node", "-l", "type=kwok", "--timeout=60s")
 
+    def import_image(self, archive: Path) -> None:
+        """Give every real node an image; pods name it as the archive does, with `imagePullPolicy: Never`."""
+        packages = debian.runtime_folder(self._report)
+        for number in range(1, self._record.nodes + 1):
+            real_nodes.import_image(self.state / f"node{number}", packages, archive)
+
     # Between the machine and the cluster's network (only with real nodes)
 
     @property
@@ -260,10 +268,10 @@ class Cluster:
         control_plane.start_controller_manager(self.daemons, self.certificates, ports)
         control_plane.start_scheduler(self.daemons, self.certificates, ports)
 
-    def _start_nodes(self, count: int, gpus: int) -> None:
+    def _start_nodes(self, count: int, gpus: int, images_in_memory: bool) -> None:
         self._report(f"starting {count} real nodes")
         state.save_sysctls()
-        starter = real_nodes.RealNodes(self.daemons, self.certificates, self._kubectl, self._report)
+        starter = real_nodes.RealNodes(self.daemons, self.certificates, self._kubectl, self._report, images_in_memory)
         starter.start_dns(network.free_ports(1)[0])
         starter.bind_roles()
         settings = [real_nodes.NodeSettings(number, self._record.node(number), gpus) for number in range(1, count + 1)]

@@ -2,6 +2,7 @@
 
     python tests/support/cluster/main.py build                       everything that is made once (ten minutes and more)
     python tests/support/cluster/main.py up [--nodes 2] [--kwok 4] [--gpus 8] [--no-jobset] [--no-kueue]
+    python tests/support/cluster/main.py image operator              an image of images/, built and given to the nodes
     python tests/support/cluster/main.py status
     python tests/support/cluster/main.py down
 
@@ -17,7 +18,7 @@ from pathlib import Path
 # Started as a file, Python looks for modules in its folder, not in the one above, which holds the package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cluster import programs, real_nodes, state
+from cluster import buildah, programs, real_nodes, state
 from cluster.daemons import ClusterError
 from cluster.local import Cluster, why_not
 from go_build import ROOT, BuildError
@@ -31,6 +32,7 @@ def build() -> None:
     programs.build_all(programs.ALL, _say)
     if (reason := why_not(nodes=2)) is None:
         real_nodes.prepare(_say)
+        buildah.built(buildah.OPERATOR, _say)
     else:
         _say(f"nothing made for real nodes: {reason}")
 
@@ -64,6 +66,17 @@ def up(arguments: argparse.Namespace) -> None:
     )
     _say(f"up in {time.monotonic() - started:.0f} s")
     _explain(cluster)
+
+
+def image(name: str) -> None:
+    made = buildah.built(name, _say)
+    print(
+        f"\n  image    {made.name}\n  archive  {made.archive}   # docker load, podman load, skopeo copy docker-archive:…\n"
+    )
+    record = state.find(cluster_name())
+    if record is not None and record.nodes:
+        _say("giving it to the nodes of the cluster")
+        Cluster(record, _say).import_image(made.archive)
 
 
 def status() -> int:
@@ -113,6 +126,7 @@ def main() -> int:
     start.add_argument("--gpus", type=int, default=8, help="GPUs that each node claims to have")
     start.add_argument("--no-jobset", action="store_true")
     start.add_argument("--no-kueue", action="store_true")
+    commands.add_parser("image").add_argument("name", choices=[buildah.OPERATOR, buildah.RUNTIME])
     commands.add_parser("status")
     commands.add_parser("down")
     arguments = parser.parse_args()
@@ -121,6 +135,8 @@ def main() -> int:
             build()
         elif arguments.command == "up":
             up(arguments)
+        elif arguments.command == "image":
+            image(arguments.name)
         elif arguments.command == "status":
             return status()
         else:

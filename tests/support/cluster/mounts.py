@@ -14,7 +14,7 @@ from cluster.daemons import ClusterError
 _OWN = {"/var/lib": ("cni", "kubelet"), "/var/log": ("containers",)}
 
 
-def make_namespace(folder: Path) -> None:
+def make_namespace(folder: Path, images_in_memory: bool) -> None:
     """A mount namespace for the node whose folder this is; it stays until it is unmounted."""
     # A namespace can only be kept on a mount that is not shared with others.
     kept = folder / "mount-namespace"
@@ -24,8 +24,10 @@ def make_namespace(folder: Path) -> None:
     _file(folder).touch()
     images = images_folder(folder)
     images.mkdir()
-    # Images and the containers' own layers in memory: unpacking and deleting ten thousand files takes longer than all the rest.
-    lines = ["set -e", "mount -t tmpfs tmpfs /run", f"mount -t tmpfs -o size=8g tmpfs '{images}'"]
+    lines = ["set -e", "mount -t tmpfs tmpfs /run"]
+    if images_in_memory:
+        # With the containers' own layers: unpacking and deleting ten thousand files takes longer than all the rest.
+        lines.append(f"mount -t tmpfs -o size=8g tmpfs '{images}'")
     for above, names in _OWN.items():
         seen = folder / "seen" / above[1:]
         for name in names:
@@ -37,7 +39,7 @@ def make_namespace(folder: Path) -> None:
 
 
 def images_folder(folder: Path) -> Path:
-    """Where containerd keeps images and the layers that containers write; outside the node's view it is empty."""
+    """Where containerd keeps images and the layers that containers write; in memory it is empty outside the node's view."""
     return folder / "containerd"
 
 

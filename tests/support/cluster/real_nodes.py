@@ -12,7 +12,7 @@ import yaml
 
 from cluster import cgroups, debian, mounts, network
 from cluster.certificates import Certificates
-from cluster.daemons import Daemons
+from cluster.daemons import ClusterError, Daemons
 from cluster.images import PAUSE_IMAGE, base_archive, pause_archive
 from cluster.network import Network
 from cluster.programs import program
@@ -52,6 +52,7 @@ class RealNodes:
     certificates: Certificates
     kubectl: list[str]
     report: Callable[[str], None]
+    images_in_memory: bool = True
 
     def start_dns(self, port: int) -> None:
         """CoreDNS on the hub's address; `port` is for its readiness. Answers names of the cluster and no others."""
@@ -80,9 +81,10 @@ class RealNodes:
         folder = self.daemons.state / node.name
         folder.mkdir()
         packages = debian.runtime_folder(self.report)
-        mounts.make_namespace(folder)
+        mounts.make_namespace(folder, self.images_in_memory)
         self._start_containerd(node, folder, packages, namespace)
-        self._import_images(node, folder, packages)
+        for archive in (pause_archive(self.report), base_archive(packages, self.report)):
+            import_image(folder, packages, archive)
         cgroups.make(node.group)
         self.certificates.make_node(node.name, network.node_address(node.number))
         self._start_kubelet(node, folder, namespace)
@@ -112,13 +114,6 @@ class RealNodes:
         version = [*_ctr(folder, packages), "version"]
         answers = lambda: subprocess.run(version, capture_output=True).returncode == 0  # noqa: E731
         self.daemons.wait_until(f"containerd-{node.name}", answers)
-
-    def _import_images(self, node: NodeSettings, folder: Path, packages: Path) -> None:
-        for archive in (pause_archive(self.report), base_archive(packages, self.report)):
-            command = [*_ctr(folder, packages), "images", "import", str(archive)]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode != 0:
-                raise RuntimeError(f"{node.name}: the image {archive} could not be imported: {result.stderr.strip()}")
 
     def _start_kubelet(self, node: NodeSettings, folder: Path, namespace: Network) -> None:
         (folder / "resolv.conf").touch()
@@ -153,6 +148,14 @@ class RealNodes:
         config.write_text(yaml.safe_dump(document))
         command = [str(program("kube-proxy")), f"--config={config}"]
         self.daemons.start(f"proxy-{node.name}", [*mounts.prefix(folder), *command], network=namespace)
+
+
+def import_image(folder: Path, packages: Path, archive: Path) -> None:
+    """Give the node of the folder an image, under the name that the archive has for it."""
+    command = [*_ctr(folder, packages), "images", "import", str(archive)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise ClusterError(f"{folder.name}: the image {archive} could not be imported: {result.stderr.strip()}")
 
 
 def _pod_network(number: int, folder: Path) -> dict[str, Any]:

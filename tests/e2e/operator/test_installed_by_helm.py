@@ -1,0 +1,161 @@
+"""Atelier as an administrator has it: the chart installed with the image of `images/operator`, two replicas in pods of two real nodes.
+
+Pod Security "restricted" is enforced on them, they talk to the API server by its Service and with their service account's token, and
+they ask training pods for progress over the pod network.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.buildah import BuiltImage
+from cluster.daemons import ClusterError
+from cluster.local import Cluster
+from cluster_training import (
+    REPOSITORY,
+    SECONDS,
+    Place,
+    assert_a_lora_of_all_steps,
+    first_checkpoint,
+    profile,
+    training,
+)
+from operator_process import ClusterRun, until
+from s3_server import S3Server
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(3600)]
+pytest_plugins = ("cluster_fixtures", "cluster_training")
+
+CHART = str(REPOSITORY / "helm" / "atelier")
+SYSTEM, NAME, TEAM = "atelier-system", "atelier-operator", "art"
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Installation:
+    """The release `atelier`, and a team's namespace to train in."""
+
+    place: Place
+    folder: Path
+    values: Mapping[str, Any]
+
+    @property
+    def cluster(self) -> Cluster:
+        return self.place.cluster
+
+    def helm(self, verb: str, *arguments: str, team_cpu: str) -> None:
+        """Install or upgrade, with so much CPU for the team's runs."""
+        values = copy.deepcopy(dict(self.values))
+        values["quotas"]["teams"][0]["host"] = {"cpu": team_cpu}
+        path = self.folder / "values.json"
+        path.write_text(json.dumps(values))
+        given = ["-f", str(path), f"--namespace={SYSTEM}", "--wait", "--timeout=1m"]
+        try:
+            self.cluster.helm(verb, "atelier", CHART, *given, *arguments)
+        except ClusterError as error:
+            raise AssertionError(f"{error}\n{self.story()}") from None
+
+    def story(self) -> str:
+        """What happened to the replicas, for whoever reads of a failure."""
+        place = f"--namespace={SYSTEM}"
+        logs = self.cluster.kubectl("logs", place, f"deployment/{NAME}", "--tail=40", "--ignore-errors")
+        return self.cluster.kubectl("get", "pods,events", place, "-o", "wide") + logs
+
+    def replicas(self) -> list[Object]:
+        """The operator's pods that are not on their way out."""
+        pods = self.cluster.get("pods", f"--namespace={SYSTEM}", "-l", "app.kubernetes.io/component=operator")["items"]
+        return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+
+    def leader(self) -> str:
+        """The pod that holds the Lease; nothing while nobody does."""
+        return str(self.cluster.get("lease", NAME, f"--namespace={SYSTEM}")["spec"].get("holderIdentity") or "")
+
+
+@pytest.fixture(scope="module")
+def installation(
+    start_cluster: Callable[..., Cluster],
+    operator_image: BuiltImage,
+    store: S3Server,
+    base: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Installation]:
+    image = {"repository": operator_image.repository, "tag": operator_image.tag, "pullPolicy": "Never"}
+    team = {"name": TEAM, "namespaces": [TEAM], "gpus": [{"flavor": "gpu", "quota": 2}]}
+    values = {
+        "operator": {"image": image, "progressSeconds": 1},
+        "profiles": {"cluster": {"default": profile(base)}},
+        "quotas": {"engine": "kueue", "flavors": [{"name": "gpu"}], "teams": [team]},
+    }
+    with start_cluster(nodes=2) as cluster:
+        cluster.import_image(operator_image.archive)
+        cluster.make_namespace(SYSTEM)
+        cluster.kubectl("label", "namespace", SYSTEM, "pod-security.kubernetes.io/enforce=restricted")
+        place = Place.make(cluster, TEAM, store, base)
+        made = Installation(place, tmp_path_factory.mktemp("values"), values)
+        made.helm("install", team_cpu="10")
+        yield made
+
+
+def test_two_replicas_are_ready_and_one_leads(installation: Installation) -> None:
+    pods = installation.replicas()
+    assert {pod["spec"]["nodeName"] for pod in pods} == {"node1", "node2"}
+    assert all(status["ready"] for pod in pods for status in pod["status"]["containerStatuses"])
+    assert until(installation.leader, "a leader") in {pod["metadata"]["name"] for pod in pods}
+    installation.cluster.helm("test", "atelier", f"--namespace={SYSTEM}")
+    policies = installation.cluster.get("networkpolicies", f"--namespace={SYSTEM}")["items"]
+    assert [each["metadata"]["name"] for each in policies] == [NAME]
+
+
+def test_a_run_waits_for_its_teams_quota_and_trains_when_an_upgrade_raises_it(
+    installation: Installation, store: S3Server
+) -> None:
+    installation.helm("upgrade", team_cpu="500m")
+    run = installation.place.run("queued", schedule={"queue": "gpu"})
+    run.wait("Queued", seconds=SECONDS)
+    installation.helm("upgrade", team_cpu="1")
+    assert training(run, 1)["progress"]["totalSteps"] == 8
+    run.wait("Succeeded", seconds=SECONDS)
+    assert {pod["spec"]["nodeName"] for pod in run.objects("pod")} == {"node1", "node2"}
+    assert_a_lora_of_all_steps(run, store)
+
+
+def test_the_other_replica_takes_a_run_over_when_the_leader_is_drained(
+    installation: Installation, store: S3Server
+) -> None:
+    steps = 200
+    run = installation.place.run("failover", hyperparameters={"steps": steps})
+    first_checkpoint(run, store)
+    leader = installation.leader()
+    installation.cluster.kubectl("delete", "pod", leader, f"--namespace={SYSTEM}", "--wait=false")
+    until(lambda: installation.leader() not in ("", leader), "another leader")
+    told = run.status()["progress"]["step"]
+    assert told < steps, "the run was not in the middle"
+    until(lambda: run.status()["progress"]["step"] > told, "news from the other replica")
+    status = run.wait("Succeeded", seconds=SECONDS)
+    assert (status["attempt"], status["restarts"]["counted"]) == (1, 0)
+    assert len(run.objects("jobset")) == 1
+    assert_a_lora_of_all_steps(run, store, steps)
+    until(lambda: len(installation.replicas()) == 2, "a replica in place of the deleted one")
+
+
+def test_uninstalling_leaves_the_crds_the_runs_and_what_they_train(installation: Installation, store: S3Server) -> None:
+    run = installation.place.run("kept", hyperparameters={"steps": 20})
+    training(run, 1)
+    installation.cluster.helm("uninstall", "atelier", f"--namespace={SYSTEM}", "--wait")
+    assert installation.replicas() == []
+    crds = (each["metadata"]["name"] for each in installation.cluster.get("crd")["items"])
+    assert len([name for name in crds if name.endswith(".atelier.dev")]) == 3
+    until(lambda: ended(run) == "Completed", "the pods to end without an operator", SECONDS)
+    assert run.status()["phase"] == "Running", "nobody was there to say so"
+    assert_a_lora_of_all_steps(run, store, 20)
+
+
+def ended(run: ClusterRun) -> str:
+    (jobset,) = run.objects("jobset")
+    return str(jobset.get("status", {}).get("terminalState") or "")
