@@ -8,7 +8,7 @@ CODE := $(PACKAGES) helm tests examples
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast verify format crds bench cluster cluster-down clean
+.PHONY: help setup demo test test-fast verify format crds bench cluster cluster-down e2e-image clean
 
 help:  ## print this help
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -59,6 +59,10 @@ cluster: setup  ## a real Kubernetes cluster on this machine (the first one buil
 
 cluster-down: setup  ## take that cluster away with everything that it made
 	$(BIN)/python tests/support/cluster/main.py down
+
+e2e-image: setup  ## build the runtime's image and train with it on two nodes (not part of `make test`: 5 GB, ten minutes; needs root)
+	$(BIN)/python tests/support/cluster/main.py image runtime
+	$(BIN)/pytest tests/e2e/operator/runtime_image.py
 
 clean:  ## remove what the targets above have made, but not the runs
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -121,7 +121,7 @@ def test_a_run_waits_for_its_teams_quota_and_trains_when_an_upgrade_raises_it(
     installation.helm("upgrade", team_cpu="1")
     assert training(run, 1)["progress"]["totalSteps"] == 8
     run.wait("Succeeded", seconds=SECONDS)
-    assert {pod["spec"]["nodeName"] for pod in run.objects("pod")} == {"node1", "node2"}
+    assert {pod["spec"]["nodeName"] for pod in run.objects("pods")} == {"node1", "node2"}
     assert_a_lora_of_all_steps(run, store)
 
 
@@ -139,7 +139,7 @@ def test_the_other_replica_takes_a_run_over_when_the_leader_is_drained(
     until(lambda: run.status()["progress"]["step"] > told, "news from the other replica")
     status = run.wait("Succeeded", seconds=SECONDS)
     assert (status["attempt"], status["restarts"]["counted"]) == (1, 0)
-    assert len(run.objects("jobset")) == 1
+    assert len(run.objects("jobsets")) == 1
     assert_a_lora_of_all_steps(run, store, steps)
     until(lambda: len(installation.replicas()) == 2, "a replica in place of the deleted one")
 
@@ -157,5 +157,5 @@ def test_uninstalling_leaves_the_crds_the_runs_and_what_they_train(installation:
 
 
 def ended(run: ClusterRun) -> str:
-    (jobset,) = run.objects("jobset")
+    (jobset,) = run.objects("jobsets")
     return str(jobset.get("status", {}).get("terminalState") or "")
