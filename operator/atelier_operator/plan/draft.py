@@ -1,5 +1,6 @@
 """A plan while it is made: what a pass has found out so far, and what is to be done."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal
 
@@ -35,18 +36,24 @@ class Draft:
     @property
     def suspend(self) -> bool:
         """Whether the user wants the run suspended. Read from the raw spec: it counts for a refused one as well."""
-        return bool(((self.run.document.get("spec") or {}).get("schedule") or {}).get("suspend"))
+        return bool(self._block("schedule").get("suspend"))
 
     @property
     def nodes(self) -> int:
         """Nodes that the spec asks for."""
-        nodes = ((self.run.document.get("spec") or {}).get("parallelism") or {}).get("nodes")
+        nodes = self._block("parallelism").get("nodes")
         return nodes if isinstance(nodes, int) else 1
 
     @property
     def _gpus_per_node(self) -> int:
-        gpus = ((self.run.document.get("spec") or {}).get("parallelism") or {}).get("gpusPerNode")
+        gpus = self._block("parallelism").get("gpusPerNode")
         return gpus if isinstance(gpus, int) else 0
+
+    def _block(self, name: str) -> Mapping[str, Any]:
+        """A block of the raw spec, whatever the spec is: nothing of a refused one has been checked."""
+        spec = self.run.document.get("spec")
+        block = spec.get(name) if isinstance(spec, Mapping) else None
+        return block if isinstance(block, Mapping) else {}
 
     @property
     def used(self) -> int:
