@@ -25,6 +25,10 @@ def start(draft: Draft, accepted: Accepted, number: int) -> None:
     if unfinished:
         _await(draft, unfinished)
         return
+    lingering = [pod for pod in draft.seen.pods if pod.attempt < number and not pod.ended]
+    if lingering:
+        _stopping(draft, f"{len(lingering)} pods of an earlier attempt are stopping")
+        return
     if draft.seen.obstacle:
         _blocked(draft, draft.seen.obstacle)
         return
@@ -68,7 +72,11 @@ def _await(draft: Draft, unfinished: list[Child]) -> None:
     """Never two attempts at once: an older one that is somehow still there goes first."""
     for child in unfinished:
         draft.remove(child)
-    message = f"{unfinished[0].name} of an earlier attempt is being stopped"
+    _stopping(draft, f"{unfinished[0].name} of an earlier attempt is being stopped")
+
+
+def _stopping(draft: Draft, message: str) -> None:
+    """Something of an earlier attempt is still there: a child that was deleted without its pods is gone before they are."""
     draft.said.say(ConditionType.RUNNING, "False", Reason.STOPPING, message)
     draft.phase("Recovering", Reason.STOPPING, message)
 

@@ -168,6 +168,9 @@ def test_torchrun_reduces_over_two_nodes(real_cluster: Cluster) -> None:
         "metadata": {"name": "pair", "namespace": namespace},
         "spec": {
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+            "failurePolicy": {
+                "maxRestarts": 3
+            },  # on a busy machine a name may not be in the DNS yet when it is asked for
             "replicatedJobs": [{"name": "w", "template": {"spec": job}}],
         },
     }

@@ -21,6 +21,21 @@ def test_a_deleted_child_counts_once_and_the_next_comes_after_a_pause() -> None:
     assert (story.status.attempt, story.status.restarts.counted) == (2, 1)
 
 
+def test_pods_that_outlive_their_child_are_waited_for() -> None:
+    """It was deleted without them (`kubectl delete jobset` does so): they train on until the garbage collector has found them."""
+    story = trained(retry={"backoffSeconds": 0})
+    left = story.pods
+    story.vanish()
+    story.pods = left
+    for _ in range(3):
+        story.look(1)
+        assert (story.status.phase, story.status.reason, story.status.attempt) == ("Recovering", "Stopping", 1)
+        assert story.status.restarts.counted == 1
+    story.pods = tuple(ended(75, pod.index, attempt=1) for pod in left)
+    story.look(1)
+    assert (story.status.attempt, story.status.restarts.counted) == (2, 1)
+
+
 @pytest.mark.parametrize("jobset", [True, False], ids=["JobSet", "Job"])
 def test_the_pause_doubles_with_each_restart_that_counts(jobset: bool) -> None:
     story = Story(jobset=jobset, retry={"backoffSeconds": 10, "maxRestarts": 100})

@@ -198,4 +198,7 @@ def test_two_attempts_never_live_at_once() -> None:
     assert (max(story.children), story.status.phase, story.status.reason) == (2, "Recovering", "Stopping")
     del story.children[1]
     story.look(5)
+    assert (max(story.children), story.status.message) == (2, "2 pods of an earlier attempt are stopping")
+    story.pods = ()
+    story.look(5)
     assert max(story.children) == 3
