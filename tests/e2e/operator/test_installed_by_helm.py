@@ -16,6 +16,7 @@ import pytest
 from cluster.buildah import BuiltImage
 from cluster.daemons import ClusterError
 from cluster.local import Cluster
+from cluster_documents import run_document
 from cluster_training import (
     REPOSITORY,
     SECONDS,
@@ -110,6 +111,21 @@ def test_two_replicas_are_ready_and_one_leads(installation: Installation) -> Non
     installation.cluster.helm("test", "atelier", f"--namespace={SYSTEM}")
     policies = installation.cluster.get("networkpolicies", f"--namespace={SYSTEM}")["items"]
     assert [each["metadata"]["name"] for each in policies] == [NAME]
+
+
+def test_the_api_server_asks_the_webhook_by_its_service(installation: Installation) -> None:
+    wide = json.dumps(run_document(TEAM, "wide", parallelism={"gpusPerNode": 1}))
+
+    def refusal() -> str:
+        try:
+            installation.cluster.kubectl("create", "--dry-run=server", "-f", "-", input=wide)
+        except ClusterError as error:
+            return str(error)
+        return ""
+
+    said = until(refusal, "the webhook to be asked")
+    assert 'admission webhook "trainingruns.atelier.dev" denied the request' in said
+    assert "spec.parallelism.gpusPerNode is 1, but the profile has no gpuClasses" in said
 
 
 def test_a_run_waits_for_its_teams_quota_and_trains_when_an_upgrade_raises_it(

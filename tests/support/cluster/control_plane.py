@@ -68,6 +68,8 @@ def start_api_server(daemons: Daemons, certificates: Certificates, ports: ApiPor
         "advertise-address": HUB_ADDRESS if own_network else "127.0.0.1",
         "secure-port": str(ports.api),
         "service-cluster-ip-range": SERVICE_RANGE,
+        # No kube-proxy serves the API server: webhooks of Services are called at the addresses of their pods.
+        "enable-aggregator-routing": "true",
         "cert-dir": str(daemons.state / "apiserver"),
         "client-ca-file": str(certificates.authority),
         "tls-cert-file": str(certificates.certificate("apiserver")),
