@@ -28,9 +28,9 @@ class History:
     def run(self, **status: Any) -> "History":
         return self.write("TrainingRun", "run", status=status)
 
-    def child(self, name: str = "knight-1", kind: str = "JobSet", **metadata: Any) -> "History":
+    def child(self, name: str = "knight-1", kind: str = "JobSet", verb: str = "create", **metadata: Any) -> "History":
         owner = {"ownerReferences": [{"kind": "TrainingRun", "uid": "run"}]}
-        return self.write(kind, name, metadata=owner | metadata)
+        return self.write(kind, name, verb, metadata=owner | metadata)
 
     def pod(self, name: str, phase: str = "Running", attempt: str = "1", gpus: int = 1, **metadata: Any) -> "History":
         labels = {"atelier.dev/run": "knight", "atelier.dev/run-uid": "run", "atelier.dev/attempt": attempt}
@@ -77,10 +77,10 @@ BROKEN: dict[str, tuple[History, str]] = {
         "pods of 1.0 and 1.1",
     ),
     "a second child": (History().run().child().child(uid="other"), "a second JobSet of attempt 1"),
-    "a child without a run": (History().child(), "JobSet of a run that is gone"),
+    "a child without a run": (History().child(), "JobSet made for a run that is gone"),
     "a child of a run that is gone": (
         History().run().write("TrainingRun", "run", "delete", metadata={"deletionTimestamp": "now"}).child(),
-        "JobSet of a run that is gone",
+        "JobSet made for a run that is gone",
     ),
     "both ends": (
         History().run(conditions=[{"type": each, "status": "True"} for each in ("Succeeded", "Failed")]),
@@ -100,6 +100,11 @@ BROKEN: dict[str, tuple[History, str]] = {
 def test_what_must_not_be_is_found(history: History, sentence: str) -> None:
     (found,) = history.broken(art=2)
     assert sentence in found
+
+
+def test_a_child_outlives_a_run_that_is_deleted_in_the_background() -> None:
+    history = History().run().child().write("TrainingRun", "run", "delete", metadata={"deletionTimestamp": "now"})
+    assert history.child(verb="update").broken() == []
 
 
 def test_only_what_was_stored_counts() -> None:

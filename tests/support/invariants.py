@@ -19,10 +19,11 @@ ENDED = ("Succeeded", "Failed")
 
 @dataclass(frozen=True)
 class Change:
-    """An object as it was stored. `gone`: with this it was removed."""
+    """An object as it was stored. `made`: there was none of it before; `gone`: with this it was removed."""
 
     version: int
     raw: Object
+    made: bool
     gone: bool
 
     @property
@@ -70,7 +71,7 @@ def _change(entry: Object, before: int) -> Change | None:
         return None
     doomed = "deletionTimestamp" in metadata or entry["verb"] == "delete"
     gone = doomed and not metadata.get("finalizers") and not metadata.get("deletionGracePeriodSeconds")
-    return Change(int(metadata.get("resourceVersion") or before), raw, gone)
+    return Change(int(metadata.get("resourceVersion") or before), raw, entry["verb"] == "create", gone)
 
 
 def broken(history: Iterable[Change], quotas: Mapping[str, int] | None = None) -> list[str]:
@@ -97,7 +98,8 @@ def _gangs(history: list[Change]) -> Iterator[str]:
 
 
 def _children(history: list[Change]) -> Iterator[str]:
-    """Each child belongs to a run that is there, and there is never a second one of the same attempt."""
+    """Each child was made for a run that was there, and there is never a second one of the same attempt. Where a run or its
+    namespace is deleted in the background, controllers may still write to a child that is about to follow."""
     runs: set[str] = set()
     made: dict[tuple[str, str, str], str] = {}
     for change in history:
@@ -109,8 +111,8 @@ def _children(history: list[Change]) -> Iterator[str]:
         attempt = (change.kind, change.labels.get(UID_LABEL, ""), change.labels.get(ATTEMPT_LABEL, ""))
         if made.setdefault(attempt, change.uid) != change.uid:
             yield f"{change.run}: a second {change.kind} of attempt {attempt[2]} was made at version {change.version}"
-        if owner["uid"] not in runs and "deletionTimestamp" not in change.raw["metadata"] and not change.gone:
-            yield f"{change.run}: {change.kind} of a run that is gone, at version {change.version}"
+        if change.made and owner["uid"] not in runs:
+            yield f"{change.run}: {change.kind} made for a run that is gone, at version {change.version}"
 
 
 def _statuses(history: list[Change]) -> Iterator[str]:
