@@ -15,6 +15,7 @@ from cluster import state
 from cluster.daemons import ClusterError
 from cluster.local import Cluster
 from cluster.traces import machine, traces_of
+from operator_process import until
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(3600)]
 pytest_plugins = ("cluster_fixtures",)
@@ -78,8 +79,8 @@ def test_a_cluster_goes_with_the_process_that_started_it(bare_cluster: Cluster) 
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, "processes outlived their owner"
         time.sleep(0.1)
-    assert state.remove_orphans() == [name]
-    assert state.find(name) is None
+    state.remove_orphans()  # as the next cluster that starts does, perhaps one of another test at this moment
+    until(lambda: state.find(name) is None, "the removal of what a killed owner left")
     assert state.find(bare_cluster.name) is not None
 
 

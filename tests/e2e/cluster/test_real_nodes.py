@@ -168,9 +168,8 @@ def test_torchrun_reduces_over_two_nodes(real_cluster: Cluster) -> None:
         "metadata": {"name": "pair", "namespace": namespace},
         "spec": {
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
-            "failurePolicy": {
-                "maxRestarts": 3
-            },  # on a busy machine a name may not be in the DNS yet when it is asked for
+            # On a busy machine a name may not be in the DNS yet when it is asked for.
+            "failurePolicy": {"maxRestarts": 3},
             "replicatedJobs": [{"name": "w", "template": {"spec": job}}],
         },
     }

@@ -100,7 +100,8 @@ def remove(record: Record) -> None:
     for network in networks:
         network.delete()
     with _locked():
-        shutil.rmtree(record.state)
+        with suppress(FileNotFoundError):  # another process, which saw the same orphan, was faster
+            shutil.rmtree(record.state)
         if record.nodes:
             _restore_sysctls()
         with suppress(OSError):  # other clusters are there
@@ -123,7 +124,8 @@ def _restore_sysctls() -> None:
 
 @contextmanager
 def _locked() -> Iterator[None]:
-    """One process at a time changes what clusters share. Whoever asks has a cluster, so the folder exists and stays."""
+    """One process at a time changes what clusters share."""
+    STATES.mkdir(parents=True, exist_ok=True)  # the last one may have gone meanwhile, with the folder
     folder = os.open(STATES, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
