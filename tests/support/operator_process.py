@@ -43,12 +43,26 @@ def install_crds(cluster: Cluster) -> None:
 
 @contextlib.contextmanager
 def checked(cluster: Cluster) -> Iterator[None]:
-    """Fails in the end if an invariant was broken at any moment meanwhile. A ClusterQueue of a namespace's name is its quota."""
+    """Fails in the end if an invariant was broken at any moment meanwhile, or if a child outlives its run.
+    A ClusterQueue of a namespace's name is its quota."""
     before = len(cluster.audit())
     yield
+    until(lambda: not _left_behind(cluster), "the deletion of what belonged to runs that are gone")
     quotas = {each["metadata"]["name"]: _gpus(each) for each in cluster.api.items("clusterqueues")}
     found = broken(changes(cluster.audit()[before:]), quotas)
     assert not found, "\n".join(found)
+
+
+def _left_behind(cluster: Cluster) -> list[str]:
+    """The children of runs that are gone which nobody has deleted."""
+    children = [*cluster.api.items("jobsets"), *cluster.api.items("jobs")]
+    runs = {each["metadata"]["uid"] for each in cluster.api.items("trainingruns")}
+    return [
+        each["metadata"]["name"]
+        for each in children
+        for owner in each["metadata"].get("ownerReferences") or ()
+        if owner["kind"] == "TrainingRun" and owner["uid"] not in runs and "deletionTimestamp" not in each["metadata"]
+    ]
 
 
 def _gpus(queue: Object) -> int:
