@@ -38,7 +38,8 @@ class FamilyFacts:
 
     `latent_factor` and `temporal_factor` are the autoencoder's, `patch` is the side of a token in latent pixels. `pipelines` are
     the `_class_name`s in `model_index.json` of checkpoints that the family can train. Above `guidance_above` the stock pipeline
-    contrasts with the negative prompt.
+    contrasts with the negative prompt. `backward_blocks` is how many average blocks' activations the backward pass holds with
+    recompute: one and its gradients, but more in a UNet, whose widest level is many times the average.
     """
 
     name: str
@@ -57,6 +58,7 @@ class FamilyFacts:
     frame_rate: float | None = None
     pipelines: tuple[str, ...] = ()
     guidance_above: float = 1.0
+    backward_blocks: int = 2
 
     def latent_tokens(self, width: int, height: int, frames: int = 1) -> int:
         """Tokens of one sample of `width` x `height` pixels and `frames` frames."""
@@ -192,6 +194,7 @@ SDXL = FamilyFacts(
         ),
     ),
     pipelines=("StableDiffusionXLPipeline",),
+    backward_blocks=5,
 )
 
 _Z_IMAGE_TURBO = Flavour(

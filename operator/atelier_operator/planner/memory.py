@@ -27,9 +27,6 @@ ATTENTION_LAYERS = 2
 WIDE_TARGETS = 1.25
 """Linears of the feed-forward keep their inputs too once they carry an adapter (measured 1.09 to 1.33 times as many bytes)."""
 
-BLOCKS_IN_BACKWARD = 2
-"""With recompute, the backward pass of a block holds what it keeps and gradients of about the same size."""
-
 LARGEST_INPUT = 8
 """A block's input is at most this fraction (one eighth) of what it keeps: a UNet's deep levels have fewer tokens than its rows say."""
 
@@ -210,7 +207,7 @@ def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> in
     if not choice.gradient_checkpointing:
         return tokens * kept * (model.layers + 1)
     block_input = min(model.width * _precision_bytes(spec), kept // LARGEST_INPUT)
-    return tokens * (block_input * model.layers + kept * BLOCKS_IN_BACKWARD)
+    return tokens * (block_input * model.layers + kept * model.family.backward_blocks)
 
 
 def _sample_phase(spec: TrainingRunSpec, model: ModelFacts, train: Parts, frozen: int) -> int:
