@@ -8,7 +8,7 @@ CODE := $(PACKAGES) helm tests examples
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast verify format crds bench cluster cluster-down e2e-image clean
+.PHONY: help setup demo test test-fast verify format crds bench bench-gpu cluster cluster-down e2e-image clean
 
 help:  ## print this help
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ crds: setup  ## regenerate the CRDs, the chart's schema and the reference pages 
 
 bench: setup  ## speed, as ratios of interleaved runs and as counts (performance.md names the targets)
 	$(BIN)/python tests/bench/main.py
+
+bench-gpu: setup  ## training steps on this machine's GPU against diffusers' example trainers, and predicted against real memory
+	$(BIN)/python tests/bench/gpu/main.py
 
 cluster: setup  ## a real Kubernetes cluster on this machine (the first one builds it: ten minutes and more)
 	$(BIN)/python tests/support/cluster/main.py up

@@ -21,7 +21,7 @@ from typing import Any
 
 from bench_run import BenchRun, bench_run
 from pairs import CallCounter, Findings, Row, Turns, at_most, count_calls, difference, ratio
-from peer_loop import BareLoop, PeerLoop
+from peer_loop import BareLoop, PeerLoop, cpu_parts
 
 from atelier_runtime.trainer import Trainer
 
@@ -108,7 +108,8 @@ def measure(batch_size: int, *, turns: int, turn_steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="atelier-bench-") as folder:
         run = bench_run(Path(folder), batch_size=batch_size, steps=steps)
         try:
-            bare, peer, fused = BareLoop(run.parts), PeerLoop(run.parts), PeerLoop(run.parts, fused=True)
+            bare, peer = BareLoop(run.parts), PeerLoop(cpu_parts(run.parts))
+            fused = PeerLoop(cpu_parts(run.parts, fused=True))
             loops = dict(zip(OTHERS, (bare.step, peer.step, fused.step), strict=True))
             contest = Contest(run, loops, turns=turns, turn_steps=turn_steps)
             Trainer(run.parts, contest.stop_requested).run(_no_samples)

@@ -11,13 +11,11 @@ import atexit
 import ctypes
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
 import time
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ import loop_overhead  # noqa: E402
 import operator_scale  # noqa: E402
 import torch  # noqa: E402
 import webhook_latency  # noqa: E402
+from facts import machine  # noqa: E402
 from pairs import Findings  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -41,7 +40,6 @@ from rich.table import Table  # noqa: E402
 from atelier_runtime.launch import quiet_libraries  # noqa: E402
 
 ALL = ("C1", "C2", "C4", "W", "O")
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "atelier-training")
 
 
 def keep_memory() -> None:
@@ -53,27 +51,6 @@ def keep_memory() -> None:
     if mallopt is not None:
         mallopt(-1, 1 << 30)
         mallopt(-3, 32 << 20)
-
-
-def machine() -> dict[str, Any]:
-    """Where this ran, and how busy it was."""
-    return {
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "load": list(os.getloadavg()),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()}",
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-    }
-
-
-def cpu_name() -> str:
-    """Model and, where the system tells it, nothing else."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def show(findings: dict[str, Findings], facts: dict[str, Any], load_after: float) -> None:

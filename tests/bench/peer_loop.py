@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,19 @@ class BareLoop:
 
 
 @dataclass(frozen=True)
+class PeerParts:
+    """What the example trainers work with. `samples`: latents [C, H, W] and text features, where the script keeps them."""
+
+    accelerator: Accelerator
+    model: Any
+    predict: Callable[..., Tensor]
+    samples: list[tuple[Tensor, dict[str, Tensor]]]
+    batch_size: int
+    scheduler: Any
+    fused: bool
+
+
+@dataclass(frozen=True)
 class _Prepared:
     """What `Accelerator.prepare` gives back."""
 
@@ -52,37 +65,53 @@ class _Prepared:
     scheduler: Any
 
 
+def cpu_parts(parts: Parts, *, fused: bool = False) -> PeerParts:
+    """The demo's run as `train_dreambooth_lora_sd3.py` has it: same checkpoint, modules, rank, rate and samples as ours."""
+    folder = parts.run_file.model_folder
+    model = components.load_denoiser(folder, "transformer", torch.float32, torch.device("cpu"))
+    targets = adapters.resolve_targets(model, ["attention"], parts.family)
+    model.add_adapter(LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=list(targets)))
+    model.train()
+    return PeerParts(
+        accelerator=Accelerator(cpu=True, gradient_accumulation_steps=1),
+        model=model,
+        predict=parts.family.predict,
+        samples=_samples(parts),
+        batch_size=parts.run_file.spec.hyperparameters.global_batch_size,
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(components.scheduler_config(folder)),
+        fused=fused,
+    )
+
+
 class PeerLoop:
     """The step of diffusers' `train_dreambooth_lora_sd3.py`: accelerate, DataLoader, clipping, AdamW, scheduler, `.item()`, tqdm.
 
-    Latents and text lie in memory, already encoded, which its `--cache_latents` does. Same checkpoint, modules, rank, learning rate
-    and samples as ours. `fused`: with torch's fused AdamW, which is not the script's default.
+    Latents and text lie in memory, already encoded, which its `--cache_latents` does. `fused`: with torch's fused AdamW, which is not
+    the script's default.
     """
 
-    def __init__(self, parts: Parts, *, fused: bool = False) -> None:
-        self._predict = parts.family.predict
-        self._accelerator = Accelerator(cpu=True, gradient_accumulation_steps=1)
-        self._schedule = FlowMatchEulerDiscreteScheduler.from_config(
-            components.scheduler_config(parts.run_file.model_folder)
-        )
-        self._prepared = self._prepare(parts, fused)
+    def __init__(self, parts: PeerParts) -> None:
+        self._predict = parts.predict
+        self._accelerator = parts.accelerator
+        self._schedule = parts.scheduler
+        self._prepared = self._prepare(parts)
         self._batches = self._forever()
         self._bar = tqdm(total=10**9, desc="Steps", file=open(os.devnull, "w"), mininterval=1e9)  # noqa: SIM115
         self._steps = 0
         self.losses: list[float] = []
         self.data_seconds = 0.0
 
-    def _prepare(self, parts: Parts, fused: bool) -> _Prepared:
-        model = components.load_denoiser(parts.run_file.model_folder, "transformer", torch.float32, torch.device("cpu"))
-        targets = adapters.resolve_targets(model, ["attention"], parts.family)
-        model.add_adapter(LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=list(targets)))
-        model.train()
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True if fused else None)
-        batch_size = parts.run_file.spec.hyperparameters.global_batch_size
-        loader = torch.utils.data.DataLoader(_samples(parts), batch_size=batch_size, shuffle=True, drop_last=True)
+    def _prepare(self, parts: PeerParts) -> _Prepared:
+        trained = [parameter for parameter in parts.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True if parts.fused else None)
+        loader = torch.utils.data.DataLoader(
+            parts.samples,  # type: ignore[arg-type]
+            batch_size=parts.batch_size,
+            shuffle=True,
+            drop_last=True,
+        )
         scheduler = get_scheduler("constant", optimizer=optimizer)
-        return _Prepared(*self._accelerator.prepare(model, optimizer, loader, scheduler))
+        return _Prepared(*self._accelerator.prepare(parts.model, optimizer, loader, scheduler))
 
     def _forever(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         while True:
@@ -90,8 +119,9 @@ class PeerLoop:
 
     def _sigmas(self, timesteps: Tensor, dimensions: int) -> Tensor:
         """Noise levels by looking the timesteps up in the scheduler's table, one after the other, as the script does."""
-        steps = [int((self._schedule.timesteps == t).nonzero().item()) for t in timesteps]
-        sigma = self._schedule.sigmas[steps].flatten()
+        table = self._schedule.timesteps.to(timesteps.device)
+        steps = [int((table == t).nonzero().item()) for t in timesteps]
+        sigma = self._schedule.sigmas.to(timesteps.device)[steps].flatten()
         while sigma.ndim < dimensions:
             sigma = sigma.unsqueeze(-1)
         return sigma
@@ -99,7 +129,8 @@ class PeerLoop:
     def _loss(self, latents: Tensor, text: dict[str, Tensor]) -> Tensor:
         noise = torch.randn_like(latents)
         levels = compute_density_for_timestep_sampling("logit_normal", len(latents), logit_mean=0.0, logit_std=1.0)
-        timesteps = self._schedule.timesteps[(levels * self._schedule.config.num_train_timesteps).long()]
+        indices = (levels * self._schedule.config.num_train_timesteps).long()
+        timesteps = self._schedule.timesteps[indices].to(latents.device)
         sigmas = self._sigmas(timesteps, latents.ndim)
         noisy = (1.0 - sigmas) * latents + sigmas * noise
         conditions = Conditions(text, torch.empty(0))
