@@ -63,7 +63,7 @@ cluster: setup  ## a real Kubernetes cluster on this machine (the first one buil
 cluster-down: setup  ## take that cluster away with everything that it made
 	$(BIN)/python tests/support/cluster/main.py down
 
-e2e-image: setup  ## build the runtime's image and train with it on two nodes (not part of `make test`: 5 GB, ten minutes; needs root)
+e2e-image: setup  ## build the runtime's image and train with it on two nodes (not part of `make test`: eight minutes, 45 GB free; needs root)
 	$(BIN)/python tests/support/cluster/main.py image runtime
 	$(BIN)/pytest tests/e2e/operator/runtime_image.py
 
