@@ -64,7 +64,6 @@ cluster-down: setup  ## take that cluster away with everything that it made
 	$(BIN)/python tests/support/cluster/main.py down
 
 e2e-image: setup  ## build the runtime's image and train with it on two nodes (not part of `make test`: eight minutes, 45 GB free; needs root)
-	$(BIN)/python tests/support/cluster/main.py image runtime
 	$(BIN)/pytest tests/e2e/operator/runtime_image.py
 
 clean:  ## remove what the targets above have made, but not the runs

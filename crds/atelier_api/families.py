@@ -194,7 +194,7 @@ SDXL = FamilyFacts(
         ),
     ),
     pipelines=("StableDiffusionXLPipeline",),
-    backward_blocks=5,
+    backward_blocks=5,  # 4.2 measured: LoRA on an H200, 1024 x 1024, batch 4
 )
 
 _Z_IMAGE_TURBO = Flavour(

@@ -26,16 +26,14 @@ _numbers = tempfile.mkdtemp(prefix="atelier-bench-")
 atexit.register(shutil.rmtree, _numbers, ignore_errors=True)
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = _numbers  # ranks count into mapped files, as under the agent; read at import
 
+# What follows reads the path and the environment as it is imported.
 import checkpoint_stall  # noqa: E402
 import data_path  # noqa: E402
 import loop_overhead  # noqa: E402
 import operator_scale  # noqa: E402
 import torch  # noqa: E402
 import webhook_latency  # noqa: E402
-from facts import machine  # noqa: E402
-from pairs import Findings  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+from outcome import machine, show  # noqa: E402
 
 from atelier_runtime.launch import quiet_libraries  # noqa: E402
 
@@ -53,24 +51,16 @@ def keep_memory() -> None:
         mallopt(-3, 32 << 20)
 
 
-def show(findings: dict[str, Findings], facts: dict[str, Any], load_after: float) -> None:
-    """The machine's line and the table."""
-    console = Console(width=max(150, Console().width))
+def heading(facts: dict[str, Any], load_after: float) -> str:
+    """The machine's line, and a warning where it was busy."""
     versions = facts["versions"]
-    console.print(
+    line = (
         f"{facts['cores']} cores of {facts['cpu']}, load {facts['load'][0]:.1f} before and {load_after:.1f} after, "
         f"{facts['threads']} thread, python {facts['python']}, torch {versions['torch']}, diffusers {versions['diffusers']}, "
         f"accelerate {versions['accelerate']}"
     )
-    table = Table("", "what", "measured", "target", "how far")
-    for one in findings.values():
-        for row in one.rows:
-            style = "" if not row.standing else "green" if row.standing == "met" else "yellow"
-            table.add_row(row.id, row.what, row.measured, row.target, row.standing, style=style)
-        table.add_section()
-    console.print(table)
-    if load_after > facts["cores"]:
-        console.print("The machine was busy with other work: trust the CPU figures and the counts, not wall time.")
+    busy = "\nThe machine was busy with other work: trust the CPU figures and the counts, not wall time."
+    return line + (busy if load_after > facts["cores"] else "")
 
 
 def main() -> None:
@@ -97,7 +87,7 @@ def main() -> None:
     facts, started = machine(), time.monotonic()
     findings = {name: run() for name, run in benchmarks.items() if name in options.only}
     load_after = os.getloadavg()[0]
-    show(findings, facts, load_after)
+    show(heading(facts, load_after), [one.rows for one in findings.values()])
     document = {
         "machine": {**facts, "load_after": load_after},
         "quick": options.quick,

@@ -104,12 +104,7 @@ class PeerLoop:
     def _prepare(self, parts: PeerParts) -> _Prepared:
         trained = [parameter for parameter in parts.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True if parts.fused else None)
-        loader = torch.utils.data.DataLoader(
-            parts.samples,  # type: ignore[arg-type]
-            batch_size=parts.batch_size,
-            shuffle=True,
-            drop_last=True,
-        )
+        loader = torch.utils.data.DataLoader(parts.samples, batch_size=parts.batch_size, shuffle=True, drop_last=True)
         scheduler = get_scheduler("constant", optimizer=optimizer)
         return _Prepared(*self._accelerator.prepare(parts.model, optimizer, loader, scheduler))
 

@@ -1,11 +1,13 @@
 """The checker of a cluster's history finds each thing that must not have been."""
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from invariants import broken, changes
+from operator_process import left_behind
 
 Object = dict[str, Any]
 
@@ -105,6 +107,31 @@ def test_what_must_not_be_is_found(history: History, sentence: str) -> None:
 def test_a_child_outlives_a_run_that_is_deleted_in_the_background() -> None:
     history = History().run().child().write("TrainingRun", "run", "delete", metadata={"deletionTimestamp": "now"})
     assert history.child(verb="update").broken() == []
+
+
+@dataclass
+class Listed:
+    """A cluster as it is listed: jobsets of runs, by the uid of their run; and the uids of runs."""
+
+    children: list[Object]
+    runs: list[str]
+
+    @property
+    def api(self) -> "Listed":
+        return self
+
+    def items(self, plural: str) -> list[Object]:
+        found = {"jobsets": self.children, "trainingruns": [{"metadata": {"uid": uid}} for uid in self.runs]}
+        return found.get(plural, [])
+
+
+def test_a_child_that_nobody_deletes_after_its_run_is_found() -> None:
+    def child(name: str, uid: str, kind: str = "TrainingRun", **metadata: Any) -> Object:
+        return {"metadata": {"name": name, "ownerReferences": [{"kind": kind, "uid": uid}], **metadata}}
+
+    children = [child("alive", "a"), child("left", "gone"), child("going", "gone", deletionTimestamp="now")]
+    cluster: Any = Listed([*children, child("of another", "gone", "CronJob")], ["a"])
+    assert left_behind(cluster) == ["left"]
 
 
 def test_only_what_was_stored_counts() -> None:

@@ -47,13 +47,13 @@ def checked(cluster: Cluster) -> Iterator[None]:
     A ClusterQueue of a namespace's name is its quota."""
     before = len(cluster.audit())
     yield
-    until(lambda: not _left_behind(cluster), "the deletion of what belonged to runs that are gone")
+    until(lambda: not left_behind(cluster), "the deletion of what belonged to runs that are gone")
     quotas = {each["metadata"]["name"]: _gpus(each) for each in cluster.api.items("clusterqueues")}
     found = broken(changes(cluster.audit()[before:]), quotas)
     assert not found, "\n".join(found)
 
 
-def _left_behind(cluster: Cluster) -> list[str]:
+def left_behind(cluster: Cluster) -> list[str]:
     """The children of runs that are gone which nobody has deleted."""
     children = [*cluster.api.items("jobsets"), *cluster.api.items("jobs")]
     runs = {each["metadata"]["uid"] for each in cluster.api.items("trainingruns")}

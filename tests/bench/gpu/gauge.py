@@ -18,6 +18,7 @@ GIB = 1 << 30
 class Reading:
     """Figures of one loop. Times in seconds per step, memory in bytes; `busy` is the part of the step that kernels ran.
 
+    `host` is the CPU time of the thread that trains, `launches` and `waits` are counts per step, `kernels` the time of all kernels.
     `allocated` is the peak of live tensors, `reserved` that of the caching allocator, `device` what is taken of the card in all.
     """
 
@@ -52,30 +53,30 @@ class Gauge:
         self._host: list[float] = []
         self._peaks = (0, 0, 0)
         self._profiler: profile | None = None
-        self._profiling = False
+        self._ended = False
 
     def stop_requested(self) -> bool:
+        """True from the last step on: the trainer hears of its own stop a step later, and asks once more."""
+        if self._ended:
+            return True
         self._steps += 1
+        timed_until = self._warm + self._timed
         if self._steps == self._warm:
             self._synchronize()
             if self._cuda:
                 torch.cuda.reset_peak_memory_stats()
-        if self._warm <= self._steps <= self._warm + self._timed:
+        if self._warm <= self._steps <= timed_until:
             self._mark()
-        if self._steps < self._warm + self._timed:
-            return False
-        if self._steps == self._warm + self._timed:
+        if self._steps == timed_until:
             self._synchronize()
             self._read_memory()
             if self._profiled:
                 self._start_profiler()
-        if self._steps < self._warm + self._timed + self._profiled:
-            return False
-        if self._profiler is not None and self._profiling:
+        self._ended = self._steps >= timed_until + self._profiled
+        if self._ended and self._profiler is not None:
             self._synchronize()
             self._profiler.__exit__(None, None, None)
-            self._profiling = False
-        return True  # the trainer may ask once more: it hears of its own stop a step later
+        return self._ended
 
     def reading(self) -> Reading:
         """Call it after the loop has stopped."""
@@ -122,7 +123,6 @@ class Gauge:
     def _start_profiler(self) -> None:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
         self._profiler = profile(activities=activities, acc_events=True).__enter__()
-        self._profiling = True
 
     def _profile(self) -> tuple[float, float, float, dict[str, float]]:
         """(launches, waits, seconds of kernels, seconds of the slowest kernels by name), each per step."""

@@ -10,7 +10,7 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from gpu_run import SAMPLES, EncodedSamples, random_denoiser, text_features
+from gpu_run import SAMPLES, EncodedSamples, random_denoiser
 from peer_loop import PeerLoop, PeerParts
 from peft import LoraConfig
 from torch import Tensor
@@ -18,7 +18,6 @@ from workloads import SCHEDULERS, Workload
 
 from atelier_api.families import FAMILIES
 from atelier_api.run_file import RunFile
-from atelier_operator.planner import table_facts
 from atelier_runtime import adapters
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Conditions
@@ -32,8 +31,7 @@ class GpuPeer(PeerLoop):
         GradientState._reset_state()
         family = get_family(work.family)
         model = cast("Any", random_denoiser(work, device))
-        text = text_features(model, table_facts(file.spec.model).text_tokens)
-        samples = EncodedSamples(work, text, device, seed=file.spec.hyperparameters.seed)
+        samples = EncodedSamples(work, file, model, device)
         targets = adapters.resolve_targets(model, ["all"], family)
         model.add_adapter(
             LoraConfig(r=work.rank, lora_alpha=work.rank, init_lora_weights="gaussian", target_modules=sorted(targets))

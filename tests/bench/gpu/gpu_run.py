@@ -36,11 +36,13 @@ STEPS = 1_000_000
 
 def run_file(work: Workload, folder: Path, device: torch.device) -> RunFile:
     """The workload as a user would write it, planned for this machine."""
-    adapter: dict[str, Any] = {"type": "full"} if work.full_rank else {"type": "lora", "rank": work.rank}
-    full = {"hyperparameters__optimizer__type": "adamw-bf16"} if work.full_rank else {"adapter__targets": ["all"]}
-    clip = {"data__clip__frames": work.frames} if FAMILIES[work.family].modality == "video" else {}
-    if not work.full_rank:
-        adapter["targets"] = full.pop("adapter__targets")
+    adapter: dict[str, Any] = {"type": "lora", "rank": work.rank, "targets": ["all"]}
+    changes: dict[str, Any] = {}
+    if work.full_rank:
+        adapter = {"type": "full"}
+        changes["hyperparameters__optimizer__type"] = "adamw-bf16"
+    if FAMILIES[work.family].modality == "video":
+        changes["data__clip__frames"] = work.frames
     run = valid_run(
         work.family,
         model__flavour=work.flavour,
@@ -53,8 +55,7 @@ def run_file(work: Workload, folder: Path, device: torch.device) -> RunFile:
         hyperparameters__precision="bf16",
         parallelism__gpusPerNode=1 if device.type == "cuda" else 0,
         storage__checkpoint={"everySteps": 0, "everySeconds": 604_800},
-        **full,
-        **clip,
+        **changes,
     )
     machine = Machine(cast("Any", device.type), 1, None, cores=torch.get_num_threads())
     execution = plan(run, table_facts(run.spec.model), machine)
@@ -100,8 +101,9 @@ class EncodedSamples:
     hash = "synthetic"
     frame_rate: float | None
 
-    def __init__(self, work: Workload, text: dict[str, Tensor], device: torch.device, *, seed: int) -> None:
+    def __init__(self, work: Workload, file: RunFile, model: nn.Module, device: torch.device) -> None:
         facts = FAMILIES[work.family]
+        text = text_features(model, table_facts(file.spec.model).text_tokens)
         video = facts.modality == "video"
         self.device = device
         self.frame_rate = 16.0 if video else None
@@ -113,7 +115,7 @@ class EncodedSamples:
         self._sizes = torch.tensor([work.edge, work.edge, 0, 0, work.edge, work.edge], dtype=torch.float32)
         tokens = facts.latent_tokens(work.edge, work.edge, work.frames)
         zeros = np.zeros(SAMPLES, np.int32)
-        self.order = SampleOrder(zeros, zeros, tokens=(tokens,), global_batch_size=work.batch, seed=seed)
+        self.order = SampleOrder(zeros, zeros, tokens=(tokens,), global_batch_size=work.batch, seed=0)
 
     def latents(self, sample: int) -> Tensor:
         return torch.randn(self._shape, generator=torch.Generator().manual_seed(sample)).to(torch.bfloat16)
@@ -144,7 +146,7 @@ def build(
     """The parts as `launch.prepare` makes them from a checkpoint and a data set. The caller closes the checkpointer."""
     family = get_family(work.family)
     model = random_denoiser(work, distributed.device)
-    text = text_features(model, table_facts(file.spec.model).text_tokens)
+    dataset = EncodedSamples(work, file, model, distributed.device)
     trained = torch.bfloat16 if work.full_rank else torch.float32
     torch.manual_seed(file.spec.hyperparameters.seed)
     adapters.install(model, file.spec.adapter, family, dtype=trained)
@@ -153,7 +155,6 @@ def build(
     name = family.denoisers[0]
     wrapped = parallel.wrap(model, file.plan, family, distributed, compute_dtype=torch.bfloat16)
     denoisers = Denoisers({name: model}, {name: wrapped}, family.stages({}, (name,)))
-    dataset = EncodedSamples(work, text, distributed.device, seed=file.spec.hyperparameters.seed)
     store = open_store(file.store_uri, file.spec.storage.s3)
     metrics = TrainMetrics(0)
     reporter = Reporter(file, store, ProgressWriter(folder / "progress.json"), metrics)

@@ -25,15 +25,14 @@ _numbers = tempfile.mkdtemp(prefix="atelier-bench-")
 atexit.register(shutil.rmtree, _numbers, ignore_errors=True)
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = _numbers  # as under the agent; read at import
 
+# What follows reads the path and the environment as it is imported.
 import memory  # noqa: E402
 import torch  # noqa: E402
 import training  # noqa: E402
-from facts import machine  # noqa: E402
 from gpu_run import run_file  # noqa: E402
+from outcome import machine, show  # noqa: E402
 from pairs import Row  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from workloads import MEMORY, SPEED, TINY, Workload  # noqa: E402
+from workloads import MEMORY, SPEED, TINY  # noqa: E402
 
 from atelier_runtime import parallel  # noqa: E402
 from atelier_runtime.kernels import choose_attention  # noqa: E402
@@ -59,17 +58,38 @@ def card() -> dict[str, Any]:
     }
 
 
-def show(rows: list[Row], facts: dict[str, Any]) -> None:
-    console = Console(width=max(200, Console().width))
-    versions = facts["versions"]
-    console.print(
-        f"{facts['card']['name']}, torch {versions['torch']}, diffusers {versions['diffusers']}, peft {versions['peft']}"
-    )
-    table = Table("", "what", "measured", "target", "how far")
-    for row in rows:
-        style = "" if not row.standing else "green" if row.standing == "met" else "yellow"
-        table.add_row(row.id, row.what, row.measured, row.target, row.standing, style=style)
-    console.print(table)
+class Record:
+    """Rows and raw figures, kept in a file from the first on: a benchmark that is cut off has said what it knew."""
+
+    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+        self.facts = {**machine(), "card": card()}
+        self.rows: list[Row] = []
+        self._out, self._settings, self._started = out, settings, time.monotonic()
+        self._raw: dict[str, list[Any]] = {}
+
+    def tell(self, row: Row) -> None:
+        self.rows.append(row)
+        print(f"{row.id}  {row.what}: {row.measured}", flush=True)
+
+    def keep(self, id: str, raw: list[dict[str, Any]]) -> None:
+        self._raw.setdefault(id, []).extend(raw)
+        document = {
+            "machine": self.facts,
+            **self._settings,
+            "seconds": round(time.monotonic() - self._started),
+            "benchmarks": self._raw,
+            "rows": [asdict(row) for row in self.rows],
+        }
+        self._out.write_text(json.dumps(document, indent=1) + "\n")
+
+    def show(self) -> None:
+        versions = self.facts["versions"]
+        heading = (
+            f"{self.facts['card']['name']}, torch {versions['torch']}, diffusers {versions['diffusers']}, "
+            f"peft {versions['peft']}"
+        )
+        show(heading, [self.rows], width=200)
+        print(f"raw figures: {self._out}")
 
 
 def main() -> None:
@@ -94,37 +114,16 @@ def main() -> None:
     device = torch.device("cpu") if tried else torch.device("cuda", 0)
     with tempfile.TemporaryDirectory(prefix="atelier-bench-") as folder:
         distributed = parallel.start(run_file(TINY[0], Path(folder), device).plan)
-    facts, started = {**machine(), "card": card()}, time.monotonic()
-    rows: list[Row] = []
-    raw: dict[str, list[Any]] = {}
-
-    def keep(id: str, findings: Any) -> None:
-        rows.extend(findings.rows)
-        raw.setdefault(id, []).extend(findings.raw["workloads"])
-        document = {
-            "machine": facts,
-            "tried_on_cpu": tried,
-            "cudnn_attention": options.cudnn_attention,
-            "seconds": round(time.monotonic() - started),
-            "benchmarks": raw,
-            "rows": [asdict(row) for row in rows],
-        }
-        options.out.write_text(json.dumps(document, indent=1) + "\n")
-        for row in findings.rows:
-            print(f"{row.id}  {row.what}: {row.measured}", flush=True)
-
-    for work in _chosen(TINY if tried else SPEED, options.only):
-        steps = TRY_STEPS if tried else STEPS
-        keep(work.id, training.run(work, distributed, steps=steps, compiled=not options.eager))
+    record = Record(options.out, {"tried_on_cpu": tried, "cudnn_attention": options.cudnn_attention})
+    steps, compiled = TRY_STEPS if tried else STEPS, not options.eager
+    for work in TINY if tried else SPEED:
+        if work.id in options.only:
+            raw = training.run(work, distributed, steps=steps, compiled=compiled, tell=record.tell)
+            record.keep(work.id, raw)
     if "G11" in options.only:
-        keep("G11", memory.run(TINY if tried else MEMORY, distributed, print))
+        record.keep("G11", memory.run(TINY if tried else MEMORY, distributed, record.tell))
     parallel.stop()
-    show(rows, facts)
-    print(f"raw figures: {options.out}")
-
-
-def _chosen(works: tuple[Workload, ...], only: tuple[str, ...]) -> list[Workload]:
-    return [work for work in works if work.id in only]
+    record.show()
 
 
 if __name__ == "__main__":

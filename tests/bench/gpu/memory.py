@@ -1,66 +1,62 @@
 """G11: the peak that the planner predicts against the one that a run has."""
 
+import functools
 import statistics
-import traceback
-from collections.abc import Callable
 from typing import Any
 
-from gauge import GIB, Gauge, Reading
-from pairs import Findings, Row, at_most
-from training import free_memory, ours
+from gauge import GIB, Gauge
+from pairs import Row, at_most
+from training import Tell, attempt, ours
 from workloads import Workload
 
 from atelier_runtime import parallel
 
 
 def measure(work: Workload, distributed: parallel.Distributed) -> dict[str, Any]:
-    """Predicted and real bytes of live tensors, without what a process holds before it has a model."""
+    """Predicted and real bytes of live tensors, without what a process holds before it has a model.
+
+    `error` is there where there is a GPU: on a CPU nobody counts the tensors.
+    """
     gauge = Gauge(distributed.device, warm=2, timed=2, profiled=0)
-    try:
-        one = ours(work, gauge, distributed, compiled=False)
-    except RuntimeError as error:  # out of memory too: the others still run
-        traceback.print_exc()
-        failed = f"{type(error).__name__}: {str(error)[:200]}"
-        error.__traceback__ = None
-        free_memory(distributed.device)
-        return {"title": work.title, "failed": failed}
-    reading: Reading = one["reading"]
-    predicted = one["predicted"] - one["overhead"]
-    free_memory(distributed.device)
-    return {
+    trained = attempt(functools.partial(ours, work, gauge, distributed), distributed.device)
+    if isinstance(trained, str):
+        return {"title": work.title, "failed": trained}
+    parts, reading = trained.predicted, trained.reading
+    assert parts is not None
+    predicted = parts.total - parts.overhead
+    found = {
         "title": work.title,
         "predicted": predicted,
         "allocated": reading.allocated,
         "reserved": reading.reserved,
         "device": reading.device,
-        "overhead": one["overhead"],
-        "error": predicted / reading.allocated - 1 if reading.allocated else 0.0,
+        "overhead": parts.overhead,
     }
+    return found | ({"error": predicted / reading.allocated - 1} if reading.allocated else {})
 
 
-def run(
-    works: tuple[Workload, ...], distributed: parallel.Distributed, tell: Callable[[dict[str, Any]], None]
-) -> Findings:
-    """`tell` is given every reading as it comes."""
+def run(works: tuple[Workload, ...], distributed: parallel.Distributed, tell: Tell) -> list[dict[str, Any]]:
+    """Everything raw; `tell` is given every row as it comes."""
     raw = []
     for work in works:
         raw.append(measure(work, distributed))
-        tell(raw[-1])
-    rows = [
-        Row("G11", one["title"], one["failed"])
-        if "failed" in one
-        else Row(
-            "G11",
-            one["title"],
-            f"predicted {one['predicted'] / GIB:.1f} GiB, peak {one['allocated'] / GIB:.1f} ({one['error']:+.1%}); allocator "
-            f"{one['reserved'] / GIB:.1f}, the card {one['device'] / GIB:.1f}",
+        tell(_row(raw[-1]))
+    compared = [one for one in raw if "error" in one]
+    if len(compared) > 1:
+        p95 = statistics.quantiles((abs(one["error"]) for one in compared), n=20, method="inclusive")[-1]
+        tell(Row("G11", "error, 95th percentile", f"{p95:.1%}", *at_most(p95, 0.03, "3 %")))
+        below = max(0.0, *((one["allocated"] - one["predicted"]) / GIB for one in compared))
+        tell(Row("G11", "furthest below the real peak", f"{below:.2f} GiB", *at_most(below, 1.0, "1 GiB")))
+    return raw
+
+
+def _row(one: dict[str, Any]) -> Row:
+    if "failed" in one:
+        return Row("G11", one["title"], one["failed"])
+    measured = f"predicted {one['predicted'] / GIB:.1f} GiB"
+    if "error" in one:
+        measured += (
+            f", peak {one['allocated'] / GIB:.1f} ({one['error']:+.1%}); allocator {one['reserved'] / GIB:.1f}, "
+            f"the card {one['device'] / GIB:.1f}"
         )
-        for one in raw
-    ]
-    errors = sorted(abs(one["error"]) for one in raw if "failed" not in one)
-    if len(errors) > 1:
-        p95 = statistics.quantiles(errors, n=20, method="inclusive")[-1]
-        rows.append(Row("G11", "error, 95th percentile", f"{p95:.1%}", *at_most(p95, 0.03, "3 %")))
-        lowest = min(one["predicted"] - one["allocated"] for one in raw if "failed" not in one)
-        rows.append(Row("G11", "furthest below the real peak", f"{max(0, -lowest) / GIB:.2f} GiB", "≤ 1 GiB"))
-    return Findings(rows, {"workloads": raw})
+    return Row("G11", one["title"], measured)

@@ -39,20 +39,21 @@ SPEED = (
 
 Z_IMAGE = Workload("G11", "z_image", "turbo")
 MEMORY = (
-    replace(FLUX, id="G11"),
-    replace(FLUX, id="G11", recompute=True),
-    replace(FLUX, id="G11", recompute=True, batch=4, rank=64),
-    replace(FLUX, id="G11", edge=512, batch=2),
-    replace(SDXL, id="G11"),
-    replace(SDXL, id="G11", batch=4),
-    replace(SDXL, id="G11", batch=4, recompute=True),
-    replace(SDXL, id="G11", full_rank=True, recompute=True),
+    FLUX,
+    replace(FLUX, recompute=True),
+    replace(FLUX, recompute=True, batch=4, rank=64),
+    replace(FLUX, edge=512, batch=2),
+    SDXL,
+    replace(SDXL, batch=4),
+    replace(SDXL, batch=4, recompute=True),
+    replace(SDXL, full_rank=True, recompute=True),
     Z_IMAGE,
     replace(Z_IMAGE, recompute=True, batch=4),
     Workload("G11", "sd3", "3.5-large"),
     Workload("G11", "sd3", "3.5-medium", full_rank=True, recompute=True),
     Workload("G11", "wan", "2.1-t2v-1.3b", edge=512, frames=49, recompute=True),
 )
+"""For G11, whatever their own id."""
 
 TINY_FLUX = Workload(
     "G1",

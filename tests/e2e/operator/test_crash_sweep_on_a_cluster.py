@@ -23,7 +23,6 @@ pytest_plugins = ("cluster_fixtures",)
 pytestmark = [pytest.mark.processes, pytest.mark.sweep, pytest.mark.timeout(2400)]
 
 AT_A_TIME = int(os.environ.get("SWEEP_LIVES", "4"))
-NEVER: Callable[[int, Write], bool] = lambda number, write: False  # noqa: E731
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def sweep(fake_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def undisturbed(sweep: Sweep) -> Lived:
-    return sweep.one("undisturbed", NEVER)
+    return sweep.one("undisturbed", lambda _number, _write: False)
 
 
 def sentence(lived: Lived, expected: End | None) -> str:
@@ -93,7 +92,6 @@ def test_an_undisturbed_life_has_every_kind_of_write(undisturbed: Lived) -> None
     assert undisturbed.problem == ""
     end = undisturbed.end
     assert end is not None
-    print(len(undisturbed.writes), *undisturbed.writes, end, sep="\n")
     assert (end.phase, end.restarts) == ("Succeeded", (1, 0))
     assert [reason for _, reason, _, _ in end.attempts] == ["Suspended", "Completed"]
     assert end.left == set()

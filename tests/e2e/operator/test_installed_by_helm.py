@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
+from chart_release import ACCOUNT, CHART, SYSTEM
 from cluster.buildah import BuiltImage
 from cluster.daemons import ClusterError
 from cluster.local import Cluster
 from cluster_documents import run_document
 from cluster_training import (
-    REPOSITORY,
     SECONDS,
     Place,
     assert_a_lora_of_all_steps,
@@ -32,8 +32,7 @@ from s3_server import S3Server
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(3600)]
 pytest_plugins = ("cluster_fixtures", "cluster_training")
 
-CHART = str(REPOSITORY / "helm" / "atelier")
-SYSTEM, NAME, TEAM = "atelier-system", "atelier-operator", "art"
+TEAM = "art"
 
 Object = dict[str, Any]
 
@@ -58,14 +57,14 @@ class Installation:
         path.write_text(json.dumps(values))
         given = ["-f", str(path), f"--namespace={SYSTEM}", "--wait", "--timeout=1m"]
         try:
-            self.cluster.helm(verb, "atelier", CHART, *given, *arguments)
+            self.cluster.helm(verb, "atelier", str(CHART), *given, *arguments)
         except ClusterError as error:
             raise AssertionError(f"{error}\n{self.story()}") from None
 
     def story(self) -> str:
         """What happened to the replicas, for whoever reads of a failure."""
         place = f"--namespace={SYSTEM}"
-        logs = self.cluster.kubectl("logs", place, f"deployment/{NAME}", "--tail=40", "--ignore-errors")
+        logs = self.cluster.kubectl("logs", place, f"deployment/{ACCOUNT}", "--tail=40", "--ignore-errors")
         return self.cluster.kubectl("get", "pods,events", place, "-o", "wide") + logs
 
     def replicas(self) -> list[Object]:
@@ -75,7 +74,7 @@ class Installation:
 
     def leader(self) -> str:
         """The pod that holds the Lease; nothing while nobody does."""
-        return str(self.cluster.get("lease", NAME, f"--namespace={SYSTEM}")["spec"].get("holderIdentity") or "")
+        return str(self.cluster.get("lease", ACCOUNT, f"--namespace={SYSTEM}")["spec"].get("holderIdentity") or "")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +109,7 @@ def test_two_replicas_are_ready_and_one_leads(installation: Installation) -> Non
     assert until(installation.leader, "a leader") in {pod["metadata"]["name"] for pod in pods}
     installation.cluster.helm("test", "atelier", f"--namespace={SYSTEM}")
     policies = installation.cluster.get("networkpolicies", f"--namespace={SYSTEM}")["items"]
-    assert [each["metadata"]["name"] for each in policies] == [NAME]
+    assert [each["metadata"]["name"] for each in policies] == [ACCOUNT]
 
 
 def test_the_api_server_asks_the_webhook_by_its_service(installation: Installation) -> None:

@@ -17,7 +17,6 @@ from cluster.daemons import ClusterError
 Object = dict[str, Any]
 
 MERGE = "application/merge-patch+json"
-APPLY = "application/apply-patch+yaml"
 _GROUPS = {
     **dict.fromkeys(("pods", "services", "configmaps", "namespaces", "serviceaccounts", "resourcequotas"), "api/v1"),
     **dict.fromkeys(("trainingruns", "trainingprofiles"), "apis/atelier.dev/v1alpha1"),
