@@ -271,7 +271,7 @@ def test_a_gang_that_does_not_fit_into_the_resource_quota_makes_no_pod(make: Mak
     first.wait("Succeeded")
     if wanted == 2:
         assert len(both_pods(second)) == 2
-        assert second.condition("Admitted")["status"] == "True"
+        until(lambda: second.condition("Admitted")["status"] == "True", "the status to say that it fits")
 
 
 @needs("kueue")
