@@ -86,6 +86,8 @@ def start_api_server(daemons: Daemons, certificates: Certificates, ports: ApiPor
         "enable-admission-plugins": "NodeRestriction",
         "audit-policy-file": str(policy),
         "audit-log-path": str(audit_log(daemons.state)),
+        # One file for the cluster's life: unless told otherwise the server begins another one after 100 MB, and readers lose the rest.
+        "audit-log-maxsize": "100000",
     }
     daemons.start(
         "apiserver", [str(program("kube-apiserver")), *(f"--{name}={value}" for name, value in flags.items())]
