@@ -153,3 +153,13 @@ def test_the_order_is_that_of_the_store_and_not_of_the_log() -> None:
     history = History().pod("a").pod("a", "Succeeded").pod("b", attempt="2")
     history.entries.reverse()
     assert history.broken() == []
+
+
+def test_an_object_that_has_gone_is_not_there_again_when_the_write_before_is_told_after_it() -> None:
+    """A patch that takes the last finalizer away is answered with the version that was stored before."""
+    history = History().pod("a").pod("a", deletionTimestamp="now", finalizers=["job"])
+    history.pod("a", deletionTimestamp="now", deletionGracePeriodSeconds=0).pod("b", attempt="2")
+    doomed, gone = history.entries[1:3]
+    gone["responseObject"]["metadata"]["resourceVersion"] = doomed["responseObject"]["metadata"]["resourceVersion"]
+    history.entries[1:3] = [gone, doomed]
+    assert history.broken() == []

@@ -41,11 +41,15 @@ def chart_operator(cluster: Cluster, log: Path) -> OperatorProcess:
 
 @dataclass
 class Rights:
-    """What the API server's audit log says of the operator's calls since the last look."""
+    """What the API server's audit log says of the operator's calls since the last look, or since this was made: a cluster that
+    tests share has had another operator before."""
 
     cluster: Cluster
-    asked: int = 0
-    _offset: int = field(default=0)
+    asked: int = field(init=False, default=0)
+    _offset: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.forget()
 
     def denied(self) -> set[tuple[str, str]]:
         """Verb and path of the calls that no role allows. A quota's or a webhook's 403 is no denial of a right."""
@@ -63,6 +67,7 @@ class Rights:
     def forget(self) -> None:
         """What was until now does not count."""
         self._news()
+        self.asked = 0
 
     def _news(self) -> list[dict[str, Any]]:
         with audit_log(self.cluster.state).open("rb") as log:

@@ -86,9 +86,7 @@ def operator(kind_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def audited(operator: OperatorProcess) -> Rights:
-    found = Rights(operator.cluster)
-    found.forget()
-    return found
+    return Rights(operator.cluster)
 
 
 @pytest.fixture

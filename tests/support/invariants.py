@@ -43,6 +43,11 @@ class Change:
         return self.raw["metadata"].get("labels") or {}
 
     @property
+    def life(self) -> str:
+        """Of a pod: its attempt, and which start of the attempt's JobSet."""
+        return f"{self.labels.get(ATTEMPT_LABEL, '')}.{self.labels.get(RESTART_LABEL, '0')}"
+
+    @property
     def run(self) -> str:
         """The run that it belongs to, for people."""
         name = self.raw["metadata"]["name"] if self.kind == "TrainingRun" else self.labels.get(RUN_LABEL)
@@ -50,13 +55,16 @@ class Change:
 
 
 def changes(audit: Iterable[Object]) -> list[Change]:
-    """The writes to runs and what belongs to them, oldest first."""
+    """The writes to runs and what belongs to them, oldest first. An object that has gone is told with the version before, or with
+    none, and the log may name the write before that later: its end comes after all else that was written of it."""
     found: list[Change] = []
+    last: dict[str, int] = {}
     for entry in audit:
         change = _change(entry, found[-1].version if found else 0)
         if change is not None:
             found.append(change)
-    return sorted(found, key=lambda change: change.version)
+            last[change.uid] = max(change.version, last.get(change.uid, 0))
+    return sorted(found, key=lambda change: (last[change.uid] if change.gone else change.version, change.gone))
 
 
 def _change(entry: Object, before: int) -> Change | None:
@@ -83,7 +91,7 @@ def broken(history: Iterable[Change], quotas: Mapping[str, int] | None = None) -
 
 def _gangs(history: list[Change]) -> Iterator[str]:
     """At most one live gang a run: all its pods that have not ended are of one life of one attempt."""
-    alive: dict[str, dict[str, tuple[str, str]]] = {}
+    alive: dict[str, dict[str, Change]] = {}
     for change in history:
         if change.kind != "Pod":
             continue
@@ -91,10 +99,11 @@ def _gangs(history: list[Change]) -> Iterator[str]:
         if change.gone or (change.raw.get("status") or {}).get("phase") in ENDED:
             pods.pop(change.uid, None)
             continue
-        pods[change.uid] = (change.labels.get(ATTEMPT_LABEL, ""), change.labels.get(RESTART_LABEL, "0"))
-        if len(set(pods.values())) > 1:
-            lives = " and ".join(".".join(life) for life in sorted(set(pods.values())))
-            yield f"{change.run}: pods of {lives} were alive together at version {change.version}"
+        pods[change.uid] = change
+        lives = sorted({pod.life for pod in pods.values()})
+        if len(lives) > 1:
+            last = ", ".join(f"{pod.raw['metadata']['name']} last written at {pod.version}" for pod in pods.values())
+            yield f"{change.run}: pods of {' and '.join(lives)} were alive together at version {change.version}: {last}"
 
 
 def _children(history: list[Change]) -> Iterator[str]:
