@@ -18,13 +18,13 @@ from pathlib import Path
 
 from atelier_api.errors import ConfigError, RunError
 from atelier_api.exit_codes import MEANINGS, ExitCode
+from atelier_api.log import setup_logging
 from atelier_api.progress import Progress, Stage
 from atelier_api.result import AgentResult, shorten
 from atelier_api.run_file import RunFile
 from atelier_runtime.node import Attempt, hold_lock, kill_descendants
 from atelier_runtime.observe.exposition import Endpoint
 from atelier_runtime.observe.failure import Failure, exit_code_of
-from atelier_runtime.observe.log import setup_logging
 from atelier_runtime.observe.progress import read_progress, write_progress
 from atelier_runtime.observe.scratch import Scratch
 from atelier_runtime.process_group import adopt_orphans

@@ -20,6 +20,7 @@ import transformers
 
 from atelier_api.errors import ConfigError, DivergedError
 from atelier_api.exit_codes import ExitCode
+from atelier_api.log import setup_logging
 from atelier_api.run_file import RunFile
 from atelier_runtime import parallel
 from atelier_runtime.checkpoint import Checkpointer, resume
@@ -29,7 +30,6 @@ from atelier_runtime.families import get_family
 from atelier_runtime.family import Family
 from atelier_runtime.kernels import choose_attention
 from atelier_runtime.observe.failure import record_failure
-from atelier_runtime.observe.log import setup_logging
 from atelier_runtime.observe.metrics import TrainMetrics
 from atelier_runtime.observe.progress import ProgressWriter
 from atelier_runtime.observe.scratch import Scratch

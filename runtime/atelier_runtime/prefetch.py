@@ -21,6 +21,7 @@ from types import FrameType
 from atelier_api.errors import ConfigError, RunError
 from atelier_api.exit_codes import MEANINGS, ExitCode
 from atelier_api.families import FAMILIES
+from atelier_api.log import setup_logging
 from atelier_api.model_files import hub_name, is_whole
 from atelier_api.result import AgentResult, shorten
 from atelier_api.run_file import RunFile
@@ -29,7 +30,6 @@ from atelier_api.v1alpha1.storage import S3Settings
 from atelier_runtime.agent import read_run_file, write_result
 from atelier_runtime.fetching.transfer import Watch
 from atelier_runtime.observe.failure import exit_code_of
-from atelier_runtime.observe.log import setup_logging
 
 log = logging.getLogger(__name__)
 

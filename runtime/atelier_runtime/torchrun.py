@@ -14,8 +14,8 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from atelier_api.log import setup_logging
 from atelier_runtime.observe.failure import Ending, record_failure, write_endings
-from atelier_runtime.observe.log import setup_logging
 from atelier_runtime.process_group import ask_for_signal_when_parent_dies
 
 log = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
 from atelier_api.exit_codes import ExitCode
+from atelier_api.log import setup_logging
 from atelier_api.model_files import is_whole
 from atelier_api.result import AgentResult
 from atelier_runtime.fetching.transfer import Meter, Transfer, check_space, run
-from atelier_runtime.observe.log import setup_logging
 from atelier_runtime.prefetch import ModelCaches, prefetch
 from hub_server import TOKEN, Hub, HubRepository, running_hub
 from run_files import run_file

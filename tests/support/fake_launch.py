@@ -14,10 +14,10 @@ from types import FrameType
 
 from atelier_api.errors import ConfigError
 from atelier_api.exit_codes import ExitCode
+from atelier_api.log import setup_logging
 from atelier_api.progress import ArtifactReport, CheckpointReport, FunnelReport
 from atelier_api.run_file import RunFile
 from atelier_runtime.observe.failure import record_failure
-from atelier_runtime.observe.log import setup_logging
 from atelier_runtime.observe.metrics import TrainMetrics
 from atelier_runtime.observe.progress import ProgressWriter
 from atelier_runtime.observe.scratch import Scratch

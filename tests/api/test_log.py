@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from atelier_runtime.observe.log import setup_logging
+from atelier_api.log import setup_logging
 
 
 class Terminal(io.StringIO):
