@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from atelier_operator.names import QUEUE_LABEL, RUN_LABEL, UID_LABEL
+from atelier_operator.observed import only_what_is_read
 from atelier_operator.profiles import profile_reference
 
 Raw = Mapping[str, Any]
@@ -36,8 +37,8 @@ class Inventory:
             return None
         if known is not None:
             self._forget(kind, place, known)
-        self._objects[kind][place] = raw
-        return self._remember(kind, place, raw)
+        self._objects[kind][place] = kept = only_what_is_read(kind, raw)
+        return self._remember(kind, place, kept)
 
     def remove(self, kind: str, raw: Raw) -> Key | None:
         """Forget an object; gives the run that it concerned."""
@@ -55,12 +56,15 @@ class Inventory:
         found = self._objects[kind].items()
         return {place: raw["metadata"].get("uid", "") for place, raw in found if namespace in (None, place[0])}
 
-    def keep(self, kind: str, known: Mapping[Key, str], there: Iterable[Raw]) -> None:
-        """Forget those of `known` that are not `there`: their end was missed by the watch."""
+    def keep(self, kind: str, known: Mapping[Key, str], there: Iterable[Raw]) -> set[Key]:
+        """Forget those of `known` that are not `there`: their end was missed by the watch. Gives the runs that they concerned."""
         alive = {raw["metadata"].get("uid", "") for raw in there}
-        for (namespace, name), uid in known.items():
-            if uid not in alive:
-                self.remove(kind, {"metadata": {"namespace": namespace, "name": name, "uid": uid}})
+        gone = ((place, uid) for place, uid in known.items() if uid not in alive)
+        runs = {
+            self.remove(kind, {"metadata": {"namespace": namespace, "name": name, "uid": uid}})
+            for (namespace, name), uid in gone
+        }
+        return {run for run in runs if run is not None}
 
     def run(self, key: Key) -> Raw | None:
         return self._objects["TrainingRun"].get(key)

@@ -19,6 +19,7 @@ from typing import Any
 
 import kopf
 
+from atelier_api.log import setup_logging
 from atelier_operator.admission.certificate import ServerCertificate
 from atelier_operator.admission.measure import WebhookMetrics
 from atelier_operator.admission.server import Webhook, webhook_served
@@ -38,6 +39,8 @@ from atelier_operator.work_queue import WorkQueue
 log = logging.getLogger(__name__)
 
 DISCOVERY_SECONDS = 30.0
+COMPARE_SHARE = 0.01
+"""Of the time that may go into looking for what has gone unnoticed: every look in a small cluster, minutes apart in a large one."""
 SETTLE_SECONDS = 0.5
 """Changes of children and pods come in bursts: they are looked at together, so that what lasts for a moment is not written.
 A run that somebody has changed is looked at at once."""
@@ -142,18 +145,22 @@ class Operator:
         self.queue.close()
 
     async def _look_around(self) -> None:
-        """Discovery, and from time to time every run once more."""
-        resynced = -self._settings.resync_seconds  # soon once: something may have gone before the watches began
+        """Discovery, what has gone without a watch having told so, and from time to time every run once more."""
+        compare_at, resync_at = 0.0, time.monotonic() + self._settings.resync_seconds
         while True:
             await asyncio.sleep(DISCOVERY_SECONDS)
+            began = time.monotonic()
             try:
                 await self._discover()
+                if began > compare_at:
+                    await self._compare()
+                    compare_at = began + (time.monotonic() - began) / COMPARE_SHARE
             except ApiError as error:
-                log.warning("the cluster's APIs cannot be listed", extra={"error": str(error)})
+                log.warning("the cluster cannot be listed", extra={"error": str(error)})
             self._count()
-            if time.monotonic() - resynced > self._settings.resync_seconds:
-                resynced = time.monotonic()
-                await self._resync()
+            if began > resync_at:
+                resync_at = began + self._settings.resync_seconds
+                self._wake_all()
 
     async def _discover(self) -> None:
         apis = Apis(jobset=await self._cluster.serves("JobSet"), kueue=await self._cluster.serves("Workload"))
@@ -167,16 +174,17 @@ class Operator:
         for key in self.inventory.runs():
             self.queue.wake(key)
 
-    async def _resync(self) -> None:
-        """Forget what is gone without a watch having told so, and look at every run."""
-        try:
-            for kind, selector in served_kinds(self._settings, self._reconciler.apis).items():
-                for namespace in watched_namespaces(self._settings, kind):
-                    since = self.inventory.names(kind, namespace)
-                    self.inventory.keep(kind, since, await self._cluster.list(kind, namespace, selector))
-        except ApiError as error:
-            log.warning("the inventory cannot be compared", extra={"error": str(error)})
-        self._wake_all()
+    async def _compare(self) -> None:
+        """Forget what is gone. A watch that begins anew, after 410 Gone, tells what is there and not what went meanwhile."""
+        for kind, selector in served_kinds(self._settings, self._reconciler.apis).items():
+            for namespace in watched_namespaces(self._settings, kind):
+                known = self.inventory.names(kind, namespace)
+                there = await self._cluster.list(kind, namespace, selector)
+                for run in self.inventory.keep(kind, known, there):
+                    log.info("gone unnoticed", extra={"kind": kind, "run": run[1], "namespace": run[0]})
+                    if kind == "TrainingRun":
+                        self.queue.forget(run)
+                    self.queue.wake(run)
 
     def _count(self) -> None:
         found = (self.inventory.run(key) or {} for key in self.inventory.runs())
@@ -259,8 +267,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
 
 def main() -> None:
     """Entry point of the image."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("kopf").setLevel(logging.WARNING)
+    setup_logging()
     try:
         settings = Settings.of(os.environ)
     except ValueError as error:

@@ -33,6 +33,25 @@ Raw = Mapping[str, Any]
 Backend = Literal["jobset", "job"]
 
 
+READ_OF_SPEC: Mapping[str, tuple[str, ...]] = {
+    "Pod": ("nodeName",),
+    "JobSet": ("suspend",),
+    "Job": ("suspend",),
+    "Workload": ("queueName", "priority"),
+}
+"""What is read of the spec of those kinds; of others all may be."""
+
+
+def only_what_is_read(kind: str, raw: Raw) -> Raw:
+    """An object without what nobody here looks at: who manages which field and templates of pods are most of what the API
+    server sends."""
+    metadata = {name: value for name, value in raw["metadata"].items() if name != "managedFields"}
+    if kind not in READ_OF_SPEC:
+        return {**raw, "metadata": metadata}
+    spec = raw.get("spec") or {}
+    return {**raw, "metadata": metadata, "spec": {name: spec[name] for name in READ_OF_SPEC[kind] if name in spec}}
+
+
 @dataclass(frozen=True)
 class Run:
     """A TrainingRun. `document` is what the user wrote, as the API server stores it; `version` is its resourceVersion."""

@@ -1,5 +1,6 @@
 """What is read from the API's objects: pods, children, the pods of the newest life."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from atelier_api.exit_codes import ExitCode
 from atelier_api.result import AgentResult
 from atelier_operator.desired import job, jobset
-from atelier_operator.observed import Apis, Child, Observed, Pod, is_lost
+from atelier_operator.observed import Apis, Child, Observed, Pod, Workload, is_lost, only_what_is_read
 from orders import order
 from run_stories import START, pod
 
@@ -49,6 +50,36 @@ def test_a_running_pod() -> None:
     found = Pod.of(raw_pod(RUNNING))
     assert (found.attempt, found.restart, found.index, found.node, found.ip) == (1, 2, 1, "gpu-1", "10.0.0.1")
     assert (found.running, found.exit_code, found.failed, found.ended) == (True, None, False, False)
+
+
+WORKLOAD = {
+    "metadata": {"name": "w", "uid": "w", "namespace": "art", "ownerReferences": [{"uid": "u"}]},
+    "spec": {"queueName": "gpu", "priority": 7, "podSets": [{"template": {}}]},
+    "status": {"conditions": [{"type": "QuotaReserved", "status": "False", "message": "full"}]},
+}
+KEPT: dict[str, tuple[str, Any, Object]] = {
+    "a pod": ("Pod", Pod.of, raw_pod(RUNNING)),
+    "a JobSet": (
+        "JobSet",
+        lambda raw: Child.of(raw, "jobset"),
+        {**jobset(order(queue="gpu")), "status": {"restarts": 2}},
+    ),
+    "a Job": ("Job", lambda raw: Child.of(raw, "job"), job(order(backend="job"))),
+    "a Workload": ("Workload", Workload.of, WORKLOAD),
+}
+
+
+@pytest.mark.parametrize(("kind", "read", "raw"), KEPT.values(), ids=KEPT)
+def test_what_is_kept_of_an_object_is_all_that_is_read(kind: str, read: Any, raw: Object) -> None:
+    """And less than it was: a thousand runs have their pods, Jobs and JobSets in memory."""
+    raw = copy.deepcopy(raw)
+    raw["metadata"] |= {"uid": "u", "managedFields": [{"manager": "somebody"}]}
+    raw["spec"] |= {"suspend": True, "template": {"spec": {}}}
+    kept = only_what_is_read(kind, raw)
+    assert read(kept) == read(raw)
+    assert "managedFields" not in kept["metadata"]
+    assert "template" not in kept["spec"]
+    assert "template" in raw["spec"]
 
 
 def test_an_ended_pod_with_the_facts_of_its_agent() -> None:
