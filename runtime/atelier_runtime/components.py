@@ -4,17 +4,24 @@ Loading is diffusers' own. What is decided here is who loads what: encoders with
 train, and a pipeline around denoisers that are already in memory to sample.
 """
 
+import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import diffusers
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from atelier_api.errors import ConfigError
 from atelier_runtime.family import Family
+
+_LASTING = {None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
+"""Errors of files that stay; None is that of diffusers and transformers, who say so in words."""
 
 
 def read_pipeline_config(folder: str | Path) -> dict[str, Any]:
@@ -51,10 +58,11 @@ def load_denoiser(folder: str | Path, name: str, dtype: torch.dtype, device: tor
         raise ConfigError(
             f"the checkpoint in {folder} has no component {name!r}; spec.model.source must be a whole checkpoint"
         )
-    model: nn.Module = getattr(diffusers, class_name).from_pretrained(
-        str(folder), subfolder=name, dtype=dtype, local_files_only=True
-    )
-    return model.to(device).eval().requires_grad_(False)
+    with _whole(folder):
+        model: nn.Module = getattr(diffusers, class_name).from_pretrained(
+            str(folder), subfolder=name, dtype=dtype, local_files_only=True
+        )
+    return _placed(model, name, folder, device)
 
 
 def load_pipeline(
@@ -81,11 +89,38 @@ def _load_around(
     # diffusers wants to be told of what the checkpoint goes without, although the index says so.
     given |= {name: None for name, entry in config.items() if entry == [None, None]}
     given |= denoisers
-    pipe = _pipeline_class(family).from_pretrained(str(folder), dtype=dtype, local_files_only=True, **given)
+    with _whole(folder):
+        pipe = _pipeline_class(family).from_pretrained(str(folder), dtype=dtype, local_files_only=True, **given)
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module) and name not in denoisers:
-            component.to(device).eval().requires_grad_(False)
+            _placed(component, name, folder, device)
     return pipe
+
+
+def _placed(module: nn.Module, name: str, folder: str | Path, device: torch.device) -> nn.Module:
+    """The component on its device, in eval mode and without gradients. What diffusers finds no weights for it leaves on `meta`."""
+    missing = [tensor for tensor, value in module.state_dict().items() if value.is_meta]
+    if missing:
+        raise ConfigError(
+            f"the checkpoint in {folder} has no weights for {len(missing)} tensors of {name}, the first is {missing[0]}; fetch it "
+            "again, or change spec.model.source"
+        )
+    return module.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def _whole(folder: str | Path) -> Iterator[None]:
+    """Raises ConfigError for files that no other attempt would find whole. A disk that fails may be well again: its errors pass."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+        if isinstance(error, OSError) and error.errno not in _LASTING:
+            raise
+        text = " ".join(str(error).split())
+        raise ConfigError(
+            f"the checkpoint in {folder} cannot be loaded ({type(error).__name__}: {text[:300]}); make its files readable or "
+            "fetch it again, or change spec.model.source"
+        ) from error
 
 
 def _checked_config(family: Family, folder: str | Path) -> dict[str, Any]:

@@ -1,10 +1,18 @@
 """The parts of a checkpoint folder: who loads what, and what is refused."""
 
+import errno
 import json
+import re
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from atelier_api.errors import ConfigError
@@ -111,3 +119,63 @@ def test_a_checkpoint_without_its_denoiser_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"spec\.model\.family is 'sd9'; allowed are flux, sd3, sdxl, wan, z_image"):
         get_family("sd9")
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def no_json(path: Path) -> None:
+    path.write_text("{")
+
+
+BROKEN = {
+    "weights cut short": ("transformer/diffusion_pytorch_model.safetensors", cut_short),
+    "weights missing": ("transformer/diffusion_pytorch_model.safetensors", Path.unlink),
+    "a folder instead of weights": (
+        "transformer/diffusion_pytorch_model.safetensors",
+        lambda path: (path.unlink(), path.mkdir()),
+    ),
+    "a config that is no JSON": ("transformer/config.json", no_json),
+    "the autoencoder cut short": ("vae/diffusion_pytorch_model.safetensors", cut_short),
+    "a text encoder cut short": ("text_encoder/model.safetensors", cut_short),
+    "a text encoder without a file": ("text_encoder/model.safetensors", Path.unlink),
+    "a tokenizer that is no JSON": ("tokenizer/tokenizer_config.json", no_json),
+}
+
+
+@pytest.mark.parametrize(("file", "damage"), BROKEN.values(), ids=BROKEN)
+def test_files_that_are_not_whole_are_the_users_to_mend(
+    file: str, damage: Callable[[Path], Any], folder: Path, tmp_path: Path
+) -> None:
+    """No attempt would find them otherwise: the run fails at once and is not started again."""
+    own = Path(shutil.copytree(folder, tmp_path / "base"))
+    damage(own / file)
+    load = partial(components.load_encoders, get_family("sd3"), own)
+    if file.startswith("transformer"):
+        load = partial(components.load_denoiser, own, "transformer")
+    with pytest.raises(ConfigError, match=r"cannot be loaded \(.*fetch it again, or change spec\.model\.source"):
+        load(torch.float32, CPU)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_weights_that_are_missing_are_named(part: str, folder: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(folder, tmp_path / "base"))
+    file = own / part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    gone = sorted(tensors)[0]
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, file, metadata={"format": "pt"})
+    load = partial(components.load_encoders, get_family("sd3"), own)
+    if part == "transformer":
+        load = partial(components.load_denoiser, own, part)
+    with pytest.raises(ConfigError, match=rf"no weights for 1 tensors of {part}, the first is {re.escape(gone)}"):
+        load(torch.float32, CPU)
+
+
+def test_a_disk_that_fails_is_not_the_users_to_mend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(diffusers.SD3Transformer2DModel, "from_pretrained", read)
+    with pytest.raises(OSError, match="Input/output"):
+        components.load_denoiser(folder, "transformer", torch.float32, CPU)
