@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from atelier_api.families import FamilyFacts
+from atelier_runtime.lora_layout import LoraLayout
 
 Features = dict[str, Tensor]
 """Text features of one sample, without batch dimension, at true length: what the cache stores."""
@@ -97,6 +98,8 @@ class Family(ABC):
     """Pipeline components that are trained; a checkpoint may lack all but the first."""
     lora_targets: ClassVar[Mapping[str, tuple[str, ...]]]
     """Preset (`attention`, `mlp`, `all`) to suffixes of module names. A suffix follows a dot, so it never names a top-level layer."""
+    lora_layout: ClassVar[LoraLayout | None] = None
+    """Names of the layers in LoRA files of ComfyUI and kohya's scripts; None where they have none."""
     blocks: ClassVar[tuple[Blocks, ...]]
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
     """Regular expressions over parameter names that no gradient reaches: frozen in full-rank training."""

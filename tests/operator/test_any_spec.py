@@ -26,10 +26,10 @@ from atelier_runtime.families import get_family
 from atelier_runtime.objectives import build_objective
 from atelier_runtime.optimizers.schedule import learning_rate_at
 from atelier_runtime.store import open_store
+from family_models import save_tiny
 from reviews import read, review
 from run_documents import Document, documents, places, sound_documents, with_value, wrong_values
 from run_stories import PROFILE, START, UID, profile
-from tiny_families import save_tiny
 
 pytestmark = pytest.mark.sweep
 

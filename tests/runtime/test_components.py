@@ -18,8 +18,8 @@ from torch import nn
 from atelier_api.errors import ConfigError
 from atelier_runtime import components
 from atelier_runtime.families import get_family
-from family_cases import CASES, FAMILY_OF, make_case
-from tiny_families import save_tiny
+from family_cases import CASES, make_case
+from family_models import FAMILY_OF, save_tiny
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_saved_checkpoint_comes_back_in_parts_that_sample_alike(name: str, tmp_path: Path) -> None:
     case = make_case(name)
     save_tiny(name, tmp_path)
-    family = get_family(FAMILY_OF.get(name, name))
+    family = get_family(FAMILY_OF[name])
     names = components.denoiser_names(family, tmp_path)
     assert names == tuple(case.denoisers)
     denoisers = {part: components.load_denoiser(tmp_path, part, torch.float32, CPU) for part in names}

@@ -10,7 +10,8 @@ from atelier_api.families import FAMILIES as TABLE
 from atelier_api.families import FamilyFacts, Flavour
 from atelier_runtime.families import FAMILIES
 from atelier_runtime.family import Family
-from published_configs import AUTOENCODERS, DENOISERS, ENCODERS, published_denoiser, without_memory
+from family_models import PUBLISHED, published_denoiser
+from family_models.published_parts import without_memory
 
 FLAVOURS = [
     pytest.param(facts, flavour, id=f"{facts.name} {flavour.name}")
@@ -18,9 +19,14 @@ FLAVOURS = [
     for flavour in facts.flavours
 ]
 
-SHARED_SIZES = {"krea", "schnell", "base", "2.2-t2v-a14b"}
-"""Flavours whose rows are copies of another's, so that measuring them again would only take time."""
-DISTINCT_FLAVOURS = [parameter for parameter in FLAVOURS if parameter.values[1].name not in SHARED_SIZES]
+
+def alike(facts: FamilyFacts, flavour: Flavour) -> list[Flavour]:
+    """The flavours of the same sizes, the first of which is measured: copies would only take time."""
+    sizes = ("layers", "width", "mlp_width", "largest_block")
+    return [each for each in facts.flavours if all(getattr(each, of) == getattr(flavour, of) for of in sizes)]
+
+
+DISTINCT_FLAVOURS = [parameter for parameter in FLAVOURS if alike(*parameter.values)[0] is parameter.values[1]]
 
 
 def count(module: nn.Module) -> int:
@@ -54,7 +60,8 @@ def mlp_widths_of(model: nn.Module) -> set[int]:
 
 
 def test_every_flavour_of_the_table_has_its_published_config() -> None:
-    assert list(DENOISERS) == [(facts.name, flavour.name) for facts in TABLE.values() for flavour in facts.flavours]
+    for facts in TABLE.values():
+        assert list(PUBLISHED[facts.name].denoisers) == [flavour.name for flavour in facts.flavours]
 
 
 @pytest.mark.parametrize(("facts", "flavour"), FLAVOURS)
@@ -72,8 +79,8 @@ def test_sizes_of_the_denoiser_are_those_of_the_published_config(facts: FamilyFa
 
 @pytest.mark.parametrize("facts", TABLE.values(), ids=lambda facts: facts.name)
 def test_sizes_of_encoders_and_autoencoder_are_those_of_the_published_configs(facts: FamilyFacts) -> None:
-    encoders = without_memory(lambda: nn.ModuleList(ENCODERS[facts.name]()))
-    autoencoder = without_memory(AUTOENCODERS[facts.name])
+    encoders = without_memory(lambda: nn.ModuleList(PUBLISHED[facts.name].encoders()))
+    autoencoder = without_memory(PUBLISHED[facts.name].autoencoder)
     for flavour in facts.flavours:
         assert flavour.encoder_parameters == pytest.approx(count(encoders), rel=0.01)
         assert flavour.vae_parameters == pytest.approx(count(autoencoder), rel=0.01)
@@ -85,11 +92,11 @@ def test_activation_bytes_are_what_a_forward_pass_keeps(facts: FamilyFacts, flav
     assert flavour.activation_bytes_per_token == pytest.approx(measured, rel=0.03)
 
 
-def test_flavours_of_shared_sizes_have_the_activations_of_those_they_share_with() -> None:
+def test_flavours_of_the_same_sizes_have_the_same_activations() -> None:
     for facts, flavour in (parameter.values for parameter in FLAVOURS):
-        alike = [other for other in facts.flavours if (other.layers, other.width) == (flavour.layers, flavour.width)]
-        if flavour.name in SHARED_SIZES:
-            assert {other.activation_bytes_per_token for other in alike} == {flavour.activation_bytes_per_token}
+        assert {other.activation_bytes_per_token for other in alike(facts, flavour)} == {
+            flavour.activation_bytes_per_token
+        }
 
 
 @pytest.mark.parametrize("facts", TABLE.values(), ids=lambda facts: facts.name)

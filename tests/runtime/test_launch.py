@@ -20,10 +20,10 @@ from atelier_runtime.observe.failure import read_failures
 from atelier_runtime.observe.scratch import Scratch
 from atelier_runtime.reporter import History
 from atelier_runtime.train_state import TrainState
+from family_models import save_tiny
 from run_files import run_file
 from runs import write_digits
 from tiny_data import write_clip
-from tiny_families import save_tiny
 
 pytestmark = pytest.mark.processes  # the checkpointer starts its writer
 

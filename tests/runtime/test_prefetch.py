@@ -22,10 +22,10 @@ from atelier_api.model_files import is_whole
 from atelier_api.result import AgentResult
 from atelier_runtime.fetching.transfer import Meter, Transfer, check_space, run
 from atelier_runtime.prefetch import ModelCaches, prefetch
+from family_models import save_tiny
 from hub_server import TOKEN, Hub, HubRepository, running_hub
 from run_files import run_file
 from s3_server import BUCKET, S3Server
-from tiny_families import save_tiny
 
 pytestmark = pytest.mark.processes
 pytest_plugins = ["store_fixtures"]

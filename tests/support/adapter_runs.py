@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from atelier_runtime.adapters import trainable
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Conditions, Family
-from tiny_families import tiny_pipeline
+from family_models import tiny_pipeline
 
 PROMPTS = ("a red fox", "fog")
 

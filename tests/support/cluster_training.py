@@ -17,10 +17,10 @@ import pytest
 from cluster.images import BASE_IMAGE
 from cluster.local import Cluster
 from cluster_documents import run_document
+from family_models import save_tiny
 from operator_process import ClusterRun, until
 from runs import merged, write_digits
 from s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server, running_server
-from tiny_families import save_tiny
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS = 300.0

@@ -18,8 +18,8 @@ from atelier_runtime.adapters import install, trainable
 from atelier_runtime.checkpoint.export import Provenance
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Family, SampleRequest
+from family_models import save_tiny
 from stock_loader import draw
-from tiny_families import save_tiny
 
 PROVENANCE = Provenance(step=120, date=datetime(2025, 1, 2, 3, 4, 5, tzinfo=UTC))
 FULL = {"type": "full"}

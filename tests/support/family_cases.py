@@ -1,38 +1,23 @@
 """What the conformance suite asks of every tiny pipeline: family, denoisers, real samples, and the stock pipeline's own steps."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 from atelier_runtime.families import FAMILIES
 from atelier_runtime.family import Conditions, Family, SampleRequest
-from tiny_families import TINY, tiny_pipeline
+from family_models import FAMILY_OF, TINY, tiny_pipeline
+from family_models.kinds import Tiny
+from family_models.scene import FRAMES, HEIGHT, WIDTH
 
 GUIDANCE = 3.0
-WIDTH, HEIGHT, FRAMES = 64, 32, 5  # not square, so that swapped axes show
 PROMPTS = ("a fox", "a lighthouse in the fog at dawn")
-
-FAMILY_OF = {"wan22": "wan"}
-"""Tiny pipelines that are not called after their family."""
-
-Grid = Callable[[Any, Tensor], Tensor]
-TO_GRID: dict[str, Grid] = {
-    "flux": lambda pipe, packed: FluxPipeline._unpack_latents(packed, HEIGHT, WIDTH, pipe.vae_scale_factor)
-}
-"""From the pipeline's own layout of latents to ours, where they differ."""
-FROM_GRID: dict[str, Grid] = {"flux": lambda _, grid: FluxPipeline._pack_latents(grid, *grid.shape)}
-
-GUIDANCE_OFF = {"flux": 3.5, "z_image": 0.0}
-"""`guidance_scale` without classifier-free guidance: 1 unless the pipeline counts otherwise or embeds it."""
-GUIDED_CALL: dict[str, dict[str, Any]] = {"flux": {"true_cfg_scale": 3.0, "negative_prompt": ""}}
-"""Arguments that switch real guidance of 3 on, where it is not `guidance_scale`."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +27,10 @@ class Case:
     name: str
     pipe: Any
     family: Family
+
+    @property
+    def tiny(self) -> Tiny:
+        return TINY[self.name]
 
     @property
     def denoisers(self) -> dict[str, nn.Module]:
@@ -91,7 +80,7 @@ class Case:
 
 
 def make_case(name: str) -> Case:
-    return Case(name, tiny_pipeline(name), FAMILIES[FAMILY_OF.get(name, name)])
+    return Case(name, tiny_pipeline(name), FAMILIES[FAMILY_OF[name]])
 
 
 CASES = tuple(TINY)
@@ -149,29 +138,28 @@ def record(pipe: Any, arguments: dict[str, Any]) -> Recording:
 
 def sampling_arguments(case: Case, *, guided: bool) -> dict[str, Any]:
     """The family's arguments for the stock pipeline, with classifier-free guidance of 3 or without."""
-    off = GUIDANCE_OFF.get(case.family.name, 1.0)
+    off = case.tiny.guidance_off
     arguments = case.family.sampling_arguments(case.pipe, case.request(GUIDANCE if guided else off))
-    if guided and case.family.name in GUIDED_CALL:
-        arguments |= {"guidance_scale": off} | GUIDED_CALL[case.family.name]
+    if guided and case.tiny.guided:
+        arguments |= {"guidance_scale": off} | case.tiny.guided
     return arguments
 
 
 def guide(case: Case, positive: Tensor, negative: Tensor) -> Tensor:
-    """The pipeline's classifier-free guidance of 3. Z-Image counts it from the prompted prediction."""
-    base = positive if case.family.name == "z_image" else negative
+    """The pipeline's classifier-free guidance of 3."""
+    base = positive if case.tiny.counts_from == "positive" else negative
     return base + GUIDANCE * (positive - negative)
 
 
 def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """(our latents, the pipeline's) after every step of its schedule, ours made with the family's text and prediction alone."""
     pipe, family = case.pipe, case.family
-    to_grid = TO_GRID.get(family.name, lambda _, latents: latents)
+    to_grid = case.tiny.to_grid
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     args, kwargs = recording.set_timesteps
     scheduler.set_timesteps(*args, **kwargs)
-    embedded = GUIDANCE_OFF["flux"] if family.name == "flux" else None
     prompts = [PROMPTS[0], ""] if guided else [PROMPTS[0]]
-    conditions = case.conditions(prompts, guidance=embedded)
+    conditions = case.conditions(prompts, guidance=case.tiny.embedded)
     assert recording.start is not None
     latents = to_grid(pipe, recording.start)
     for t, theirs in zip(scheduler.timesteps, recording.after, strict=True):

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 from atelier_api.progress import Progress
 from atelier_runtime.observe.progress import read_progress
 from atelier_runtime.observe.scratch import Scratch
-from tiny_families import save_tiny
+from family_models import save_tiny
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

@@ -3,7 +3,7 @@
 Below the folder that is given:
 
     diffusers/pytorch_lora_weights.safetensors   `pipe.load_lora_weights(folder / "diffusers")`
-    kohya/<run>.safetensors                      ComfyUI, kohya's scripts; `families/lora_layouts.py` says where diffusers reads it
+    kohya/<run>.safetensors                      ComfyUI, kohya's scripts; the family's module says whether diffusers reads it
     diffusers/<component>/                       full-rank: `Pipeline.from_pretrained(base, <component>=Model.from_pretrained(...))`
 
 A checkpoint with two experts gives two LoRA files: the first expert's under the names above (kohya: `<run>_high_noise`), the second's
@@ -35,8 +35,8 @@ from atelier_api.errors import ConfigError, StoreError
 from atelier_api.run_file import RunFile
 from atelier_api.v1alpha1.adapter import LoraAdapter
 from atelier_runtime import components
-from atelier_runtime.families.lora_layouts import LORA_LAYOUTS, LoraKey, LoraLayout
 from atelier_runtime.family import Family
+from atelier_runtime.lora_layout import LoraKey, LoraLayout
 from atelier_runtime.module_names import matching_expression
 
 _PARAMETER = re.compile(r"(?P<module>.+)\.(?P<matrix>lora_A|lora_B|lora_magnitude_vector)\.[^.]+\.weight")
@@ -80,7 +80,7 @@ def check_formats(run_file: RunFile, family: Family, modules: Iterable[str]) -> 
         return
     if adapter.dora:
         raise ValueError("spec.publish.formats has 'kohya' with spec.adapter.dora, and was not refused")
-    layout = LORA_LAYOUTS.get(family.name)
+    layout = family.lora_layout
     unnamed = [module for module in modules if layout is None or layout.key(module) is None]
     if unnamed:
         raise ConfigError(
@@ -112,10 +112,10 @@ def export_lora(
             path = folder / "diffusers" / f"pytorch_lora_weights{ending}.safetensors"
             _write_diffusers(path, modules, family, adapter)
             exported.append(_complete(path, "diffusers", details))
-        if "kohya" in run_file.spec.publish.formats:
+        if "kohya" in run_file.spec.publish.formats and family.lora_layout is not None:  # or it was refused above
             path = folder / "kohya" / f"{run_file.identity.name}{f'_{noise}' if noise else ''}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(kohya_tensors(modules, LORA_LAYOUTS[family.name], _reader_alpha(adapter)), path)
+            save_file(kohya_tensors(modules, family.lora_layout, _reader_alpha(adapter)), path)
             exported.append(_complete(path, "kohya", details))
     return exported
 
@@ -268,7 +268,7 @@ def _noise_range(run_file: RunFile, family: Family, names: Sequence[str], compon
 def _details(run_file: RunFile, family: Family, component: str, provenance: Provenance) -> dict[str, str]:
     """The `modelspec.*` header (sai_model_spec 1.0.0) and where the weights come from."""
     spec, adapter = run_file.spec, run_file.spec.adapter
-    layout = LORA_LAYOUTS.get(family.name)
+    layout = family.lora_layout
     architecture = family.name if layout is None else layout.architecture
     details: dict[str, str | int | float | bool | None] = {
         "modelspec.sai_model_spec": "1.0.0",

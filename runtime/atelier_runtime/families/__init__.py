@@ -1,20 +1,12 @@
-"""The registry of model families: one line each, explicit."""
+"""The behaviour of the model families: each is a module of the name that it has in the API's table."""
+
+from importlib import import_module
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.families.flux import Flux
-from atelier_runtime.families.sd3 import StableDiffusion3
-from atelier_runtime.families.sdxl import StableDiffusionXL
-from atelier_runtime.families.wan import Wan
-from atelier_runtime.families.z_image import ZImage
+from atelier_api.families import NAMES
 from atelier_runtime.family import Family
 
-FAMILIES: dict[str, Family] = {
-    "sd3": StableDiffusion3(),
-    "flux": Flux(),
-    "sdxl": StableDiffusionXL(),
-    "z_image": ZImage(),
-    "wan": Wan(),
-}
+FAMILIES: dict[str, Family] = {name: import_module(f"{__name__}.{name}").FAMILY for name in NAMES}
 
 
 def get_family(name: str) -> Family:

@@ -13,17 +13,52 @@ from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
 from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, configuration
+from atelier_runtime.lora_layout import ADDED_QUERY_KEY_VALUE, QUERY_KEY_VALUE, THIRDS, LoraLayout, fused, plain
 
 TRAINING_GUIDANCE = 1.0
 """A distilled checkpoint is trained as if it were asked for no guidance: the data holds none."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
 
+_DOUBLE, _SINGLE = r"transformer_blocks\.(\d+)\.", r"single_transformer_blocks\.(\d+)\."
+LAYOUT = LoraLayout(
+    architecture="flux-1-dev",
+    flat=True,
+    rules=(
+        *fused(_DOUBLE + r"attn\.", QUERY_KEY_VALUE, r"double_blocks.\1.img_attn.qkv", THIRDS),
+        *fused(_DOUBLE + r"attn\.", ADDED_QUERY_KEY_VALUE, r"double_blocks.\1.txt_attn.qkv", THIRDS),
+        *fused(
+            _SINGLE,
+            ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+            r"single_blocks.\1.linear1",
+            (1, 1, 1, 4),
+        ),
+        *plain(
+            _DOUBLE,
+            r"double_blocks.\1.",
+            {
+                "attn.to_out.0": "img_attn.proj",
+                "attn.to_add_out": "txt_attn.proj",
+                "ff.net.0.proj": "img_mlp.0",
+                "ff.net.2": "img_mlp.2",
+                "ff_context.net.0.proj": "txt_mlp.0",
+                "ff_context.net.2": "txt_mlp.2",
+                "norm1.linear": "img_mod.lin",
+                "norm1_context.linear": "txt_mod.lin",
+            },
+        ),
+        *plain(_SINGLE, r"single_blocks.\1.", {"proj_out": "linear2", "norm.linear": "modulation.lin"}),
+    ),
+)
+"""Query, key and value are one layer in the original repository, in single blocks with the first layer of the feed-forward. The
+stock pipeline's `load_lora_weights` reads it, `linear1` at the published width only."""
+
 
 class Flux(Family):
     name = "flux"
     pipeline = "FluxPipeline"
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
+    lora_layout = LAYOUT
     blocks = (Blocks("transformer_blocks", "text,tokens"), Blocks("single_transformer_blocks", "text,tokens"))
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
@@ -79,3 +114,6 @@ def _t5_tokens(pipe: Any) -> int:
     """512, or 256 for the timestep-distilled checkpoint, which alone has no dynamic shift; less where the tokenizer allows no more."""
     trained = 512 if pipe.scheduler.config.get("use_dynamic_shifting") else 256
     return min(trained, pipe.tokenizer_2.model_max_length)
+
+
+FAMILY = Flux()

@@ -13,16 +13,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, configuration
+from atelier_runtime.lora_layout import ADDED_QUERY_KEY_VALUE, QUERY_KEY_VALUE, THIRDS, LoraLayout, fused, plain
 
 T5_TOKENS = 256  # default of the pipeline's `max_sequence_length`
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+
+_DOUBLE = r"transformer_blocks\.(\d+)\."
+LAYOUT = LoraLayout(
+    architecture="stable-diffusion-3",
+    flat=True,
+    rules=(
+        *fused(_DOUBLE + r"attn\.", QUERY_KEY_VALUE, r"joint_blocks.\1.x_block.attn.qkv", THIRDS),
+        *fused(_DOUBLE + r"attn2\.", QUERY_KEY_VALUE, r"joint_blocks.\1.x_block.attn2.qkv", THIRDS),
+        *fused(_DOUBLE + r"attn\.", ADDED_QUERY_KEY_VALUE, r"joint_blocks.\1.context_block.attn.qkv", THIRDS),
+        *plain(
+            _DOUBLE,
+            r"joint_blocks.\1.",
+            {
+                "attn.to_out.0": "x_block.attn.proj",
+                "attn2.to_out.0": "x_block.attn2.proj",
+                "attn.to_add_out": "context_block.attn.proj",
+                "ff.net.0.proj": "x_block.mlp.fc1",
+                "ff.net.2": "x_block.mlp.fc2",
+                "ff_context.net.0.proj": "context_block.mlp.fc1",
+                "ff_context.net.2": "context_block.mlp.fc2",
+            },
+        ),
+    ),
+)
+"""Query, key and value are one layer in the original repository. The stock pipeline cannot read it: diffusers has no converter, and
+loads nothing without an error."""
 
 
 class StableDiffusion3(Family):
     name = "sd3"
     pipeline = "StableDiffusion3Pipeline"
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
+    lora_layout = LAYOUT
     blocks = (Blocks("transformer_blocks", "text,tokens"),)
 
     def dead_modules(self, denoiser: nn.Module) -> tuple[str, ...]:
@@ -64,3 +92,6 @@ class StableDiffusion3(Family):
 def _t5_tokens(pipe: Any) -> int:
     """Length that T5's tokens are padded to: the pipeline's default, or less where the tokenizer allows no more."""
     return T5_TOKENS if pipe.tokenizer_3 is None else min(T5_TOKENS, pipe.tokenizer_3.model_max_length)
+
+
+FAMILY = StableDiffusion3()

@@ -10,9 +10,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from atelier_runtime.family import Blocks, Conditions, Family, Features
+from atelier_runtime.lora_layout import LoraLayout, Rule
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 MLP = ("ff.net.0.proj", "ff.net.2")
+
+LAYOUT = LoraLayout(
+    architecture="stable-diffusion-xl-v1-base",
+    flat=True,
+    rules=(
+        Rule(
+            r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+\."
+            r"(?:proj_in|proj_out|transformer_blocks\.\d+\.(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.net\.(?:0\.proj|2)))",
+            r"\g<0>",
+        ),
+    ),
+)
+"""The stock pipeline's `load_lora_weights` reads it."""
 
 
 class StableDiffusionXL(Family):
@@ -20,6 +34,7 @@ class StableDiffusionXL(Family):
     pipeline = "StableDiffusionXLPipeline"
     denoisers = ("unet",)
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": (*ATTENTION, *MLP, "proj_in", "proj_out")}  # noqa: RUF012
+    lora_layout = LAYOUT
     blocks = (Blocks("down_blocks", "maps"), Blocks("mid_block.attentions", "maps"), Blocks("up_blocks", "maps"))
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
@@ -44,3 +59,6 @@ class StableDiffusionXL(Family):
             added_cond_kwargs={"text_embeds": conditions.text["pooled"], "time_ids": conditions.sizes},
             return_dict=False,
         )[0]
+
+
+FAMILY = StableDiffusionXL()

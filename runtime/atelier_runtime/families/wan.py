@@ -15,10 +15,23 @@ from torch.nn import functional
 
 from atelier_api.errors import ConfigError
 from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents, Stage, configuration
+from atelier_runtime.lora_layout import LoraLayout, plain
 
 TEXT_TOKENS = 512  # what the pipeline pads to when it samples; `encode_prompt` alone would take 226
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of self- and cross-attention
 MLP = ("ffn.net.0.proj", "ffn.net.2")
+
+_ATTENTION_NAMES = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
+LAYOUT = LoraLayout(
+    architecture="wan",
+    flat=False,
+    rules=(
+        *plain(r"blocks\.(\d+)\.attn1\.", r"blocks.\1.self_attn.", _ATTENTION_NAMES),
+        *plain(r"blocks\.(\d+)\.attn2\.", r"blocks.\1.cross_attn.", _ATTENTION_NAMES),
+        *plain(r"blocks\.(\d+)\.ffn\.", r"blocks.\1.ffn.", {"net.0.proj": "0", "net.2": "2"}),
+    ),
+)
+"""The stock pipeline's `load_lora_weights` reads it, the second expert with `load_into_transformer_2=True`."""
 
 
 class Wan(Family):
@@ -28,6 +41,7 @@ class Wan(Family):
     pipeline = "WanPipeline"
     denoisers = ("transformer", "transformer_2")
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
+    lora_layout = LAYOUT
     blocks = (Blocks("blocks"),)
 
     def stages(self, pipeline_config: Mapping[str, Any], denoisers: Sequence[str]) -> tuple[Stage, ...]:
@@ -81,3 +95,6 @@ def _refused(what: str) -> ConfigError:
         f"spec.model.source {what}; the family wan trains text-to-video checkpoints of Wan 2.1 and Wan 2.2 A14B: "
         "set spec.model.source to one of those"
     )
+
+
+FAMILY = Wan()

@@ -13,9 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from atelier_runtime.family import Blocks, Conditions, Family, Features
+from atelier_runtime.lora_layout import LoraLayout, Rule
 
 ATTENTION = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 MLP = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+
+LAYOUT = LoraLayout(
+    architecture="z-image",
+    flat=False,
+    rules=(
+        Rule(
+            r"(?:layers|context_refiner|noise_refiner)\.\d+\."
+            r"(?:attention\.(?:to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)",
+            r"\g<0>",
+        ),
+    ),
+)
+"""The stock pipeline's `load_lora_weights` reads it."""
 
 
 class ZImage(Family):
@@ -24,6 +38,7 @@ class ZImage(Family):
     name = "z_image"
     pipeline = "ZImagePipeline"
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
+    lora_layout = LAYOUT
     # The refiners see one modality alone: `noise_refiner` the picture's tokens, `context_refiner` the text's.
     blocks = (Blocks("noise_refiner"), Blocks("context_refiner"), Blocks("layers", "tokens|text"))
 
@@ -45,3 +60,6 @@ class ZImage(Family):
         ]
         output = denoiser(list(noisy.unsqueeze(2).unbind(0)), 1 - time, embeds, return_dict=False)[0]
         return -torch.stack(output).squeeze(2)
+
+
+FAMILY = ZImage()

@@ -26,8 +26,8 @@ from atelier_runtime.observe.progress import ProgressWriter
 from atelier_runtime.reporter import Reporter
 from atelier_runtime.store import open_store
 from atelier_runtime.trainer import Parts, build_run_objective, build_state, staging_folder
+from family_models import PUBLISHED
 from planned_runs import run as valid_run
-from published_configs import DENOISERS
 
 SAMPLES = 64
 STEPS = 1_000_000
@@ -76,7 +76,7 @@ def prediction(file: RunFile, work: Workload) -> Prediction:
 
 def random_denoiser(work: Workload, device: torch.device) -> nn.Module:
     """The published network in bf16, initialised where it is used, frozen. What its class keeps in fp32 is fp32."""
-    model_class, config = DENOISERS[work.family, work.flavour]
+    model_class, config = PUBLISHED[work.family].denoisers[work.flavour]
     before = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)

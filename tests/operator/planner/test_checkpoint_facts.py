@@ -209,7 +209,7 @@ def stored(module: Any) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_facts_of_a_real_checkpoint_are_what_its_modules_count(family: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from tiny_families import tiny_pipeline
+    from family_models import tiny_pipeline
 
     pipe = tiny_pipeline(family)
     pipe.save_pretrained(tmp_path)

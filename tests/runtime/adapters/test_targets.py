@@ -6,7 +6,7 @@ from torch import nn
 from atelier_api.errors import ConfigError
 from atelier_runtime.adapters import resolve_targets
 from atelier_runtime.families import FAMILIES, get_family
-from tiny_families import tiny_pipeline
+from family_models import tiny_pipeline
 
 
 def denoiser(name: str) -> nn.Module:

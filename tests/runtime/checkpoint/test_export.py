@@ -15,19 +15,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from atelier_api.errors import ConfigError, StoreError
-from atelier_api.families import FAMILIES
 from atelier_runtime.checkpoint import export
 from atelier_runtime.checkpoint.export import check_formats, export_full, export_lora, kohya_tensors, lora_weights
 from atelier_runtime.families import get_family
-from atelier_runtime.families.lora_layouts import LORA_LAYOUTS
+from atelier_runtime.lora_layout import LoraLayout
 from export_runs import FULL, PROVENANCE, Trained, run_file, trained
-from tiny_families import tiny_pipeline
+from family_models import tiny_pipeline
 
 LORA = {"type": "lora", "rank": 4, "alpha": 9, "targets": ["all"]}
 
 
 def make(checkpoint: str, folder: Path, adapter: Mapping[str, Any] = LORA, **spec: Any) -> Trained:
     return trained(checkpoint, folder, adapter, **spec)
+
+
+def layout(family: str) -> LoraLayout:
+    found = get_family(family).lora_layout
+    assert found is not None
+    return found
 
 
 def write(result: Trained, folder: Path) -> dict[str, Path]:
@@ -105,7 +110,7 @@ def test_every_kohya_layer_has_an_alpha_and_all_parts_add_up_to_the_update(
         whole[layer] = up @ down * tensors[f"{layer}.alpha"].item() / len(down)
     component = result.family.denoisers[0]
     for module, update in updates(result, component).items():
-        key = LORA_LAYOUTS[checkpoint].key(module)
+        key = layout(checkpoint).key(module)
         assert key is not None
         width = update.shape[1]
         start = sum(key.heights[: key.part]) * width
@@ -138,13 +143,9 @@ def test_every_kohya_layer_has_an_alpha_and_all_parts_add_up_to_the_update(
     ],
 )
 def test_a_module_has_the_name_that_comfyui_knows(family: str, module: str, layer: str) -> None:
-    key = LORA_LAYOUTS[family].key(module)
+    key = layout(family).key(module)
     assert key is not None
     assert key.name == layer
-
-
-def test_every_family_has_a_layout() -> None:
-    assert LORA_LAYOUTS.keys() == FAMILIES.keys()
 
 
 def test_flux_at_its_published_width_is_split_again_by_diffusers(tmp_path: Path) -> None:
@@ -276,7 +277,7 @@ def test_a_fused_layer_has_the_parts_in_blocks_of_their_own() -> None:
         "transformer_blocks.0.attn.to_k.lora_A.default.weight": ones,
         "transformer_blocks.0.attn.to_k.lora_B.default.weight": ones.T,
     }
-    tensors = kohya_tensors(lora_weights(state), LORA_LAYOUTS["flux"], alpha=math.pi)
+    tensors = kohya_tensors(lora_weights(state), layout("flux"), alpha=math.pi)
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
     assert down.shape == (6, 3)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from atelier_runtime import components
+from family_models import save_tiny
 from tiny_data import SAMPLE_SIZES, write_pictures
-from tiny_families import save_tiny
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from atelier_runtime.data.buckets import Bucket, place
 from atelier_runtime.data.image import UnreadableError, fit, read_picture
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Latents
+from family_models import save_tiny
 from tiny_data import (
     SAMPLE_SIZES,
     CountingFamily,
@@ -31,7 +32,6 @@ from tiny_data import (
     write_pictures,
     write_truncated_picture,
 )
-from tiny_families import save_tiny
 
 KEEP_CAPTIONS = {"captions": {"dropout": 0}}
 

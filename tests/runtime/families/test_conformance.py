@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter
 from atelier_runtime import adapters, components
 from atelier_runtime.family import Blocks, Conditions
-from family_cases import CASES, FRAMES, FROM_GRID, PROMPTS, Case, make_case, record, sampling_arguments, walk
-from tiny_families import save_tiny
+from family_cases import CASES, PROMPTS, Case, make_case, record, sampling_arguments, walk
+from family_models import save_tiny
+from family_models.scene import FRAMES
 
 LEVELS = (0.3, 0.9)
 
@@ -61,7 +62,7 @@ def test_the_pipeline_decodes_our_latents_to_what_the_autoencoder_makes_of_its_o
         pytest.skip("the pipeline takes the posterior's mode, there is no deviation to train on")
     ours = latents.mean if latents.std is None else latents.mean + deviation * latents.std
     expected = pipe.vae.decode(posterior.mean + deviation * posterior.std).sample
-    packed = FROM_GRID.get(case.family.name, lambda _, grid: grid)(pipe, ours)
+    packed = case.tiny.from_grid(pipe, ours)
 
     # Handing our latents over after the only step runs exactly the tail of the pipeline on them.
     arguments = case.family.sampling_arguments(pipe, case.request(None, steps=1))

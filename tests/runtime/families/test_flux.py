@@ -11,8 +11,8 @@ from atelier_api.errors import ConfigError
 from atelier_runtime.adapters import resolve_targets
 from atelier_runtime.families import get_family
 from family_cases import PROMPTS, Case, record, walk
-from published_configs import DENOISERS
-from tiny_families import seeded, tiny_pipeline
+from family_models import PUBLISHED, tiny_pipeline
+from family_models.parts import seeded
 
 FAMILY = get_family("flux")
 
@@ -75,11 +75,8 @@ def test_a_negative_prompt_that_would_do_nothing_is_refused(
 
 
 def test_the_table_knows_which_flavours_are_distilled_on_guidance() -> None:
-    embedded = {
-        name: config.get("guidance_embeds", False)
-        for (family, name), (_, config) in DENOISERS.items()
-        if family == "flux"
-    }
+    published = PUBLISHED["flux"].denoisers
+    embedded = {name: config.get("guidance_embeds", False) for name, (_, config) in published.items()}
     assert embedded == {flavour.name: flavour.guidance == "distilled" for flavour in FAMILY.facts.flavours}
 
 

@@ -7,7 +7,7 @@ import torch
 from atelier_runtime import components
 from atelier_runtime.families import get_family
 from family_cases import PROMPTS, Case, record, sampling_arguments, walk
-from tiny_families import tiny_pipeline
+from family_models import tiny_pipeline
 
 FAMILY = get_family("sd3")
 

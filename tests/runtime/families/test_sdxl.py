@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atelier_runtime.families import get_family
-from tiny_families import tiny_pipeline
+from family_models import tiny_pipeline
 
 FAMILY = get_family("sdxl")
 

@@ -7,7 +7,7 @@ import torch
 
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Conditions
-from tiny_families import tiny_pipeline
+from family_models import tiny_pipeline
 
 FAMILY = get_family("z_image")
 SIZES = torch.tensor([[32, 32, 0, 0, 32, 32]])

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from family_models import save_tiny, tiny_pipeline
 from processes import run_ranks
-from tiny_families import save_tiny, tiny_pipeline
 from training_ranks import Case, Trained, train_all, with_captions
 
 pytestmark = pytest.mark.processes

@@ -13,7 +13,7 @@ from atelier_runtime import parallel
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Blocks
 from atelier_runtime.parallel.wrap import blocks_of
-from tiny_families import tiny_pipeline
+from family_models import tiny_pipeline
 
 FAMILY = get_family("sd3")
 

@@ -1,0 +1,11 @@
+"""The model families, each a module of its name here and one in the runtime. A family is registered by its name in this list."""
+
+from importlib import import_module
+
+from atelier_api.families.facts import FamilyFacts, Flavour
+
+__all__ = ["FAMILIES", "NAMES", "FamilyFacts", "Flavour"]
+
+NAMES = ("sd3", "flux", "sdxl", "z_image", "wan")
+
+FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}

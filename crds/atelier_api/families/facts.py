@@ -1,0 +1,75 @@
+"""What validation and the planner must know of a model family, without torch.
+
+Sizes are those of the published configs: tests/runtime/test_family_facts.py builds each one without memory and compares.
+
+`activation_bytes_per_token` is measured there on a whole forward pass over one sample (1024 x 1024 pixels, clips 81 frames of
+832 x 480) as: bytes of all storages that autograd saves, weights apart / layers / (latent tokens + text tokens). It assumes CUDA's
+autocast, so norms and their inputs are kept in fp32, and flash attention, which keeps query, key, value, output and one number
+per query. With adapters on `all` as well it is 1.14 to 1.32 times as much, in full-rank training 1.17 (UNet) to 1.76 times.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """A published checkpoint and its sizes.
+
+    `parameters` counts the denoiser only (one expert), `width` is the hidden size of a block, `mlp_width` of its feed-forward.
+    `text_tokens` are the tokens that take part in attention beside the picture's. `encoder_parameters` counts the text encoders,
+    `vae_parameters` the autoencoder. `activation_bytes_per_token` is what one block keeps for the backward pass of LoRA on
+    `attention`, in bf16 and without recompute, per token of a sample (averaged where blocks differ). `largest_block` is the
+    parameters of the largest unit that is sharded as a whole, where the blocks differ; 0: they are all alike. `guidance` is what the
+    stock pipeline does with a negative prompt: contrasts with it (`on`), does so only when it is given a guidance (`off`), or ignores
+    it, as the checkpoint embeds its guidance (`distilled`).
+    """
+
+    name: str
+    source: str
+    parameters: int
+    layers: int
+    width: int
+    mlp_width: int
+    text_tokens: int
+    encoder_parameters: int
+    vae_parameters: int
+    activation_bytes_per_token: int
+    experts: int = 1
+    largest_block: int = 0
+    guidance: Literal["on", "off", "distilled"] = "on"
+
+
+@dataclass(frozen=True)
+class FamilyFacts:
+    """One family. `frame_rule` (m, r): a clip has n = r modulo m frames. `shift` is the fallback where a checkpoint names none.
+
+    `latent_factor` and `temporal_factor` are the autoencoder's, `patch` is the side of a token in latent pixels. `pipelines` are
+    the `_class_name`s in `model_index.json` of checkpoints that the family can train. Above `guidance_above` the stock pipeline
+    contrasts with the negative prompt. `backward_blocks` is how many average blocks' activations the backward pass holds with
+    recompute: one and its gradients, but more in a UNet, whose widest level is many times the average.
+    """
+
+    name: str
+    title: str
+    modality: Literal["image", "video"]
+    objective: Literal["flow", "diffusion"]
+    pixel_multiple: int
+    latent_channels: int
+    latent_factor: int
+    patch: int
+    shift: float | Literal["dynamic", "none"]
+    licence: str
+    flavours: tuple[Flavour, ...]
+    frame_rule: tuple[int, int] | None = None
+    temporal_factor: int = 1
+    frame_rate: float | None = None
+    pipelines: tuple[str, ...] = ()
+    guidance_above: float = 1.0
+    backward_blocks: int = 2
+
+    def latent_tokens(self, width: int, height: int, frames: int = 1) -> int:
+        """Tokens of one sample of `width` x `height` pixels and `frames` frames."""
+        edge = self.latent_factor * self.patch
+        latent_frames = (frames - 1) // self.temporal_factor + 1
+        return (width // edge) * (height // edge) * latent_frames

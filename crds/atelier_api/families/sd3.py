@@ -1,0 +1,56 @@
+"""Sizes of Stable Diffusion 3 and 3.5."""
+
+from atelier_api.families.facts import FamilyFacts, Flavour
+
+FACTS = FamilyFacts(
+    name="sd3",
+    title="Stable Diffusion 3 and 3.5",
+    modality="image",
+    objective="flow",
+    pixel_multiple=16,
+    latent_channels=16,
+    latent_factor=8,
+    patch=2,
+    shift=3.0,
+    licence="Stability AI Community License",
+    flavours=(
+        Flavour(
+            name="3.5-medium",
+            source="hf://stabilityai/stable-diffusion-3.5-medium",
+            parameters=2_243_171_520,
+            layers=24,
+            width=1536,
+            mlp_width=6144,
+            text_tokens=333,
+            encoder_parameters=5_580_620_800,
+            vae_parameters=83_819_683,
+            activation_bytes_per_token=90_000,
+            largest_block=101_506_944,
+        ),
+        Flavour(
+            name="3.5-large",
+            source="hf://stabilityai/stable-diffusion-3.5-large",
+            parameters=8_056_627_520,
+            layers=38,
+            width=2432,
+            mlp_width=9728,
+            text_tokens=333,
+            encoder_parameters=5_580_620_800,
+            vae_parameters=83_819_683,
+            activation_bytes_per_token=108_000,
+        ),
+        Flavour(
+            name="3-medium",
+            source="hf://stabilityai/stable-diffusion-3-medium-diffusers",
+            parameters=2_028_328_000,
+            layers=24,
+            width=1536,
+            mlp_width=6144,
+            text_tokens=333,
+            encoder_parameters=5_580_620_800,
+            vae_parameters=83_819_683,
+            activation_bytes_per_token=50_000,
+        ),
+    ),
+    pipelines=("StableDiffusion3Pipeline",),
+)

@@ -1,0 +1,45 @@
+"""What the tests know of each family: a tiny pipeline, and its published sizes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+Grid = Callable[[Any, Tensor], Tensor]
+"""(pipeline, latents) to latents."""
+
+
+def as_they_are(_: Any, latents: Tensor) -> Tensor:
+    return latents
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A stock pipeline of real classes with random weights: no download, under a second, and what is particular of it.
+
+    `to_grid` and `from_grid` lead from its own layout of latents to ours and back. `guidance_off` is the `guidance_scale` without
+    classifier-free guidance, `guided` are arguments that switch real guidance of 3 on where that is not `guidance_scale`.
+    `counts_from` is the prediction to which the pipeline adds the difference. `embedded` is the guidance that the denoiser is told.
+    """
+
+    make: Callable[[], Any]
+    to_grid: Grid = as_they_are
+    from_grid: Grid = as_they_are
+    guidance_off: float = 1.0
+    guided: Mapping[str, Any] = field(default_factory=dict)
+    counts_from: Literal["negative", "positive"] = "negative"
+    embedded: float | None = None
+
+
+Config = tuple[type[nn.Module], Mapping[str, Any]]
+"""A class, and the published config as far as it differs from the class's defaults."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """`denoisers` by flavour, in the order of the API's table; `encoders` and `autoencoder` build theirs."""
+
+    denoisers: Mapping[str, Config]
+    encoders: Callable[[], list[nn.Module]]
+    autoencoder: Callable[[], nn.Module]

@@ -1,0 +1,110 @@
+"""Tiny parts that several families share: encoders, tokenizers, autoencoders of stock classes with random weights."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTokenizer, Qwen2Tokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+Module = TypeVar("Module", bound=nn.Module)
+TEXT_TOKENS = 16
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+# The shape of the published template: a turn, and thinking that is left open where it is switched on.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def seeded(build: Callable[[], Module]) -> Module:
+    """A module from a fixed seed, with what a random model must not have replaced by N(0, 0.02).
+
+    All-zero matrices (zero-initialised output layers) hide every gradient in front of them; tensors left uninitialised hold NaN.
+    """
+    torch.manual_seed(0)
+    module = build()
+    with torch.no_grad():
+        for tensor in module.parameters():
+            if not tensor.isfinite().all() or (tensor.ndim > 1 and not tensor.any()):
+                tensor.normal_(0, 0.02)
+    return module
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """Letters as tokens, 16 long; the end token is its last, as in the published vocabulary."""
+    pieces = [*LETTERS, *(letter + "</w>" for letter in LETTERS)]
+    vocab = {piece: number for number, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TEXT_TOKENS)
+
+
+def clip_config(width: int, projection: int) -> CLIPTextConfig:
+    end = len(LETTERS) * 2 + 1
+    return CLIPTextConfig(
+        vocab_size=end + 1,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_TOKENS,
+        projection_dim=projection,
+        bos_token_id=end - 1,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """Letters as tokens, 16 long."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *LETTERS]
+    return T5Tokenizer(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0, model_max_length=TEXT_TOKENS)
+
+
+def t5_encoder(width: int) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=32,
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return seeded(lambda: T5EncoderModel(config))
+
+
+def kl_autoencoder(latent_channels: int, scale: float, shift: float | None) -> AutoencoderKL:
+    blocks = 4
+    return seeded(
+        lambda: AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            block_out_channels=(8,) * blocks,
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=latent_channels,
+            scaling_factor=scale,
+            shift_factor=shift,
+            use_quant_conv=shift is None,
+            use_post_quant_conv=shift is None,
+        )
+    )
+
+
+def byte_alphabet() -> list[str]:
+    """The 256 printable stand-ins that byte-level tokenizers use for bytes, in the order of GPT-2."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [256 + n for n in range(256 - len(printable))]
+    return [chr(code) for code in printable + others]
+
+
+def chat_tokenizer() -> Qwen2Tokenizer:
+    """Bytes as tokens, with turns and thinking."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    vocab = {piece: number for number, piece in enumerate([*byte_alphabet(), *special])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], extra_special_tokens=special[1:], model_max_length=512)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer

@@ -1,0 +1,49 @@
+"""Parts of published sizes that several families share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+from transformers import CLIPTextConfig, T5Config, T5EncoderModel
+
+
+def without_memory(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return build()
+
+
+def clip(width: int, layers: int, heads: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=width,
+    )
+
+
+CLIP_L = clip(768, 12, 12)
+CLIP_G = clip(1280, 32, 20)
+XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"}
+
+
+def t5_xxl() -> nn.Module:
+    return T5EncoderModel(T5Config(vocab_size=32128, **XXL))
+
+
+def published_kl(channels: int, **config: Any) -> nn.Module:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=channels,
+        **config,
+    )
+
+
+def kl_16() -> nn.Module:
+    return published_kl(16, use_quant_conv=False, use_post_quant_conv=False)
