@@ -1,4 +1,4 @@
-"""A relay between one operator and the API server that can kill the operator at one of its writes.
+"""A relay between one operator and the API server that can kill the operator at one of its writes, or be at fault itself.
 
 Everything passes as it comes: watches as streams, server-side applies, lists in pieces. Writes are counted and kept; those to
 Leases and Events are not, since they come by the clock and decide nothing.
@@ -17,6 +17,7 @@ from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
 from multidict import CIMultiDict
 from yarl import URL
 
+from api_faults import Faults
 from cluster.local import Cluster
 
 Moment = Literal["before", "answered"]
@@ -57,6 +58,7 @@ class ApiProxy:
     url: str = ""
     writes: list[Write] = field(default_factory=list)
     struck: Write | None = None
+    faults: Faults = field(default_factory=Faults)
     _aimed: Callable[[int, Write], bool] = lambda _, __: False
     _moment: Moment = "before"
     _kill: Callable[[], None] = lambda: None
@@ -126,13 +128,18 @@ class _Relay:
         await self._session.close()
 
     async def _relay(self, request: web.Request) -> web.StreamResponse:
+        faults = self._proxy.faults
+        if faults.refuses(request):
+            return _hang_up(request)
+        if (said := faults.given(request)) is not None:
+            return said
         body = await request.read()
         write = _write(request.method, request.path, body)
         aimed = write is not None and self._proxy.number(write)
         place = len(self._proxy.writes) - 1
         if aimed and self._proxy.strike("before"):
             return _hang_up(request)
-        url = URL(self._files.api_url + request.raw_path, encoded=True)
+        url = faults.changed(URL(self._files.api_url + request.raw_path, encoded=True))
         asked = self._session.request(request.method, url, headers=_kept(request.headers), data=body or None)
         async with asked as answer:
             if write is not None:
@@ -143,8 +150,14 @@ class _Relay:
                     return _hang_up(request)
             response = web.StreamResponse(status=answer.status, headers=_kept(answer.headers))
             await response.prepare(request)
-            async for chunk in answer.content.iter_any():
-                await response.write(chunk)
+            if "watch" in request.query:
+                with faults.watched(request) as stream:
+                    async for chunk in answer.content.iter_any():
+                        if faults.passes(stream, chunk):
+                            await response.write(chunk)
+            else:
+                async for chunk in answer.content.iter_any():
+                    await response.write(chunk)
             await response.write_eof()
             return response
 

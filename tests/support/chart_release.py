@@ -28,15 +28,15 @@ def install_chart(cluster: Cluster, values: Mapping[str, Any] | None = None) -> 
     cluster.helm("upgrade", "--install", "atelier", str(CHART), "-f", str(file), f"-n={SYSTEM}", "--create-namespace")
 
 
-def chart_operator(cluster: Cluster, log: Path) -> OperatorProcess:
-    """The operator's process as the Deployment would run it: its variables, its service account."""
+def chart_operator(cluster: Cluster, log: Path, url: str = "") -> OperatorProcess:
+    """The operator's process as the Deployment would run it: its variables, its service account. `url`: of a relay."""
     deployment = cluster.get("deployment", ACCOUNT, f"--namespace={SYSTEM}")
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     settings = {each["name"]: each["value"] for each in container["env"] if "value" in each}
     settings |= {"ATELIER_LEASE_NAMESPACE": SYSTEM, "ATELIER_METRICS_PORT": "0"}
     if "ATELIER_WEBHOOK_PORT" in settings:
         settings["ATELIER_WEBHOOK_PORT"] = str(free_port())
-    return OperatorProcess(cluster, log, cluster.kubeconfig_of_service_account(SYSTEM, ACCOUNT), settings=settings)
+    return OperatorProcess(cluster, log, cluster.kubeconfig_of_service_account(SYSTEM, ACCOUNT, url), settings=settings)
 
 
 @dataclass

@@ -4,12 +4,9 @@ A test module takes the fixtures with `pytest_plugins = ("cluster_fixtures", "cl
 place with a file.
 """
 
-import contextlib
-import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from atelier_api.exit_codes import MEANINGS, ExitCode
-from cluster.daemons import ClusterError
+from atelier_api.exit_codes import ExitCode
 from cluster.local import Cluster
 from cluster_documents import run_document
-from operator_process import ClusterRun, OperatorProcess, until
+from fake_pods import end, end_well
+from operator_process import ClusterRun, OperatorProcess
 
 Object = dict[str, Any]
 Ended = subprocess.CompletedProcess[str]
@@ -72,27 +69,9 @@ class Place:
         ended = self.atelier("submit", str(self.file))
         assert ended.returncode == 0, ended.stderr
 
-    def pods(self) -> list[Object]:
-        return list(until(lambda: pods if len(pods := self.run.pods()) == 2 else None, "two pods"))
-
     def end(self, code: ExitCode, message: str = "") -> None:
-        """Node 0 ends with the code, its peer as one that has lost it: a while later, as a real agent would, for Kubernetes judges
-        the Job by any one of the pods that it finds failed. It may be gone by then."""
-        first, second = self.pods()
-        self.run.end_pod(first, int(code), result(code, message))
-        if code is ExitCode.DONE:
-            self.run.end_pod(second, int(code), result(code))
-            return
-        time.sleep(1)
-        with contextlib.suppress(ClusterError):
-            self.run.end_pod(second, int(ExitCode.COLLECTIVE_TIMEOUT), result(ExitCode.COLLECTIVE_TIMEOUT))
-
-
-def result(code: ExitCode, message: str = "") -> str:
-    """What an agent leaves as its termination message."""
-    reason = MEANINGS[code].reason
-    facts = {"exitCode": int(code), "reason": reason, "message": message or reason, "attempt": "1.0", "step": 3}
-    return json.dumps(facts | {"time": 1e9 if code is not ExitCode.COLLECTIVE_TIMEOUT else 2e9})
+        """Let the gang end."""
+        end_well(self.run) if code is ExitCode.DONE else end(self.run, code, message)
 
 
 @pytest.fixture

@@ -4,15 +4,21 @@ A module takes `pytest_plugins = ("cluster_fixtures", "cluster_kinds")` and, in 
 `on_every_kind` it runs on each kind, else on the full one. A test that makes sense only with an engine says `needs("kueue")`.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from chart_release import Rights, chart_operator, install_chart
+from cluster.api import place
 from cluster.local import Cluster
+from cluster_documents import queues, resource_quota, run_document
 from cluster_fixtures import FAKE_GPUS, FAKE_NODES
-from operator_process import OperatorProcess, checked
+from operator_process import ClusterRun, OperatorProcess, checked, until
+
+Make = Callable[..., ClusterRun]
 
 
 @dataclass(frozen=True)
@@ -75,13 +81,43 @@ def kind_cluster(
 
 
 @pytest.fixture(scope="module")
-def operator(kind_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
+def api_url(kind_cluster: Cluster) -> str:
+    """Where the operator finds the API server; a module that puts a relay between has a fixture of its own."""
+    return kind_cluster.certificates.api_url
+
+
+@pytest.fixture(scope="module")
+def operator(
+    kind_cluster: Cluster, api_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[OperatorProcess]:
     """The chart is installed, its operator runs."""
     install_chart(kind_cluster)
     with checked(kind_cluster):
-        process = chart_operator(kind_cluster, tmp_path_factory.mktemp("operator") / "log").start()
+        process = chart_operator(kind_cluster, tmp_path_factory.mktemp("operator") / "log", api_url).start()
         yield process
         process.stop()
+
+
+@pytest.fixture
+def make(operator: OperatorProcess, request: pytest.FixtureRequest) -> Iterator[Make]:
+    """Makes runs in the test's own namespace."""
+    cluster = operator.cluster
+    namespace = f"t{abs(hash(request.node.nodeid)) % 10**8}"
+    cluster.make_namespace(namespace)
+
+    def run(name: str = "run", *, queued: int | None = None, quota: int | None = None, **spec: Any) -> ClusterRun:
+        """`queued`: GPUs of a Kueue queue that is made before; `quota`: GPUs of a ResourceQuota."""
+        if queued is not None:
+            cluster.apply(queues(namespace, queued))
+        if quota is not None:
+            cluster.apply(resource_quota(namespace, quota))
+            where = place("resourcequotas", namespace, "gpus")
+            until(lambda: "used" in ((cluster.api.get(where) or {}).get("status") or {}), "the quota to be counted")
+        cluster.apply(json.dumps(run_document(namespace, name, **spec)))
+        return ClusterRun(cluster, namespace, name)
+
+    yield run
+    cluster.kubectl("delete", "namespace", namespace, "--ignore-not-found", "--wait=false")
 
 
 @pytest.fixture(scope="module")

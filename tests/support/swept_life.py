@@ -16,8 +16,8 @@ from api_proxy import ApiProxy, Moment, Write
 from atelier_api.exit_codes import ExitCode
 from chart_release import SYSTEM
 from cluster.local import Cluster
-from cluster_cli import result
 from cluster_documents import PROFILE, queues, run_document
+from fake_pods import result
 from forked_operator import ForkedOperator
 from operator_process import ClusterRun
 

@@ -8,6 +8,7 @@ import yaml
 from cluster_cli import Place, atelier, errors
 from cluster_documents import PROFILE, queues
 from cluster_kinds import as_the_chart_allows
+from fake_pods import both_pods
 from operator_process import ClusterRun, until
 
 pytest_plugins = ("cluster_fixtures", "cluster_kinds", "cluster_cli")
@@ -52,7 +53,7 @@ def test_a_bad_file_is_told_a_line_a_mistake_and_makes_nothing(place: Place) -> 
 
 def test_what_may_not_change_in_a_started_run_is_told_by_the_api_server(place: Place) -> None:
     place.submit()
-    place.pods()
+    both_pods(place.run)
     place.write(adapter={"rank": 8}, hyperparameters={"seed": 7})
     ended = place.atelier("submit", str(place.file))
     assert ended.returncode == 64

@@ -5,6 +5,7 @@ import pytest
 from atelier_api.exit_codes import ExitCode
 from cluster_cli import Place, atelier, errors
 from cluster_kinds import Engines, as_the_chart_allows, on_every_kind
+from fake_pods import both_pods
 from operator_process import until
 
 pytest_plugins = ("cluster_fixtures", "cluster_kinds", "cluster_cli")
@@ -17,7 +18,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400), on_every_kind, a
 def test_status_of_a_namespace_of_a_run_and_of_all(place: Place, engines: Engines) -> None:
     assert place.atelier("status").stdout == f"no runs in namespace {place.namespace}\n"
     place.submit()
-    place.pods()
+    both_pods(place.run)
     place.run.wait("Preparing", "Starting")
     heading, line = place.atelier("status").stdout.splitlines()
     assert heading.split() == ["name", "phase", "step", "loss", "left", "queue", "restarts"]
@@ -32,7 +33,7 @@ def test_status_of_a_namespace_of_a_run_and_of_all(place: Place, engines: Engine
 
 def test_a_log_that_the_node_does_not_give_is_one_sentence(place: Place) -> None:
     place.submit()
-    pod = place.pods()[1]
+    pod = both_pods(place.run)[1]
     ended = place.atelier("logs", "run", "--node", "1")
     assert ended.returncode == 69
     (said,) = errors(ended)
@@ -47,7 +48,7 @@ def test_a_run_without_pods_says_where_its_logs_are(place: Place) -> None:
     (said,) = errors(place.atelier("logs", "run"))
     assert said == "run run has no pods now, it is Suspended"
     place.atelier("resume", "run")
-    place.pods()
+    both_pods(place.run)
     place.atelier("stop", "run")
     place.run.wait("Suspended", "Requested")
     (said,) = errors(place.atelier("logs", "run"))
@@ -59,7 +60,7 @@ def test_a_run_without_pods_says_where_its_logs_are(place: Place) -> None:
 
 def test_stop_and_resume(place: Place) -> None:
     place.submit()
-    place.pods()
+    both_pods(place.run)
     assert "has not been stopped; it is Preparing" in place.atelier("resume", "run").stdout
     assert "is being stopped, with a checkpoint" in place.atelier("stop", "run").stdout
     place.run.wait("Suspended", "Requested")
@@ -70,7 +71,7 @@ def test_stop_and_resume(place: Place) -> None:
     assert followed.returncode == 75
     assert "run run is stopped; `atelier resume run" in followed.stdout
     assert "goes on as soon as there is room" in place.atelier("resume", "run").stdout
-    place.pods()
+    both_pods(place.run)
     assert place.run.status()["attempt"] == 2
     place.end(ExitCode.DONE)
     place.run.wait("Succeeded")
@@ -80,7 +81,7 @@ def test_stop_and_resume(place: Place) -> None:
 
 def test_delete_asks(place: Place) -> None:
     place.submit()
-    place.pods()
+    both_pods(place.run)
     ended = place.atelier("delete", "run", answer="n\n")
     assert ended.returncode == 1
     assert f"run run in namespace {place.namespace} is Preparing; delete it?" in ended.stdout

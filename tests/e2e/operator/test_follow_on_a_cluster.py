@@ -11,6 +11,7 @@ from cluster.local import Cluster
 from cluster_cli import Ended, Place, atelier, command, errors, run_with
 from cluster_documents import PROFILE, queues
 from cluster_kinds import as_the_chart_allows
+from fake_pods import both_pods
 from operator_process import OperatorProcess, install_crds, until
 
 pytest_plugins = ("cluster_fixtures", "cluster_kinds", "cluster_cli")
@@ -85,7 +86,7 @@ def test_a_run_that_is_deleted_while_it_is_followed(
 ) -> None:
     place.write()
     process = following("submit", "--follow")
-    place.pods()
+    both_pods(place.run)
     place.run.delete()
     _, error = process.communicate(timeout=90)
     assert (process.returncode, error) == (64, "error: run run has been deleted by somebody\n")

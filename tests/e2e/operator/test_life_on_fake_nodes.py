@@ -4,83 +4,27 @@ The pods' ends are told as a kubelet would tell them. The operator has the right
 when one of its calls was denied.
 """
 
-import contextlib
-import json
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from atelier_api.exit_codes import MEANINGS, ExitCode
 from atelier_operator.names import rendezvous
-from chart_release import ACCOUNT, Rights
+from chart_release import ACCOUNT, USER, Rights
 from cluster.api import place
-from cluster.daemons import ClusterError
-from cluster_documents import queues, resource_quota, run_document
-from cluster_kinds import Engines, as_the_chart_allows, needs, on_every_kind
+from cluster_kinds import Engines, Make, as_the_chart_allows, needs, on_every_kind
+from fake_pods import both_pods, end, end_well, result
 from operator_process import ClusterRun, OperatorProcess, until
 
 pytest_plugins = ("cluster_fixtures", "cluster_kinds", "cluster_cli")
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400), on_every_kind, as_the_chart_allows]
 
-Make = Callable[..., ClusterRun]
-
-
-@pytest.fixture
-def make(operator: OperatorProcess, request: pytest.FixtureRequest) -> Iterator[Make]:
-    """Makes runs in the test's own namespace."""
-    cluster = operator.cluster
-    namespace = f"t{abs(hash(request.node.nodeid)) % 10**8}"
-    cluster.make_namespace(namespace)
-
-    def run(name: str = "run", *, queued: int | None = None, quota: int | None = None, **spec: Any) -> ClusterRun:
-        """`queued`: GPUs of a Kueue queue that is made before; `quota`: GPUs of a ResourceQuota."""
-        if queued is not None:
-            cluster.apply(queues(namespace, queued))
-        if quota is not None:
-            cluster.apply(resource_quota(namespace, quota))
-            where = place("resourcequotas", namespace, "gpus")
-            until(lambda: "used" in ((cluster.api.get(where) or {}).get("status") or {}), "the quota to be counted")
-        cluster.apply(json.dumps(run_document(namespace, name, **spec)))
-        return ClusterRun(cluster, namespace, name)
-
-    yield run
-    cluster.kubectl("delete", "namespace", namespace, "--wait=false")
-
-
-def result(code: ExitCode, message: str = "", step: int = 3) -> str:
-    """What an agent leaves as its termination message."""
-    return json.dumps(
-        {
-            "exitCode": int(code),
-            "reason": MEANINGS[code].reason,
-            "message": message or MEANINGS[code].text,
-            "attempt": "1.0",
-            "time": time.time(),
-            "step": step,
-        }
-    )
-
-
-def both_pods(run: ClusterRun) -> list[dict[str, Any]]:
-    return list(until(lambda: pods if len(pods := run.pods()) == 2 else None, "two pods"))
-
-
-def end(run: ClusterRun, code: ExitCode, message: str = "") -> None:
-    """Node 0 fails; its peer leaves as one that has lost it, after a while as a real one, if it is still there then."""
-    first, second = both_pods(run)
-    run.end_pod(first, int(code), result(code, message))
-    time.sleep(1)
-    with contextlib.suppress(ClusterError):
-        run.end_pod(second, 82, result(ExitCode.COLLECTIVE_TIMEOUT))
-
 
 def test_a_run_goes_from_pending_to_succeeded(make: Make, engines: Engines) -> None:
     run = make()
     run.wait("Preparing", "Starting")
-    for pod in both_pods(run):
-        run.end_pod(pod, 0, result(ExitCode.DONE, step=10))
+    end_well(run)
     status = run.wait("Succeeded")
     assert status["plan"]["backend"] == engines.backend
     assert status["attempt"] == 1
@@ -106,8 +50,7 @@ def test_a_crash_restarts_the_gang_and_is_counted(make: Make, engines: Engines) 
     until(lambda: len(run.pods()) == 2 and not before & {pod["metadata"]["uid"] for pod in run.pods()}, "new pods")
     status = until(lambda: s if (s := run.status())["restarts"]["counted"] == 1 else None, "the count")
     assert status["attempt"] == (1 if engines.jobset else 2)
-    for pod in both_pods(run):
-        run.end_pod(pod, 0, result(ExitCode.DONE))
+    end_well(run)
     run.wait("Succeeded")
     assert run.status()["restarts"] == {**status["restarts"], "counted": 1, "uncounted": 0}
 
@@ -182,8 +125,7 @@ def test_more_steps_than_were_asked_for_go_on_in_another_attempt(make: Make) -> 
     for pod in pods:
         run.end_pod(pod, 0, result(ExitCode.DONE))
     until(lambda: run.status().get("attempt") == 2, "a second attempt")
-    for pod in both_pods(run):
-        run.end_pod(pod, 0, result(ExitCode.DONE))
+    end_well(run)
     run.wait("Succeeded")
 
 
@@ -194,10 +136,27 @@ def test_deleting_a_run_deletes_everything(make: Make) -> None:
     until(lambda: run.objects() == [], "everything to go")
 
 
+def test_deleting_a_namespace_deletes_everything(make: Make, operator: OperatorProcess) -> None:
+    """Nothing holds it up, and the operator does not go on trying there."""
+    run = make()
+    both_pods(run)
+    run.cluster.kubectl("delete", "namespace", run.namespace, "--timeout=60s")
+    asked = len(tried(operator, run.namespace))
+    time.sleep(5)
+    assert len(tried(operator, run.namespace)) == asked
+
+
+def tried(operator: OperatorProcess, namespace: str) -> list[str]:
+    """The operator's writes below a namespace, those that were refused among them."""
+    found = (each for each in operator.cluster.audit() if each["user"]["username"] == USER)
+    return [
+        each["verb"] for each in found if f"/namespaces/{namespace}/" in each["requestURI"] and each["verb"] != "get"
+    ]
+
+
 def test_a_run_that_was_ended_is_deleted_when_its_time_is_over(make: Make) -> None:
     run = make(schedule={"ttlSecondsAfterFinished": 1})
-    for pod in both_pods(run):
-        run.end_pod(pod, 0, result(ExitCode.DONE))
+    end_well(run)
     until(lambda: run.cluster.kubectl("get", "trun", "-n", run.namespace, "-o", "name") == "", "the run to go")
 
 
@@ -266,8 +225,7 @@ def test_a_gang_that_does_not_fit_into_the_resource_quota_makes_no_pod(make: Mak
     assert status["message"] == f"waiting for the whole gang to fit: requests.nvidia.com/gpu: needs {said}"
     assert second.condition("Admitted")["reason"] == "WaitingForQuota"
     assert second.objects() == []
-    for pod in both_pods(first):
-        first.end_pod(pod, 0, result(ExitCode.DONE))
+    end_well(first)
     first.wait("Succeeded")
     if wanted == 2:
         assert len(both_pods(second)) == 2
@@ -282,8 +240,7 @@ def test_the_second_run_waits_for_quota_and_starts_when_the_first_has_ended(make
     status = second.wait("Queued", "WaitingForQuota")
     assert status["queue"]["position"] == 1
     assert second.pods() == []
-    for pod in both_pods(first):
-        first.end_pod(pod, 0, result(ExitCode.DONE))
+    end_well(first)
     first.wait("Succeeded")
     assert len(both_pods(second)) == 2
     until(lambda: second.condition("Admitted")["status"] == "True", "the status to say so")
@@ -310,11 +267,31 @@ def test_a_higher_priority_takes_the_quota_and_gives_it_back(make: Make) -> None
     high = make("high", schedule={"queue": "gpu", "priority": "high"})
     assert len(both_pods(high)) == 2
     low.wait("Suspended", "Preempted")
-    for pod in both_pods(high):
-        high.end_pod(pod, 0, result(ExitCode.DONE))
+    end_well(high)
     high.wait("Succeeded")
     assert len(both_pods(low)) == 2
     assert low.status()["restarts"]["counted"] == 0
+
+
+@needs("kueue")
+def test_a_queue_that_is_stopped_or_deleted_is_named(make: Make) -> None:
+    """What was running is stopped and goes on when the queue does."""
+    run = make(queued=2, schedule={"queue": "gpu"})
+    both_pods(run)
+    cluster_queue = f"/apis/kueue.x-k8s.io/v1beta1/clusterqueues/{run.namespace}"
+    run.cluster.api.send("PATCH", cluster_queue, {"spec": {"stopPolicy": "HoldAndDrain"}})
+    status = run.wait("Suspended", "Preempted")
+    assert "ClusterQueueStopped" in status["message"]
+    until(lambda: run.objects("pods") == [], "the pods to go")
+    run.cluster.api.send("PATCH", cluster_queue, {"spec": {"stopPolicy": "None"}})
+    both_pods(run)
+    assert run.status()["restarts"] == {"counted": 0, "uncounted": 0}
+
+    run.cluster.kubectl("delete", "localqueue", "gpu", "-n", run.namespace)
+    other = make("other", schedule={"queue": "gpu"})
+    status = other.wait("Queued", "NoQueue")
+    assert "LocalQueue gpu doesn't exist" in status["message"]
+    assert len(run.pods()) == 2
 
 
 # --- the operator itself ----------------------------------------------------------------------------------------------
@@ -340,6 +317,17 @@ def test_the_operator_is_killed_and_back_after_the_run_has_ended(
     until(lambda: completed(run, engines), "the child to complete")
     operator.start()
     run.wait("Succeeded")
+
+
+def test_a_run_is_deleted_while_the_operator_is_away(operator: OperatorProcess, make: Make) -> None:
+    run = make()
+    both_pods(run)
+    operator.kill()
+    assert [each for each in (run.get(), *run.objects()) if "atelier" in str(each["metadata"].get("finalizers"))] == []
+    run.delete()
+    until(lambda: run.objects() == [], "everything to go")
+    operator.start()
+    both_pods(make("another"))
 
 
 def test_a_call_that_is_denied_is_found_in_the_audit_log(operator: OperatorProcess, make: Make, rights: Rights) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -167,3 +168,51 @@ def test_stop_and_resume_lose_no_step(make: Make, store: S3Server) -> None:
     time.sleep(1)
     run.patch({"schedule": {"suspend": False}})
     assert training(run, left_at)["attempt"] == 2
+
+
+def test_a_drained_node_gives_its_part_of_the_gang_away(make: Make, store: S3Server) -> None:
+    run = make(hyperparameters={"steps": 400})
+    first_checkpoint(run, store)
+    lives = {pod["metadata"]["uid"] for pod in run.pods()}
+    drain = ("drain", "node2", f"--pod-selector=atelier.dev/run={run.name}", "--delete-emptydir-data", "--timeout=120s")
+    try:
+        run.cluster.kubectl(*drain)
+        until(
+            lambda: len(run.pods()) == 2 and not lives & {pod["metadata"]["uid"] for pod in run.pods()},
+            "a new gang",
+            SECONDS,
+        )
+        assert {pod["spec"]["nodeName"] for pod in run.pods()} == {"node1"}
+        left_at = committed(run, store)[-1]
+        assert training(run, left_at)["restarts"]["counted"] == 0, "a stop with a checkpoint is nobody's fault"
+    finally:
+        run.cluster.kubectl("uncordon", "node2")
+    steps = sorted(history(run, store))
+    assert steps == list(range(len(steps))), "a step was lost"
+
+
+NEEDS = {
+    "an image": ({"image": "localhost/nobody/has:this"}, {}, "ImagePull", "ErrImageNeverPull"),
+    "a Secret": (
+        {},
+        {"storage": {"credentialsRef": {"name": "nobody"}}},
+        "ContainerNotCreated",
+        'secret "nobody" not found',
+    ),
+}
+
+
+@pytest.mark.parametrize(("other", "spec", "reason", "words"), NEEDS.values(), ids=NEEDS)
+def test_a_pod_that_lacks_something_says_what(
+    make: Make, base: Path, other: dict[str, Any], spec: dict[str, Any], reason: str, words: str
+) -> None:
+    run = make(profileRef={"kind": "TrainingProfile", "name": "own"}, **spec)
+    document = default_profile(profile(base) | other)
+    document |= {"kind": "TrainingProfile", "metadata": {"name": "own", "namespace": run.namespace}}
+    run.cluster.apply(document)
+    until(lambda: run.condition("Scheduled").get("reason") == reason, f"the reason {reason}", SECONDS)
+    condition = run.condition("Scheduled")
+    assert condition["status"] == "False"
+    assert words in condition["message"]
+    run.delete()
+    until(lambda: run.objects() == [], "everything to go", SECONDS)

@@ -167,11 +167,12 @@ class Cluster:
         """Every request that the API server has finished, oldest first; bodies of atelier.dev, JobSets, Jobs, pods and leases."""
         return control_plane.read_audit(self.state)
 
-    def kubeconfig_of_service_account(self, namespace: str, account: str) -> Path:
-        """A kubeconfig with a token of the account, valid for an hour, to act with no more than its rights."""
+    def kubeconfig_of_service_account(self, namespace: str, account: str, url: str = "") -> Path:
+        """A kubeconfig with a token of the account, valid for an hour, to act with no more than its rights. `url`: of a relay
+        before the API server."""
         token = self.kubectl("create", "token", account, f"--namespace={namespace}", "--duration=1h").strip()
-        path = self.state / f"{namespace}-{account}.kubeconfig"
-        self.certificates.write_kubeconfig(path, {"token": token}, self.certificates.api_url)
+        path = self.state / f"{namespace}-{account}-{url.rpartition(':')[2]}.kubeconfig"
+        self.certificates.write_kubeconfig(path, {"token": token}, url or self.certificates.api_url)
         return path
 
     # Processes: etcd apiserver controller-manager scheduler jobset kueue kwok coredns {containerd,kubelet,proxy}-node1 …
