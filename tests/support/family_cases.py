@@ -14,7 +14,6 @@ from atelier_runtime.families import FAMILIES
 from atelier_runtime.family import Conditions, Family, SampleRequest
 from family_models import FAMILY_OF, TINY, tiny_pipeline
 from family_models.kinds import Tiny
-from family_models.scene import FRAMES, HEIGHT, WIDTH
 
 GUIDANCE = 3.0
 PROMPTS = ("a fox", "a lighthouse in the fog at dawn")
@@ -46,11 +45,13 @@ class Case:
     def conditions(self, prompts: Sequence[str], guidance: float | None = None) -> Conditions:
         with torch.no_grad():
             features = self.family.encode_text(self.pipe, prompts)
-        sizes = torch.tensor([[HEIGHT, WIDTH, 0, 0, HEIGHT, WIDTH]] * len(prompts))
+        height, width = self.tiny.height, self.tiny.width
+        sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(prompts))
         return Conditions(text=self.family.collate_text(features), sizes=sizes, guidance=guidance)
 
     def pixels(self, count: int) -> Tensor:
-        return real_clips(count) if self.family.facts.modality == "video" else real_clips(count)[:, :, 0]
+        clips = real_clips(count, self.tiny)
+        return clips if self.family.facts.modality == "video" else clips[:, :, 0]
 
     def latents(self, count: int) -> Tensor:
         with torch.no_grad():
@@ -70,9 +71,9 @@ class Case:
         return SampleRequest(
             prompt=PROMPTS[0],
             negative=None,
-            width=WIDTH,
-            height=HEIGHT,
-            frames=FRAMES,
+            width=self.tiny.width,
+            height=self.tiny.height,
+            frames=self.tiny.frames,
             steps=steps,
             guidance=guidance,
             generator=torch.Generator().manual_seed(3),
@@ -86,13 +87,16 @@ def make_case(name: str) -> Case:
 CASES = tuple(TINY)
 
 
-def real_clips(count: int) -> Tensor:
-    """[count, 3, FRAMES, HEIGHT, WIDTH] in [-1, 1]: a camera that pans over the two photographs of scikit-learn."""
+def real_clips(count: int, tiny: Tiny) -> Tensor:
+    """[count, 3, frames, height, width] in [-1, 1]: a camera that pans over the two photographs of scikit-learn."""
     photographs = [np.asarray(Image.fromarray(image).resize((160, 106))) for image in load_sample_images().images]
     clips = []
     for number in range(count):
         picture, left, top = photographs[number % 2], 11 * number, 7 * number
-        frames = [picture[top : top + HEIGHT, left + 2 * shift : left + 2 * shift + WIDTH] for shift in range(FRAMES)]
+        frames = [
+            picture[top : top + tiny.height, left + 2 * shift : left + 2 * shift + tiny.width]
+            for shift in range(tiny.frames)
+        ]
         clips.append(torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2) / 127.5 - 1)
     return torch.stack(clips)
 

@@ -17,7 +17,6 @@ from atelier_runtime import adapters, components
 from atelier_runtime.family import Blocks, Conditions
 from family_cases import CASES, PROMPTS, Case, make_case, record, sampling_arguments, walk
 from family_models import save_tiny
-from family_models.scene import FRAMES
 
 LEVELS = (0.3, 0.9)
 
@@ -76,7 +75,7 @@ def test_the_pipeline_decodes_our_latents_to_what_the_autoencoder_makes_of_its_o
 def test_latents_have_the_shape_of_the_facts(case: Case) -> None:
     facts, pixels = case.family.facts, case.pixels(1)
     shape = case.family.encode_pixels(case.pipe, pixels).mean.shape
-    frames = [(FRAMES - 1) // facts.temporal_factor + 1] if facts.modality == "video" else []
+    frames = [(case.tiny.frames - 1) // facts.temporal_factor + 1] if facts.modality == "video" else []
     height, width = (size // facts.latent_factor for size in pixels.shape[-2:])
     assert list(shape) == [1, facts.latent_channels, *frames, height, width]
 

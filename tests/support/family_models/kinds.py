@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from family_models.scene import FRAMES, HEIGHT, WIDTH
+
 Grid = Callable[[Any, Tensor], Tensor]
 """(pipeline, latents) to latents."""
 
@@ -21,6 +23,7 @@ class Tiny:
     `to_grid` and `from_grid` lead from its own layout of latents to ours and back. `guidance_off` is the `guidance_scale` without
     classifier-free guidance, `guided` are arguments that switch real guidance of 3 on where that is not `guidance_scale`.
     `counts_from` is the prediction to which the pipeline adds the difference. `embedded` is the guidance that the denoiser is told.
+    `width`, `height` and `frames` are those of its samples, larger where its autoencoder would leave nothing of the usual scene.
     """
 
     make: Callable[[], Any]
@@ -30,6 +33,9 @@ class Tiny:
     guided: Mapping[str, Any] = field(default_factory=dict)
     counts_from: Literal["negative", "positive"] = "negative"
     embedded: float | None = None
+    width: int = WIDTH
+    height: int = HEIGHT
+    frames: int = FRAMES
 
 
 Config = tuple[type[nn.Module], Mapping[str, Any]]
