@@ -32,12 +32,13 @@ class Blocks:
     """A list of repeated blocks of a denoiser: what is recomputed, sharded and hooked.
 
     `attribute` is the dotted path of the `nn.ModuleList` (or of a list of lists); `streams` says what a block returns:
-    `tokens` one tensor of picture tokens, `text,tokens` or `tokens,text` a pair, `text|tokens` or `tokens|text` one
-    concatenated tensor, `maps` a picture-shaped [B, C, H, W], first of a tuple where a UNet returns its skips as well.
+    `tokens` one tensor of picture tokens, `text` one of the caption's, `text,tokens` or `tokens,text` a pair, `text|tokens` or
+    `tokens|text` one concatenated tensor, `maps` a picture-shaped [B, C, H, W], first of a tuple where a UNet returns its skips
+    as well.
     """
 
     attribute: str
-    streams: Literal["tokens", "text,tokens", "tokens,text", "text|tokens", "tokens|text", "maps"] = "tokens"
+    streams: Literal["tokens", "text", "text,tokens", "tokens,text", "text|tokens", "tokens|text", "maps"] = "tokens"
 
 
 @dataclass(frozen=True)

@@ -116,10 +116,18 @@ def text_features(model: Any, tokens: int) -> dict[str, Tensor]:
     """Features of one caption of full length, without values; the mask is real, since lengths are read from it."""
     config = model.config
     # A caption's own width comes first where a projection leads from it to that of the cross-attention.
-    widths = ("joint_attention_dim", "cap_feat_dim", "text_dim", "caption_channels", "cross_attention_dim")
+    widths = (
+        "joint_attention_dim",
+        "cap_feat_dim",
+        "text_dim",
+        "in_text_dim",
+        "caption_channels",
+        "cross_attention_dim",
+    )
     width = next(config[name] for name in widths if config.get(name))
     embedding = config.get("projection_class_embeddings_input_dim")
-    pooled = config.get("pooled_projection_dim") or (embedding - 6 * config.addition_time_embed_dim if embedding else 1)
+    pooled = config.get("pooled_projection_dim") or config.get("in_text_dim2")
+    pooled = pooled or (embedding - 6 * config.addition_time_embed_dim if embedding else 1)
     return {
         "embeds": torch.empty(1, tokens, width, dtype=torch.bfloat16),
         "pooled": torch.empty(1, pooled, dtype=torch.bfloat16),

@@ -40,7 +40,7 @@ class ZImage(Family):
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     lora_layout = LAYOUT
     # The refiners see one modality alone: `noise_refiner` the picture's tokens, `context_refiner` the text's.
-    blocks = (Blocks("noise_refiner"), Blocks("context_refiner"), Blocks("layers", "tokens|text"))
+    blocks = (Blocks("noise_refiner"), Blocks("context_refiner", "text"), Blocks("layers", "tokens|text"))
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [L, D] and `mask` [L], all true: after padding in a batch the mask tells the true length."""
