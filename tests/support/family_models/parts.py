@@ -6,7 +6,16 @@ from typing import TypeVar
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTokenizer, Qwen2Tokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 Module = TypeVar("Module", bound=nn.Module)
 TEXT_TOKENS = 16
@@ -108,3 +117,27 @@ def chat_tokenizer() -> Qwen2Tokenizer:
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], extra_special_tokens=special[1:], model_max_length=512)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def vision_language_encoder(width: int, vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
+    """Qwen2.5-VL, of which text encoding uses the language model."""
+    text = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": width // 16,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 1,
+        "out_hidden_size": width,
+        "fullatt_block_indexes": [0],
+    }
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    return seeded(lambda: Qwen2_5_VLForConditionalGeneration(config))

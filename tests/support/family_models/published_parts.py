@@ -6,7 +6,13 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
-from transformers import CLIPTextConfig, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+)
 
 
 def without_memory(build: Callable[[], nn.Module]) -> nn.Module:
@@ -47,3 +53,19 @@ def published_kl(channels: int, **config: Any) -> nn.Module:
 
 def kl_16() -> nn.Module:
     return published_kl(16, use_quant_conv=False, use_post_quant_conv=False)
+
+
+def qwen25_vl_7b() -> nn.Module:
+    """Qwen2.5-VL-7B, vision tower and output layer included, as pipelines load it that encode text with it."""
+    text = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+    }
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    return Qwen2_5_VLForConditionalGeneration(config)
