@@ -92,7 +92,7 @@ def _draw(pipe: Any, family: Family, run_file: RunFile, prompt: ValidationPrompt
     output = pipe(**family.sampling_arguments(pipe, request), output_type="pil")
     if family.facts.modality == "video":
         return _animated(output.frames[0], family.facts.frame_rate or 16.0)
-    return _still(output.images[0])
+    return _still(output[0][0])  # the first field: most pipelines call it `images`, some `image`
 
 
 def _still(picture: Image.Image) -> bytes:
