@@ -1,7 +1,5 @@
 """Kandinsky 5.0 Video."""
 
-import re
-
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
@@ -11,7 +9,7 @@ from diffusers import (
 from transformers import CLIPTextModel
 
 from family_models.kinds import Published, Tiny
-from family_models.parts import chat_tokenizer, clip_config, clip_tokenizer, seeded, vision_language_encoder
+from family_models.parts import add_words, chat_tokenizer, clip_config, clip_tokenizer, seeded, vision_language_encoder
 from family_models.published_parts import CLIP_L, qwen25_vl_7b
 
 CHANNELS = 16
@@ -52,8 +50,7 @@ def tiny() -> Kandinsky5T2VPipeline:
             )
         ),
     )
-    # The template has more bytes than the pipeline keeps tokens, so its words are tokens here as well.
-    pipe.tokenizer.add_tokens(sorted(set(re.findall(r"\w{3,}", pipe.prompt_template.replace("{}", "")))))
+    add_words(pipe.tokenizer, pipe.prompt_template)
     return pipe
 
 

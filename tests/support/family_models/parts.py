@@ -1,5 +1,6 @@
 """Tiny parts that several families share: encoders, tokenizers, autoencoders of stock classes with random weights."""
 
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -141,3 +142,8 @@ def vision_language_encoder(width: int, vocabulary: int) -> Qwen2_5_VLForConditi
     }
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
     return seeded(lambda: Qwen2_5_VLForConditionalGeneration(config))
+
+
+def add_words(tokenizer: Qwen2Tokenizer, template: str) -> None:
+    """Makes tokens of the template's words: a template in bytes may be longer than what a pipeline keeps of it and the prompt."""
+    tokenizer.add_tokens(sorted(set(re.findall(r"[A-Za-z]{3,}", template))))
