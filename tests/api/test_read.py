@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from atelier_api.errors import ConfigError
+from atelier_api.families import NAMES
 from atelier_api.fields import tree, walk
 from atelier_api.read import PATTERNS, parse_run, problems, read_run
 from run_documents import document
@@ -188,7 +189,7 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_their_lines() -> None:
         .replace("steps: 10", "stepz: 10")
     )
     assert told(broken) == [
-        "run.yaml:6: spec.model.family is 'flu'; did you mean flux? allowed: sd3, flux, sdxl, z_image, wan",
+        f"run.yaml:6: spec.model.family is 'flu'; did you mean flux? allowed: {', '.join(NAMES)}",
         "run.yaml:9: spec.adapter.rank is 0; must be 1–1024",
         "run.yaml:10: spec.adapter.alpha is -1; must be more than 0 and at most 65536",
         "run.yaml:14: spec.hyperparameters.steps is missing; optimizer steps of the run",

@@ -115,7 +115,7 @@ def bytes_per_token(family: Family, flavour: Flavour, model: nn.Module) -> float
 def text_features(model: Any, tokens: int) -> dict[str, Tensor]:
     """Features of one caption of full length, without values; the mask is real, since lengths are read from it."""
     config = model.config
-    widths = ("joint_attention_dim", "cap_feat_dim", "text_dim", "cross_attention_dim")
+    widths = ("joint_attention_dim", "cap_feat_dim", "text_dim", "caption_channels", "cross_attention_dim")
     width = next(config[name] for name in widths if config.get(name))
     embedding = config.get("projection_class_embeddings_input_dim")
     pooled = config.get("pooled_projection_dim") or (embedding - 6 * config.addition_time_embed_dim if embedding else 1)
