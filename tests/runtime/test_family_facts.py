@@ -52,11 +52,11 @@ def width_of(config: Any) -> int:
 
 def mlp_widths_of(model: nn.Module) -> set[int]:
     """Inputs of the layers that feed-forwards and Flux's fused single blocks end with."""
-    ends = (".net.2", ".w2")
+    ends = (".net.2", ".w2", ".conv_point")
     return {
-        module.in_features
+        module.weight.shape[1]
         for name, module in model.named_modules()
-        if name.endswith(ends) and isinstance(module, nn.Linear)
+        if name.endswith(ends) and isinstance(module, nn.Linear | nn.Conv2d)
     }
 
 
