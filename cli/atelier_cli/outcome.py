@@ -6,7 +6,8 @@ from pathlib import Path
 
 from atelier_api.errors import RunError
 from atelier_api.exit_codes import ExitCode
-from atelier_api.model_files import base_arguments
+from atelier_api.families import FAMILIES
+from atelier_api.model_files import base_arguments, lora_loading
 from atelier_api.result import AgentResult
 from atelier_api.run_file import RunFile
 from atelier_cli import terminal
@@ -65,7 +66,7 @@ def loading(run_file: RunFile, exports: list[str]) -> Iterator[str]:
         folder, _, name = LORA_FILE.rpartition("/")
         yield "from diffusers import DiffusionPipeline"
         yield f"pipe = DiffusionPipeline.from_pretrained({base})"
-        yield f'pipe.load_lora_weights("{root}/{folder}", weight_name="{name}")'
+        yield from lora_loading(FAMILIES[run_file.spec.model.family], f"{root}/{folder}", name)
         return
     components = sorted(
         {key.split("/")[2] for key in exports if key.startswith("exports/diffusers/") and key.count("/") > 2}

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from atelier_api.families import FamilyFacts
 from atelier_api.v1alpha1.model import ModelSpec
 from atelier_api.v1alpha1.storage import S3Settings
 
@@ -80,6 +81,20 @@ def base_arguments(model: ModelSpec, folder: str) -> str:
         return f'"{folder}"'
     name, revision = hub_name(model)
     return f'"{name}"' + ("" if revision == "main" else f', revision="{revision}"')
+
+
+def lora_loading(facts: FamilyFacts, folder: str, name: str, options: str = "") -> list[str]:
+    """Lines of Python that put the LoRA file `name` of the diffusers layout on `pipe`, the family's stock pipeline."""
+    component = facts.lora_component
+    if component is None:
+        return [f'pipe.load_lora_weights("{folder}", weight_name="{name}"{options})']
+    return [
+        "# the pipeline has no loader for LoRA, so its denoiser is given diffusers' own",
+        "from diffusers.loaders.peft import PeftAdapterMixin",
+        f"denoiser = pipe.{component}",
+        'denoiser.__class__ = type("Denoiser", (type(denoiser), PeftAdapterMixin), {})',
+        f'denoiser.load_lora_adapter("{folder}", weight_name="{name}", prefix="{component}")',
+    ]
 
 
 def hub_snapshot(cache: Path, repository: str, revision: str) -> Path | None:

@@ -13,7 +13,8 @@ import yaml
 from PIL import Image
 
 from atelier_api.errors import RunError
-from atelier_api.model_files import base_arguments
+from atelier_api.families import FAMILIES
+from atelier_api.model_files import base_arguments, lora_loading
 from atelier_api.progress import ArtifactReport
 from atelier_api.run_file import RunFile
 from atelier_runtime.checkpoint.export import ExportedFile, Provenance, export_full, export_lora
@@ -148,7 +149,7 @@ def usage(run_file: RunFile, pipeline: str, exports: Sequence[PublishedFile]) ->
             if file.format == "diffusers":
                 folder, name = file.key.rsplit("/", 1)
                 second = ", load_into_transformer_2=True" if name.endswith("_low_noise.safetensors") else ""
-                lines.append(f'pipe.load_lora_weights("{folder}", weight_name="{name}"{second})')
+                lines += lora_loading(FAMILIES[run_file.spec.model.family], folder, name, second)
     else:
         for component in sorted({file.key.split("/")[2] for file in exports}):
             lines.append(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import diffusers
 import pytest
 from torch import nn
 
@@ -51,11 +52,11 @@ def width_of(config: Any) -> int:
 
 def mlp_widths_of(model: nn.Module) -> set[int]:
     """Inputs of the layers that feed-forwards and Flux's fused single blocks end with."""
-    ends = (".net.2", ".w2", ".feed_forward.out_layer")
+    ends = (".net.2", ".w2", ".feed_forward.out_layer", ".conv_point")
     return {
-        module.in_features
+        module.weight.shape[1]
         for name, module in model.named_modules()
-        if name.endswith(ends) and isinstance(module, nn.Linear)
+        if name.endswith(ends) and isinstance(module, nn.Linear | nn.Conv2d)
     }
 
 
@@ -106,6 +107,13 @@ def test_the_registry_and_the_table_name_the_same_families(facts: FamilyFacts) -
     assert family.facts is facts
     assert family.pipeline in facts.pipelines
     assert list(FAMILIES) == list(TABLE)
+
+
+@pytest.mark.parametrize("facts", TABLE.values(), ids=lambda facts: facts.name)
+def test_a_lora_goes_on_a_component_only_where_the_pipeline_has_no_loader(facts: FamilyFacts) -> None:
+    family = FAMILIES[facts.name]
+    loads = hasattr(getattr(diffusers, family.pipeline), "load_lora_weights")
+    assert facts.lora_component == (None if loads else family.denoisers[0])
 
 
 @pytest.mark.parametrize("facts", TABLE.values(), ids=lambda facts: facts.name)

@@ -1,6 +1,7 @@
 """What the conformance suite asks of every tiny pipeline: family, denoisers, real samples, and the stock pipeline's own steps."""
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,19 +126,30 @@ def record(pipe: Any, arguments: dict[str, Any]) -> Recording:
             recording.start = sample.clone()
         return step(output, t, sample, **kwargs)
 
+    def on_latents(latents: Tensor) -> None:
+        recording.after.append(latents.clone())
+
     # The pipelines look at the signatures to decide what to pass.
     spy_set.__wrapped__, spy_step.__wrapped__ = set_timesteps, step  # type: ignore[attr-defined]
 
-    def on_step_end(_: Any, number: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        recording.after.append(tensors["latents"].clone())
-        return {}
-
     scheduler.set_timesteps, scheduler.step = spy_set, spy_step
     try:
-        pipe(**arguments, output_type="latent", callback_on_step_end=on_step_end)
+        pipe(**arguments, output_type="latent", **step_callback(pipe, on_latents))
     finally:
         del scheduler.set_timesteps, scheduler.step
     return recording
+
+
+def step_callback(pipe: Any, on_latents: Callable[[Tensor], None]) -> dict[str, Any]:
+    """The argument that hands the latents over after every step: older pipelines know the deprecated one only."""
+
+    def on_step_end(_: Any, number: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        on_latents(tensors["latents"])
+        return {}
+
+    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        return {"callback_on_step_end": on_step_end}
+    return {"callback": lambda number, t, latents: on_latents(latents)}
 
 
 def sampling_arguments(case: Case, *, guided: bool) -> dict[str, Any]:

@@ -6,6 +6,9 @@ from atelier_api.families.facts import FamilyFacts, Flavour
 
 __all__ = ["FAMILIES", "NAMES", "FamilyFacts", "Flavour"]
 
-NAMES = ("sd3", "flux", "sdxl", "z_image", "wan", "ltx", "kandinsky5_video", "kandinsky5_image")
+NAMES = (
+    *("sd3", "flux", "sdxl", "z_image", "wan"),
+    *("pixart_sigma", "sana", "ltx", "kandinsky5_video", "kandinsky5_image"),
+)
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}

@@ -47,7 +47,8 @@ class FamilyFacts:
     `latent_factor` and `temporal_factor` are the autoencoder's, `patch` is the side of a token in latent pixels. `pipelines` are
     the `_class_name`s in `model_index.json` of checkpoints that the family can train. Above `guidance_above` the stock pipeline
     contrasts with the negative prompt. `backward_blocks` is how many average blocks' activations the backward pass holds with
-    recompute: one and its gradients, but more in a UNet, whose widest level is many times the average.
+    recompute: one and its gradients, but more in a UNet, whose widest level is many times the average. `lora_component` is the
+    component that takes a LoRA where the stock pipeline has no loader for one.
     """
 
     name: str
@@ -67,6 +68,7 @@ class FamilyFacts:
     pipelines: tuple[str, ...] = ()
     guidance_above: float = 1.0
     backward_blocks: int = 2
+    lora_component: str | None = None
 
     def latent_tokens(self, width: int, height: int, frames: int = 1) -> int:
         """Tokens of one sample of `width` x `height` pixels and `frames` frames."""

@@ -1,9 +1,7 @@
 """LoRA (arXiv:2106.09685), DoRA (arXiv:2402.09353) and rank-stabilised LoRA (arXiv:2312.03732), all by peft."""
 
-from typing import Any
-
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from atelier_api.v1alpha1.adapter import LoraAdapter
@@ -22,8 +20,8 @@ def install_lora(denoiser: nn.Module, adapter: LoraAdapter, family: Family, *, d
     the magnitude of DoRA at the norm of the weight. Raises ConfigError where a target matches nothing.
     """
     modules = resolve_targets(denoiser, adapter.targets, family)
-    mixin: Any = denoiser  # diffusers' PeftAdapterMixin
-    mixin.add_adapter(lora_config(adapter, matching_expression(modules)), adapter_name=ADAPTER_NAME)
+    # By peft itself, since not every class of diffusers has the method for it.
+    inject_adapter_in_model(lora_config(adapter, matching_expression(modules)), denoiser, adapter_name=ADAPTER_NAME)
     for name, parameter in denoiser.named_parameters():
         trained = f".{ADAPTER_NAME}." in f"{name}."
         parameter.requires_grad_(trained)

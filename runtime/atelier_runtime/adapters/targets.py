@@ -1,4 +1,4 @@
-"""Which linear layers an adapter goes on: `spec.adapter.targets` resolved against the real denoiser."""
+"""Which layers an adapter goes on: `spec.adapter.targets` resolved against the real denoiser."""
 
 import difflib
 import re
@@ -12,12 +12,12 @@ from atelier_runtime.module_names import count_by_pattern
 
 
 def resolve_targets(denoiser: nn.Module, targets: Sequence[str], family: Family) -> list[str]:
-    """Full names of the `nn.Linear` leaves that `targets` name, in the order of the model, without the family's dead modules.
+    """Full names of the linear layers that `targets` name, in the order of the model, without the family's dead modules.
 
     A target is a preset of the family or a regular expression over whole module names. Raises ConfigError where one of them
-    matches nothing: a typo beside a good target would otherwise go unseen.
+    matches nothing: a typo beside a good target would otherwise go unseen. A convolution with a kernel of one pixel is linear, too.
     """
-    names = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, module in denoiser.named_modules() if _is_linear(module)]
     dead = set(family.dead_modules(denoiser))
     wanted: set[str] = set()
     for target in targets:
@@ -26,6 +26,11 @@ def resolve_targets(denoiser: nn.Module, targets: Sequence[str], family: Family)
             raise _no_match(target, names, dead, family)
         wanted |= found
     return [name for name in names if name in wanted]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+    return pointwise or isinstance(module, nn.Linear)
 
 
 def _matches(target: str, names: Sequence[str], family: Family) -> set[str]:

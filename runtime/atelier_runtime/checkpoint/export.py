@@ -2,7 +2,7 @@
 
 Below the folder that is given:
 
-    diffusers/pytorch_lora_weights.safetensors   `pipe.load_lora_weights(folder / "diffusers")`
+    diffusers/pytorch_lora_weights.safetensors   `pipe.load_lora_weights(folder / "diffusers")`, or as the facts say
     kohya/<run>.safetensors                      ComfyUI, kohya's scripts; the family's module says whether diffusers reads it
     diffusers/<component>/                       full-rank: `Pipeline.from_pretrained(base, <component>=Model.from_pretrained(...))`
 
@@ -18,15 +18,15 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -199,7 +199,10 @@ def _reader_alpha(adapter: LoraAdapter) -> float:
 
 
 def _write_diffusers(path: Path, modules: Mapping[str, LoraWeights], family: Family, adapter: LoraAdapter) -> None:
-    """The file as the pipeline class writes it. Every component goes under the name of the first: that is what the loader reads."""
+    """The file as diffusers' pipelines write it, also for one that lacks the method.
+
+    Every component goes under the name of the first: that is what the loader reads.
+    """
     layers = {}
     for module, matrices in modules.items():
         layers[f"{module}.lora_A.weight"] = matrices.down
@@ -215,12 +218,7 @@ def _write_diffusers(path: Path, modules: Mapping[str, LoraWeights], family: Fam
         "use_dora": adapter.dora,
     }
     component = family.denoisers[0]
-    save: Callable[..., None] = getattr(diffusers, family.pipeline).save_lora_weights
-    save(
-        path.parent,
-        weight_name=path.name,
-        **{f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": config},
-    )
+    LoraBaseMixin._save_lora_weights(path.parent, {component: layers}, {component: config}, weight_name=path.name)
 
 
 def _complete(path: Path, layout: str, details: Mapping[str, str]) -> ExportedFile:

@@ -19,7 +19,8 @@ def denoiser(name: str) -> nn.Module:
 def test_every_suffix_of_every_preset_names_linear_layers(name: str, preset: str) -> None:
     model, family = denoiser(name), get_family(name)
     resolved = resolve_targets(model, [preset], family)
-    assert all(isinstance(model.get_submodule(module), nn.Linear) for module in resolved)
+    for module in map(model.get_submodule, resolved):
+        assert isinstance(module, nn.Linear) or (module.kernel_size, module.groups) == ((1, 1), 1)
     unused = [
         suffix for suffix in family.lora_targets[preset] if not any(module.endswith(suffix) for module in resolved)
     ]
@@ -80,3 +81,15 @@ def test_a_layer_whose_output_is_thrown_away_is_left_out_and_alone_refused() -> 
     assert dead not in resolve_targets(model, ["all"], family)
     with pytest.raises(ConfigError, match=f"it matches only {dead}"):
         resolve_targets(model, [dead.replace(".", r"\.")], family)
+
+
+def test_a_convolution_is_a_target_only_where_it_is_linear_in_each_pixel_alone() -> None:
+    layers = nn.ModuleDict(
+        {
+            "pointwise": nn.Conv2d(4, 8, 1),
+            "grouped": nn.Conv2d(4, 8, 1, groups=4),
+            "patches": nn.Conv2d(4, 8, 2, stride=2),
+            "depth_wise": nn.Conv2d(4, 4, 3, padding=1, groups=4),
+        }
+    )
+    assert resolve_targets(layers, [".*"], get_family("wan")) == ["pointwise"]
