@@ -144,6 +144,13 @@ def _family_rules() -> Iterator[CelRule]:
         field = f"self.validation.{side}"
         message = "must be a multiple of the family's pixels"
         yield CelRule(f"validation.{side}", f"!has({field}) || {field} % {multiple} == 0", message)
+    named = _literal([name for name, facts in FAMILIES.items() if facts.kohya])
+    yield CelRule(
+        "publish.formats",
+        f"self.adapter.type != 'lora' || self.model.family in {named} || "
+        "self.publish.formats.exists(format, format != 'kohya')",
+        "kohya has no names for the layers of this family; must hold diffusers",
+    )
     yield from _negative_prompt_rules()
     for name, facts in FAMILIES.items():
         if facts.frame_rule is None:

@@ -42,8 +42,13 @@ def broken(run: TrainingRun) -> list[Problem]:
 
 def notes(run: TrainingRun) -> list[str]:
     """What the run asks for and will not get, without being wrong: one sentence each."""
-    if isinstance(run.spec.adapter, FullAdapter) and "kohya" in run.spec.publish.formats:
-        return ["spec.publish.formats: kohya is left out; that layout is for LoRA, and spec.adapter.type is full"]
+    facts, left_out = FAMILIES.get(run.spec.model.family), "spec.publish.formats: kohya is left out; that layout"
+    if "kohya" not in run.spec.publish.formats:
+        return []
+    if isinstance(run.spec.adapter, FullAdapter):
+        return [f"{left_out} is for LoRA, and spec.adapter.type is full"]
+    if facts is not None and not facts.kohya:
+        return [f"{left_out} has no names for the layers of {facts.name}"]
     return []
 
 
@@ -271,6 +276,13 @@ def _negative_prompts(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Pro
             yield refused(path, prompt.negative, f"{needs}, which is {guidance:g}")
 
 
+def _kohya(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
+    formats = spec.publish.formats
+    if isinstance(spec.adapter, LoraAdapter) and not facts.kohya and set(formats) == {"kohya"}:
+        allowed = f"kohya has no names for the layers of {facts.name}; must hold diffusers"
+        yield refused("spec.publish.formats", formats, allowed)
+
+
 def _guidance_of(spec: TrainingRunSpec, facts: FamilyFacts) -> str:
     name = spec.model.flavour or facts.flavours[0].name
     return next((flavour.guidance for flavour in facts.flavours if flavour.name == name), "on")
@@ -286,4 +298,5 @@ FAMILY_RULES: tuple[Callable[[TrainingRunSpec, FamilyFacts], Iterator[Problem]],
     _frames,
     _validation_size,
     _negative_prompts,
+    _kohya,
 )

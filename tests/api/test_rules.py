@@ -110,6 +110,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"adapter": {"type": "full"}, "publish__formats": ["kohya"]},
         "spec.publish.formats is ['kohya']; kohya is for LoRA; with adapter type full it must hold diffusers",
     ),
+    "kohya alone of a family without it": (
+        {"model": {"family": "sana", "source": "m"}, "publish__formats": ["kohya"]},
+        "spec.publish.formats is ['kohya']; kohya has no names for the layers of sana; must hold diffusers",
+    ),
     "kohya of DoRA": (
         {"adapter": {"type": "lora", "dora": True}},
         "spec.publish.formats is ['diffusers', 'kohya']; readers of kohya drop or misread the magnitudes of spec.adapter.dora; "
@@ -240,6 +244,11 @@ def test_kohya_of_a_whole_model_is_noted_where_something_else_is_published() -> 
         "spec.publish.formats: kohya is left out; that layout is for LoRA, and spec.adapter.type is full"
     ]
     assert notes(TrainingRun.model_validate(document())) == []
+
+
+def test_kohya_of_a_family_without_it_is_noted_where_something_else_is_published() -> None:
+    run = TrainingRun.model_validate(document(model={"family": "sana", "source": "m"}))
+    assert notes(run) == ["spec.publish.formats: kohya is left out; that layout has no names for the layers of sana"]
 
 
 @pytest.mark.parametrize(

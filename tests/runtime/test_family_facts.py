@@ -107,6 +107,7 @@ def test_the_registry_and_the_table_name_the_same_families(facts: FamilyFacts) -
     assert family.facts is facts
     assert family.pipeline in facts.pipelines
     assert list(FAMILIES) == list(TABLE)
+    assert facts.kohya == (family.lora_layout is not None)
 
 
 @pytest.mark.parametrize("facts", TABLE.values(), ids=lambda facts: facts.name)

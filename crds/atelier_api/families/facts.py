@@ -48,7 +48,8 @@ class FamilyFacts:
     the `_class_name`s in `model_index.json` of checkpoints that the family can train. Above `guidance_above` the stock pipeline
     contrasts with the negative prompt. `backward_blocks` is how many average blocks' activations the backward pass holds with
     recompute: one and its gradients, but more in a UNet, whose widest level is many times the average. `lora_component` is the
-    component that takes a LoRA where the stock pipeline has no loader for one.
+    component that takes a LoRA where the stock pipeline has no loader for one. `kohya`: LoRA files of ComfyUI and kohya-ss have
+    names for its layers.
     """
 
     name: str
@@ -68,6 +69,7 @@ class FamilyFacts:
     pipelines: tuple[str, ...] = ()
     guidance_above: float = 1.0
     backward_blocks: int = 2
+    kohya: bool = True
     lora_component: str | None = None
 
     def latent_tokens(self, width: int, height: int, frames: int = 1) -> int:

@@ -38,4 +38,5 @@ FACTS = FamilyFacts(
         ),
     ),
     pipelines=("Kandinsky5T2IPipeline",),
+    kohya=False,
 )

@@ -60,4 +60,5 @@ FACTS = FamilyFacts(
     temporal_factor=4,
     frame_rate=24.0,
     pipelines=("Kandinsky5T2VPipeline",),
+    kohya=False,
 )

@@ -41,4 +41,5 @@ FACTS = FamilyFacts(
     ),
     pipelines=("PixArtSigmaPipeline",),
     lora_component="transformer",
+    kohya=False,
 )

@@ -58,4 +58,5 @@ FACTS = FamilyFacts(
         ),
     ),
     pipelines=("SanaPipeline",),
+    kohya=False,
 )

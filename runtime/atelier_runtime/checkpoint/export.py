@@ -73,7 +73,8 @@ class LoraWeights:
 def check_formats(run_file: RunFile, family: Family, modules: Iterable[str]) -> None:
     """Raise ConfigError where `spec.publish.formats` has a layout that cannot hold this LoRA. To be asked before training.
 
-    `modules` are the full names of the trained modules. `atelier_api.rules` has refused what the spec alone tells.
+    `kohya` beside `diffusers`, the default, means: where the family has such a layout. `modules` are the full names of the trained
+    modules. `atelier_api.rules` has refused what the spec alone tells.
     """
     adapter = run_file.spec.adapter
     if "kohya" not in run_file.spec.publish.formats or adapter.type != "lora":
@@ -81,7 +82,11 @@ def check_formats(run_file: RunFile, family: Family, modules: Iterable[str]) -> 
     if adapter.dora:
         raise ValueError("spec.publish.formats has 'kohya' with spec.adapter.dora, and was not refused")
     layout = family.lora_layout
-    unnamed = [module for module in modules if layout is None or layout.key(module) is None]
+    if layout is None:
+        if "diffusers" in run_file.spec.publish.formats:
+            return
+        raise ValueError(f"spec.publish.formats is [kohya], which {family.name} does not have, and was not refused")
+    unnamed = [module for module in modules if layout.key(module) is None]
     if unnamed:
         raise ConfigError(
             f"spec.publish.formats has 'kohya', which has no name for {len(unnamed)} trained modules, such as {unnamed[0]}; "

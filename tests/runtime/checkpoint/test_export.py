@@ -209,6 +209,15 @@ def test_dora_in_the_kohya_layout_is_a_bug_as_the_rules_refuse_it(tmp_path: Path
     check_formats(allowed, get_family("wan"), ["blocks.0.attn1.to_q"])
 
 
+def test_a_family_without_the_kohya_layout_has_the_other(tmp_path: Path) -> None:
+    result = make("pixart_sigma", tmp_path)
+    assert result.family.lora_layout is None
+    assert set(write(result, tmp_path / "out")) == {"diffusers/pytorch_lora_weights.safetensors"}
+    alone = run_file("pixart_sigma", tmp_path, LORA, publish={"formats": ["kohya"]})
+    with pytest.raises(ValueError, match=r"is \[kohya\], which pixart_sigma does not have, and was not refused"):
+        check_formats(alone, result.family, ["transformer_blocks.0.attn1.to_q"])
+
+
 def test_a_module_without_a_name_in_the_kohya_layout_is_refused(tmp_path: Path) -> None:
     file = run_file("wan", tmp_path, LORA)
     with pytest.raises(ConfigError, match="no name for 1 trained modules, such as proj_out"):
