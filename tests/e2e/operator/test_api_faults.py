@@ -60,10 +60,12 @@ def test_a_busy_server_is_asked_again_when_it_says(make: Make, relay: ApiProxy) 
     assert len(run.objects("jobsets")) == 1
 
 
-@pytest.mark.parametrize("code", [500, 503, 504])
-@pytest.mark.parametrize("what", [("POST", "jobsets"), ("POST", "configmaps"), ("PATCH", "status")], ids="-".join)
-def test_a_server_that_fails_is_asked_again(make: Make, relay: ApiProxy, code: int, what: tuple[str, str]) -> None:
-    asked = relay.faults.answer(*what, code, times=2)
+@pytest.mark.parametrize(
+    ("verb", "part", "code"),
+    [("POST", "jobsets", 500), ("POST", "configmaps", 503), ("PATCH", "status", 504)],
+)
+def test_a_server_that_fails_is_asked_again(make: Make, relay: ApiProxy, verb: str, part: str, code: int) -> None:
+    asked = relay.faults.answer(verb, part, code, times=2)
     run = make()
     end_well(run)
     run.wait("Succeeded")
