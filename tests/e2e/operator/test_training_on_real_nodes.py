@@ -174,7 +174,7 @@ def test_stop_and_resume_lose_no_step(make: Make, store: S3Server) -> None:
 def test_deleting_a_namespace_deletes_everything(make: Make, operator: OperatorProcess) -> None:
     """Nothing holds it up, and the operator does not go on trying there."""
     run = make(hyperparameters={"steps": 400})
-    training(run, 1)
+    until(lambda: len(run.pods()) == 2, "the pods", SECONDS)
     run.cluster.kubectl("delete", "namespace", run.namespace, f"--timeout={SECONDS:.0f}s")
     asked = tried(operator, run.namespace)
     time.sleep(5)
