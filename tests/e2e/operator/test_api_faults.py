@@ -147,6 +147,7 @@ def test_of_two_replicas_only_the_one_that_leads_writes(
         second.faults.cut()
         both_pods(make("cut-off"))
         assert len(said(operator, "leader")) == led + 1
+        until(lambda: said(stand_in, "no leader any more"), "the second to notice")
         assert said(stand_in, "no leader any more")[-1] < said(operator, "leader")[-1]
     finally:
         second.faults.reset()
