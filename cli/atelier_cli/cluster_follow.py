@@ -21,7 +21,8 @@ Object = dict[str, Any]
 
 
 def follow(api: ClusterApi, namespace: str, name: str, *, quiet: bool) -> int:
-    """Show the run until it ends, is stopped, or waits for the user to change it; the exit code. Ctrl-C only stops looking."""
+    """Show a run that was submitted until it ends, is stopped, or waits for the user to change it; the exit code. Ctrl-C only stops
+    looking. Raises NotThere when it is deleted meanwhile."""
     with display_for(quiet=quiet) as display:
         run = _Follower(api, display).last(namespace, name)
     return _ended(run, quiet=quiet)
@@ -37,18 +38,18 @@ class _Follower:
 
     def last(self, namespace: str, name: str) -> Object:
         """The run as it is when there is nothing more to wait for."""
-        failures, seen = 0, False
+        failures = 0
         while True:
             try:
                 run = self._api.run(namespace, name)
-                failures, seen = 0, True
+                failures = 0
                 self._tell(run)
                 if decided(run):
                     return run
             except KindMissing:
                 raise
-            except NotThere as error:
-                raise NotThere(f"run {name} has been deleted by somebody") if seen else error from None
+            except NotThere:
+                raise NotThere(f"run {name} has been deleted by somebody") from None
             except ClusterUnreachable as error:
                 failures += 1
                 if failures == MOST_FAILURES:

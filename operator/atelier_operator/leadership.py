@@ -1,7 +1,8 @@
 """One writer at a time: a Lease that one replica holds. The others watch, with all they need in memory.
 
 The Lease lasts 15 s and is renewed every 2 s. A leader that could not renew for 10 s stops writing, before anybody else may take
-over; its clock is the monotonic one, so a process that was frozen knows it when it wakes.
+over; its clock is the monotonic one, so a process that was frozen knows it when it wakes. A request that hangs is given up after
+5 s, so that a leader tries twice at least and knows in time that it has lost the Lease.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 LEASE_SECONDS = 15
 RENEW_DEADLINE_SECONDS = 10.0
 RENEW_SECONDS = 2.0
+ATTEMPT_SECONDS = 5.0
 
 LABELS = {"app.kubernetes.io/name": "atelier", "app.kubernetes.io/component": "operator"}
 """By which `atelier install-check` finds the Lease, whatever the release is called."""
@@ -36,25 +38,29 @@ class Leadership:
 
     def holds(self) -> bool:
         """Whether this replica is the leader, by a renewal that is young enough."""
-        return self._monotonic() - self._renewed_at < RENEW_DEADLINE_SECONDS
+        return self._left() > 0
 
     async def follow(self, gained: Callable[[], None], lost: Callable[[], None]) -> None:
         """Try for the Lease for ever; tells when it is gained and lost."""
         leading = False
         while True:
-            await self.attempt()
+            await self.attempt(min(ATTEMPT_SECONDS, self._left()) if leading else ATTEMPT_SECONDS)
             if self.holds() != leading:
                 leading = not leading
                 log.info("leader" if leading else "no leader any more", extra={"identity": self._settings.identity})
                 (gained if leading else lost)()
-            await asyncio.sleep(RENEW_SECONDS)
+            await asyncio.sleep(min(RENEW_SECONDS, self._left()) if leading else RENEW_SECONDS)
 
-    async def attempt(self) -> None:
-        """Renew the Lease, or take it when it is free."""
+    async def attempt(self, seconds: float = ATTEMPT_SECONDS) -> None:
+        """Renew the Lease, or take it when it is free, in so many seconds or not at all."""
         started = self._monotonic()
         try:
-            if await self._take(datetime.now(UTC)):
+            async with asyncio.timeout(seconds):
+                taken = await self._take(datetime.now(UTC))
+            if taken:
                 self._renewed_at = started
+        except TimeoutError:
+            log.warning("the Lease cannot be renewed", extra={"error": f"no answer in {seconds:.1f} s"})
         except ApiError as error:
             if error.code != 409:  # 409: another replica was faster
                 log.warning("the Lease cannot be renewed", extra={"error": str(error)})
@@ -68,6 +74,10 @@ class Leadership:
         if lease is not None and (lease.get("spec") or {}).get("holderIdentity") == self._settings.identity:
             lease["spec"] |= {"holderIdentity": "", "leaseDurationSeconds": 1}
             await self._cluster.replace(lease)
+
+    def _left(self) -> float:
+        """For how many seconds this replica may write without another renewal; none or fewer: it may not."""
+        return self._renewed_at + RENEW_DEADLINE_SECONDS - self._monotonic()
 
     async def _take(self, now: datetime) -> bool:
         namespace, name = self._settings.lease_namespace, self._settings.lease_name

@@ -39,8 +39,8 @@ from atelier_operator.work_queue import WorkQueue
 log = logging.getLogger(__name__)
 
 DISCOVERY_SECONDS = 30.0
-COMPARE_SHARE = 0.01
-"""Of the time that may go into looking for what has gone unnoticed: every look in a small cluster, minutes apart in a large one."""
+COMPARED_A_SECOND = 30
+"""Objects listed to find what has gone unnoticed, on the average: every look in a small cluster, minutes apart in a large one."""
 SETTLE_SECONDS = 0.5
 """Changes of children and pods come in bursts: they are looked at together, so that what lasts for a moment is not written.
 A run that somebody has changed is looked at at once."""
@@ -153,8 +153,7 @@ class Operator:
             try:
                 await self._discover()
                 if began > compare_at:
-                    await self._compare()
-                    compare_at = began + (time.monotonic() - began) / COMPARE_SHARE
+                    compare_at = began + await self._compare() / COMPARED_A_SECOND
             except ApiError as error:
                 log.warning("the cluster cannot be listed", extra={"error": str(error)})
             self._count()
@@ -174,17 +173,21 @@ class Operator:
         for key in self.inventory.runs():
             self.queue.wake(key)
 
-    async def _compare(self) -> None:
-        """Forget what is gone. A watch that begins anew, after 410 Gone, tells what is there and not what went meanwhile."""
+    async def _compare(self) -> int:
+        """Forget what is gone. A watch that begins anew, after 410 Gone, tells what is there and not what went meanwhile. Gives the
+        number of objects that are there."""
+        count = 0
         for kind, selector in served_kinds(self._settings, self._reconciler.apis).items():
             for namespace in watched_namespaces(self._settings, kind):
                 known = self.inventory.names(kind, namespace)
                 there = await self._cluster.list(kind, namespace, selector)
+                count += len(there)
                 for run in self.inventory.keep(kind, known, there):
                     log.info("gone unnoticed", extra={"kind": kind, "run": run[1], "namespace": run[0]})
                     if kind == "TrainingRun":
                         self.queue.forget(run)
                     self.queue.wake(run)
+        return count
 
     def _count(self) -> None:
         found = (self.inventory.run(key) or {} for key in self.inventory.runs())

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from atelier_operator import leadership
 from atelier_operator.cluster import ApiError, Cluster
 from atelier_operator.leadership import Leadership
 from atelier_operator.settings import Settings
@@ -20,11 +21,13 @@ class OneLease:
     def __init__(self) -> None:
         self.lease: Object | None = None
         self.version = 0
-        self.down = False
+        self.down = self.hangs = False
         self.writes: list[str] = []
 
     async def get(self, kind: str, namespace: str, name: str) -> Object | None:
         self._check()
+        if self.hangs:
+            await asyncio.Event().wait()
         assert (kind, namespace, name) == ("Lease", "system", "atelier-operator")
         await asyncio.sleep(0)
         return copy.deepcopy(self.lease)
@@ -261,3 +264,23 @@ def _at_once(cluster: OneLease) -> Callable[..., Awaitable[Object | None]]:
         return copy.deepcopy(cluster.lease)
 
     return get
+
+
+def test_a_leader_whose_requests_hang_is_told_that_it_has_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("RENEW_DEADLINE", 0.5), ("RENEW", 0.01), ("ATTEMPT", 0.1)):
+        monkeypatch.setattr(leadership, f"{name}_SECONDS", seconds)
+
+    async def story() -> None:
+        lease, gained, lost = OneLease(), asyncio.Event(), asyncio.Event()
+        replica = Leadership(cast(Cluster, lease), Settings(lease_namespace="system", identity="a"))
+        following = asyncio.create_task(replica.follow(gained.set, lost.set))
+        await asyncio.wait_for(gained.wait(), 60)
+        lease.hangs = True
+        await asyncio.wait_for(lost.wait(), 60)
+        assert not replica.holds()
+        lease.hangs = False
+        gained.clear()
+        await asyncio.wait_for(gained.wait(), 60)
+        following.cancel()
+
+    asyncio.run(story())

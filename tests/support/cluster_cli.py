@@ -18,7 +18,7 @@ from atelier_api.exit_codes import ExitCode
 from cluster.local import Cluster
 from cluster_documents import run_document
 from fake_pods import end, end_well
-from operator_process import ClusterRun, OperatorProcess
+from operator_process import ClusterRun, OperatorProcess, forget_namespace
 
 Object = dict[str, Any]
 Ended = subprocess.CompletedProcess[str]
@@ -79,4 +79,4 @@ def place(operator: OperatorProcess, request: pytest.FixtureRequest, tmp_path: P
     namespace = f"c{abs(hash(request.node.nodeid)) % 10**8}"
     operator.cluster.make_namespace(namespace)
     yield Place(operator.cluster, namespace, tmp_path)
-    operator.cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+    forget_namespace(operator.cluster, namespace)

@@ -16,7 +16,7 @@ from cluster.api import place
 from cluster.local import Cluster
 from cluster_documents import queues, resource_quota, run_document
 from cluster_fixtures import FAKE_GPUS, FAKE_NODES
-from operator_process import ClusterRun, OperatorProcess, checked, until
+from operator_process import ClusterRun, OperatorProcess, checked, forget_namespace, until
 
 Make = Callable[..., ClusterRun]
 
@@ -117,7 +117,7 @@ def make(operator: OperatorProcess, request: pytest.FixtureRequest) -> Iterator[
         return ClusterRun(cluster, namespace, name)
 
     yield run
-    cluster.kubectl("delete", "namespace", namespace, "--ignore-not-found", "--wait=false")
+    forget_namespace(cluster, namespace)
 
 
 @pytest.fixture(scope="module")

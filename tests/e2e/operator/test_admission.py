@@ -15,7 +15,7 @@ import yaml
 from cluster import programs
 from cluster.local import Cluster
 from cluster_documents import PROFILE, run_document
-from operator_process import ClusterRun, OperatorProcess, free_port, install_crds, until
+from operator_process import ClusterRun, OperatorProcess, forget_namespace, free_port, install_crds, until
 from reviews import review
 from runs import merged
 from tls import served_certificate
@@ -60,7 +60,7 @@ def namespace(operator: OperatorProcess, webhook: BesideWebhook, request: pytest
     webhook.register()
     until(lambda: refuses(operator.cluster, name), "the webhook to be called")
     yield name
-    operator.cluster.kubectl("delete", "namespace", name, "--wait=false")
+    forget_namespace(operator.cluster, name)
 
 
 def kubectl(cluster: Cluster, *arguments: str, documents: Object | list[Object] | None = None) -> Ended:

@@ -4,14 +4,13 @@ The pods' ends are told as a kubelet would tell them. The operator has the right
 when one of its calls was denied.
 """
 
-import time
 from typing import Any
 
 import pytest
 
 from atelier_api.exit_codes import MEANINGS, ExitCode
 from atelier_operator.names import rendezvous
-from chart_release import ACCOUNT, USER, Rights
+from chart_release import ACCOUNT, Rights
 from cluster.api import place
 from cluster_kinds import Engines, Make, as_the_chart_allows, needs, on_every_kind
 from fake_pods import both_pods, end, end_well, result
@@ -134,24 +133,6 @@ def test_deleting_a_run_deletes_everything(make: Make) -> None:
     both_pods(run)
     run.delete()
     until(lambda: run.objects() == [], "everything to go")
-
-
-def test_deleting_a_namespace_deletes_everything(make: Make, operator: OperatorProcess) -> None:
-    """Nothing holds it up, and the operator does not go on trying there."""
-    run = make()
-    both_pods(run)
-    run.cluster.kubectl("delete", "namespace", run.namespace, "--timeout=60s")
-    asked = len(tried(operator, run.namespace))
-    time.sleep(5)
-    assert len(tried(operator, run.namespace)) == asked
-
-
-def tried(operator: OperatorProcess, namespace: str) -> list[str]:
-    """The operator's writes below a namespace, those that were refused among them."""
-    found = (each for each in operator.cluster.audit() if each["user"]["username"] == USER)
-    return [
-        each["verb"] for each in found if f"/namespaces/{namespace}/" in each["requestURI"] and each["verb"] != "get"
-    ]
 
 
 def test_a_run_that_was_ended_is_deleted_when_its_time_is_over(make: Make) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from cluster_documents import PROFILE, run_document
 from cluster_kinds import as_the_chart_allows
-from operator_process import ClusterRun, OperatorProcess, until
+from operator_process import ClusterRun, OperatorProcess, forget_namespace, until
 
 pytest_plugins = ("cluster_fixtures", "cluster_kinds")
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400), as_the_chart_allows]
@@ -68,5 +68,5 @@ def test_a_run_on_a_node_that_dies_goes_on_elsewhere(operator: OperatorProcess) 
     assert [each["metadata"]["name"] for each in run.objects("jobsets")] == ["run-2"]
     events = cluster.kubectl("get", "events", "-n", NAMESPACE, "--field-selector", "reason=NodeLost", "-o", "name")
     assert len(events.split()) >= 1
-    cluster.kubectl("delete", "namespace", NAMESPACE, "--wait=false")
+    forget_namespace(cluster, NAMESPACE)
     cluster.kubectl("delete", "node", NODE)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from atelier_operator.names import FIELD_MANAGER
 from cluster.local import Cluster
 from cluster_documents import queues
 from cluster_training import (
@@ -54,7 +55,7 @@ def make(operator: OperatorProcess, store: S3Server, base: Path, request: pytest
     cluster = operator.cluster
     namespace = f"t{abs(hash(request.node.nodeid)) % 10**8}"
     yield Place.make(cluster, namespace, store, base).run
-    cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+    cluster.kubectl("delete", "namespace", namespace, "--ignore-not-found", "--wait=false")
 
 
 def test_a_run_trains_on_two_nodes_and_leaves_a_lora_that_stock_diffusers_loads(
@@ -168,6 +169,22 @@ def test_stop_and_resume_lose_no_step(make: Make, store: S3Server) -> None:
     time.sleep(1)
     run.patch({"schedule": {"suspend": False}})
     assert training(run, left_at)["attempt"] == 2
+
+
+def test_deleting_a_namespace_deletes_everything(make: Make, operator: OperatorProcess) -> None:
+    """Nothing holds it up, and the operator does not go on trying there."""
+    run = make(hyperparameters={"steps": 400})
+    until(lambda: len(run.pods()) == 2, "the pods", SECONDS)
+    run.cluster.kubectl("delete", "namespace", run.namespace, f"--timeout={SECONDS:.0f}s")
+    asked = tried(operator, run.namespace)
+    time.sleep(5)
+    assert tried(operator, run.namespace) == asked
+
+
+def tried(operator: OperatorProcess, namespace: str) -> int:
+    """The operator's writes below a namespace, those that were refused among them."""
+    found = (each for each in operator.cluster.audit() if each.get("userAgent") == FIELD_MANAGER)
+    return sum(f"/namespaces/{namespace}/" in each["requestURI"] and each["verb"] != "get" for each in found)
 
 
 def test_a_drained_node_gives_its_part_of_the_gang_away(make: Make, store: S3Server) -> None:
