@@ -6,6 +6,7 @@ target is a regular expression, and that `a/` and `a` are one folder.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -125,10 +126,9 @@ def _location_rules() -> Iterator[CelRule]:
 
 def _family_rules() -> Iterator[CelRule]:
     multiple = _by_family({name: facts.pixel_multiple for name, facts in FAMILIES.items()})
-    flavours = _by_family({name: [flavour.name for flavour in facts.flavours] for name, facts in FAMILIES.items()})
-    yield CelRule(
-        "model.flavour", f"!has(self.model.flavour) || self.model.flavour in {flavours}", "no flavour of this family"
-    )
+    flavours = _literal({name: [flavour.name for flavour in facts.flavours] for name, facts in FAMILIES.items()})
+    known = f"self.model.flavour in {flavours}[self.model.family]"
+    yield CelRule("model.flavour", f"!has(self.model.flavour) || {known}", "no flavour of this family")
     yield CelRule(
         "data.bucketAlign",
         f"!has(self.data.bucketAlign) || self.data.bucketAlign % {multiple} == 0",
@@ -208,8 +208,14 @@ def _is_default(option: str) -> str:
     return f"{field} == {_literal(node.default)}"
 
 
-def _by_family(values: dict[str, Any]) -> str:
-    return f"{_literal(values)}[self.model.family]"
+def _by_family(values: dict[str, float]) -> str:
+    """The number of the run's family. Few numbers are told apart by names: a map of all families would be built at each use."""
+    common, *others = (value for value, _ in Counter(values.values()).most_common())
+    cases = [
+        f"self.model.family in {_literal([name for name, each in values.items() if each == value])} ? {_literal(value)} : "
+        for value in others
+    ]
+    return f"({''.join(cases)}{_literal(common)})" if cases else _literal(common)
 
 
 def _folder_or_s3(field: str) -> str:
