@@ -11,6 +11,7 @@ NAMES = (
     *("pixart_sigma", "sana", "ltx", "kandinsky5_video", "kandinsky5_image"),
     "qwen_image",
     "longcat_image",
+    "hidream",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}
