@@ -5,6 +5,7 @@ train, and a pipeline around denoisers that are already in memory to sample.
 """
 
 import errno
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -85,16 +86,29 @@ def _load_around(
     denoisers: Mapping[str, nn.Module], family: Family, folder: str | Path, *, dtype: torch.dtype, device: torch.device
 ) -> Any:
     config = _checked_config(family, folder)
-    given: dict[str, nn.Module | None] = dict.fromkeys(family.denoisers)
+    given: dict[str, nn.Module | None] = dict.fromkeys((*family.denoisers, *family.left_out))
     # diffusers wants to be told of what the checkpoint goes without, although the index says so.
     given |= {name: None for name, entry in config.items() if entry == [None, None]}
     given |= denoisers
+    _check_whole(_pipeline_class(family), {*config, *given}, folder)
     with _whole(folder):
         pipe = _pipeline_class(family).from_pretrained(str(folder), dtype=dtype, local_files_only=True, **given)
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module) and name not in denoisers:
             _placed(component, name, folder, device)
     return pipe
+
+
+def _check_whole(pipeline: Any, known: set[str], folder: str | Path) -> None:
+    """Raises ConfigError where the index lacks a component: some publishers leave encoders to be fetched from elsewhere."""
+    parameters = list(inspect.signature(pipeline.__init__).parameters.values())[1:]
+    needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    lacking = [name for name in needed if name not in {*known, *pipeline._optional_components}]
+    if lacking:
+        raise ConfigError(
+            f"the checkpoint in {folder} has no {', '.join(lacking)}, which {pipeline.__name__} needs; save a whole pipeline with "
+            "save_pretrained, and set spec.model.source to it"
+        )
 
 
 def _placed(module: nn.Module, name: str, folder: str | Path, device: torch.device) -> nn.Module:

@@ -97,6 +97,8 @@ class Family(ABC):
     """Class in diffusers that samples the result."""
     denoisers: ClassVar[tuple[str, ...]] = ("transformer",)
     """Pipeline components that are trained; a checkpoint may lack all but the first."""
+    left_out: ClassVar[tuple[str, ...]] = ()
+    """Pipeline components that neither training nor sampling uses: they are not loaded."""
     lora_targets: ClassVar[Mapping[str, tuple[str, ...]]]
     """Preset (`attention`, `mlp`, `all`) to suffixes of module names. A suffix follows a dot, so it never names a top-level layer."""
     lora_layout: ClassVar[LoraLayout | None] = None
@@ -113,7 +115,10 @@ class Family(ABC):
         return FAMILIES[self.name]
 
     def dead_modules(self, denoiser: nn.Module) -> tuple[str, ...]:
-        """Full names of linear layers whose output is thrown away, so that they are never targets. Asked before adapters are on."""
+        """Full names of linear layers whose output is thrown away: never targets, and frozen in full-rank training.
+
+        Asked before adapters are on.
+        """
         return ()
 
     @abstractmethod

@@ -160,6 +160,18 @@ def test_files_that_are_not_whole_are_the_users_to_mend(
         load(torch.float32, CPU)
 
 
+def test_components_that_the_publisher_left_to_be_fetched_elsewhere_are_named(folder: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(folder, tmp_path / "base"))
+    index = own / "model_index.json"
+    config = json.loads(index.read_text())
+    del config["text_encoder_2"], config["tokenizer_2"]
+    index.write_text(json.dumps(config))
+    with pytest.raises(
+        ConfigError, match=r"has no text_encoder_2, tokenizer_2, which StableDiffusion3Pipeline needs; save"
+    ):
+        components.load_encoders(get_family("sd3"), own, torch.float32, CPU)
+
+
 @pytest.mark.parametrize("part", ["transformer", "vae"])
 def test_weights_that_are_missing_are_named(part: str, folder: Path, tmp_path: Path) -> None:
     own = Path(shutil.copytree(folder, tmp_path / "base"))

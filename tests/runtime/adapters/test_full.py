@@ -52,3 +52,12 @@ def test_weights_keep_the_dtype_they_were_loaded_in() -> None:
     model = family_case("wan").denoiser().to(torch.bfloat16)
     install(model, FullAdapter(type="full"), family_case("wan").family, dtype=torch.float32)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_layers_whose_output_is_thrown_away_do_not_train() -> None:
+    case = family_case("sd3")
+    model = case.denoiser()
+    dead = case.family.dead_modules(model)
+    install(model, FullAdapter(type="full"), case.family)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {f"{name}.{part}" for name in dead for part in ("weight", "bias")} != set()

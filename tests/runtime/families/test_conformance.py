@@ -55,12 +55,14 @@ def test_the_pipeline_decodes_our_latents_to_what_the_autoencoder_makes_of_its_o
     case: Case, deviation: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe, pixels = case.pipe, case.pixels(1)
-    mean, std = own_latents(pipe.vae, pixels)
+    mean, std = own_latents(pipe.vae, pixels.unsqueeze(2) if case.tiny.clips else pixels)
     latents = case.family.encode_pixels(pipe, pixels)
     if deviation and latents.std is None:
         pytest.skip("the pipeline takes the posterior's mode, there is no deviation to train on")
     ours = latents.mean if latents.std is None else latents.mean + deviation * latents.std
     expected = pipe.vae.decode(mean + deviation * std).sample
+    if case.tiny.clips:
+        expected = expected.squeeze(2)
     packed = case.tiny.from_grid(pipe, ours)
 
     # A scheduler that gives our latents for the result of the step runs exactly the tail of the pipeline on them.
@@ -139,9 +141,8 @@ def test_full_rank_reaches_every_parameter_but_the_frozen_ones(fresh: Case) -> N
         (prediction - target).square().mean().backward()
         for name, parameter in denoiser.named_parameters():
             frozen = any(re.fullmatch(expression, name) for expression in fresh.family.frozen_parameters)
-            assert (parameter.grad is None) == frozen, name
-            if parameter.grad is not None and parameter.ndim > 1:
-                assert bool(parameter.grad.any()) == (not name.startswith(dead)), name
+            assert (parameter.grad is None) == (frozen or name.startswith(dead)), name
+            assert parameter.grad is None or parameter.ndim == 1 or parameter.grad.any(), name
 
 
 def test_dead_modules_exist_and_their_output_is_thrown_away(fresh: Case) -> None:
