@@ -113,7 +113,10 @@ class Family(ABC):
         return FAMILIES[self.name]
 
     def dead_modules(self, denoiser: nn.Module) -> tuple[str, ...]:
-        """Full names of linear layers whose output is thrown away, so that they are never targets. Asked before adapters are on."""
+        """Full names of linear layers whose output is thrown away: never targets, and frozen in full-rank training.
+
+        Asked before adapters are on.
+        """
         return ()
 
     @abstractmethod

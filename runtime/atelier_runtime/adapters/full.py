@@ -12,11 +12,14 @@ from atelier_runtime.family import Family
 def install_full(denoiser: nn.Module, family: Family) -> AdapterReport:
     """Let every parameter train but those that no gradient reaches. Weights keep the dtype they were loaded in.
 
-    Parameters without a gradient would make DistributedDataParallel fail in its second step.
+    Parameters without a gradient would make DistributedDataParallel fail in its second step; those of layers whose output is thrown
+    away would take memory in the optimizer, and only decay.
     """
     modules: dict[str, int] = {}
+    dead = tuple(f"{name}." for name in family.dead_modules(denoiser))
     for name, parameter in denoiser.named_parameters():
-        trained = not any(re.fullmatch(expression, name) for expression in family.frozen_parameters)
+        frozen = any(re.fullmatch(expression, name) for expression in family.frozen_parameters)
+        trained = not frozen and not name.startswith(dead)
         parameter.requires_grad_(trained)
         if trained:
             child = name.split(".")[0]
