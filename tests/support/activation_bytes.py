@@ -1,7 +1,7 @@
 """What a training step keeps for its backward pass, measured at full size without a device: on the meta device nothing is allocated.
 
 Two things are imitated, since they happen on a GPU only: autocast to bf16 with CUDA's lists of operations, and flash attention, which
-keeps queries, keys, values, output and one fp32 number per query.
+keeps queries, keys, values, output and one fp32 number per query; the kernels that take a mask keep it too, as an addend in bf16.
 """
 
 from collections.abc import Callable
@@ -46,28 +46,42 @@ class FlashAttention(torch.autograd.Function):
     """Saves what the fused kernels save; computes nothing."""
 
     @staticmethod
-    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, addend: Tensor | None) -> Tensor:
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         log_sum = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        context.save_for_backward(query, key, value, output, log_sum)
+        context.save_for_backward(query, key, value, output, log_sum, addend)
         return output
 
 
 class CudaAutocast(TorchFunctionMode):
-    """CUDA's autocast to bf16, for tensors of any device."""
+    """CUDA's autocast to bf16, for tensors of any device.
+
+    Masks of captions come with values, since lengths are read from them, and lose them where they meet tensors without.
+    """
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if function is torch.all:
+            # Asked whether a picture is missing that the caller left empty: there is no value to look at.
+            return torch.ones((), dtype=torch.bool, device="cpu")
+        if function is not Tensor.__getitem__ and (function is F.pad or any(is_valueless(each) for each in args)):
+            args = tuple(each.to("meta") if isinstance(each, Tensor) and each.ndim else each for each in args)
         if function is F.scaled_dot_product_attention:
-            query, key, value = (cast(tensor, torch.bfloat16) for tensor in (*args, *kwargs.values())[:3])
-            return FlashAttention.apply(query, key, value)
+            inputs = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+            query, key, value = (cast(inputs[name], torch.bfloat16) for name in ("query", "key", "value"))
+            mask = inputs.get("attn_mask")
+            return FlashAttention.apply(query, key, value, None if mask is None else mask.to(torch.bfloat16))
         dtype = torch.bfloat16 if function in IN_BF16 else torch.float32 if function in IN_FP32 else None
         if dtype is not None:
             args = tuple(cast(argument, dtype) for argument in args)
             kwargs = {key: cast(argument, dtype) for key, argument in kwargs.items()}
         return function(*args, **kwargs)
+
+
+def is_valueless(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.is_meta
 
 
 def cast(argument: Any, dtype: torch.dtype) -> Any:
@@ -116,7 +130,10 @@ def bytes_per_token(
 
 
 def text_features(model: Any, tokens: int) -> dict[str, Tensor]:
-    """Features of one caption of full length, without values; the mask is real, since lengths are read from it."""
+    """Features of one caption of full length, without values; masks are real, since lengths are read from them.
+
+    A second encoder's tokens join those of the first, so the first may as well have them all.
+    """
     config = model.config
     # A caption's own width comes first where a projection leads from it to that of the cross-attention.
     widths = (
@@ -124,6 +141,7 @@ def text_features(model: Any, tokens: int) -> dict[str, Tensor]:
         "cap_feat_dim",
         "text_dim",
         "in_text_dim",
+        "text_embed_dim",
         "caption_channels",
         "cross_attention_dim",
     )
@@ -135,4 +153,6 @@ def text_features(model: Any, tokens: int) -> dict[str, Tensor]:
         "embeds": torch.empty(1, tokens, width, dtype=torch.bfloat16),
         "pooled": torch.empty(1, pooled, dtype=torch.bfloat16),
         "mask": torch.ones(1, tokens, dtype=torch.bool, device="cpu"),
+        "embeds_2": torch.empty(1, 0, config.get("text_embed_2_dim", 1), dtype=torch.bfloat16),
+        "mask_2": torch.ones(1, 0, dtype=torch.bool, device="cpu"),
     }

@@ -17,7 +17,8 @@ from family_models import FAMILY_OF, TINY, tiny_pipeline
 from family_models.kinds import Tiny
 
 GUIDANCE = 3.0
-PROMPTS = ("a fox", "a lighthouse in the fog at dawn")
+PROMPTS = ("a fox", 'a lighthouse in the fog at dawn with the sign "keep off"')
+"""Of unequal length, and one with words to be drawn, for which some families have an encoder of their own."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def record(pipe: Any, arguments: dict[str, Any]) -> Recording:
             on_latents(result[0])
         return result
 
+    callback = step_callback(pipe, on_latents)
     # The pipelines look at the signatures to decide what to pass.
     spy_set.__wrapped__, spy_step.__wrapped__ = set_timesteps, step  # type: ignore[attr-defined]
 

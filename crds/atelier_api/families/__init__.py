@@ -12,6 +12,7 @@ NAMES = (
     "qwen_image",
     "longcat_image",
     "hidream",
+    "hunyuan_video15",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}

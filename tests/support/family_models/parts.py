@@ -120,13 +120,13 @@ def chat_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def vision_language_encoder(width: int, vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
+def vision_language_encoder(width: int, vocabulary: int, layers: int = 2) -> Qwen2_5_VLForConditionalGeneration:
     """Qwen2.5-VL, of which text encoding uses the language model."""
     text = {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": 2 * width,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": width // 16,
         "num_key_value_heads": 1,
         "max_position_embeddings": 2048,
