@@ -163,6 +163,8 @@ def sampling_arguments(case: Case, *, guided: bool) -> dict[str, Any]:
 
 def guide(case: Case, positive: Tensor, negative: Tensor) -> Tensor:
     """The pipeline's classifier-free guidance of 3."""
+    if case.tiny.combine is not None:
+        return case.tiny.combine(positive, negative, GUIDANCE)
     base = positive if case.tiny.counts_from == "positive" else negative
     return base + GUIDANCE * (positive - negative)
 

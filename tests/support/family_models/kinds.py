@@ -10,6 +10,8 @@ from family_models.scene import FRAMES, HEIGHT, WIDTH
 
 Grid = Callable[[Any, Tensor], Tensor]
 """(pipeline, latents) to latents."""
+Combine = Callable[[Tensor, Tensor, float], Tensor]
+"""(positive prediction, negative, guidance) to the guided one."""
 
 
 def as_they_are(_: Any, latents: Tensor) -> Tensor:
@@ -22,7 +24,8 @@ class Tiny:
 
     `to_grid` and `from_grid` lead from its own layout of latents to ours and back. `guidance_off` is the `guidance_scale` without
     classifier-free guidance, `guided` are arguments that switch real guidance of 3 on where that is not `guidance_scale`.
-    `counts_from` is the prediction to which the pipeline adds the difference. `embedded` is the guidance that the denoiser is told.
+    `counts_from` is the prediction to which the pipeline adds the difference. `combine` is its guidance where it adds something else.
+    `embedded` is the guidance that the denoiser is told.
     `width`, `height` and `frames` are those of its samples, larger where its autoencoder would leave nothing of the usual scene.
     """
 
@@ -32,6 +35,7 @@ class Tiny:
     guidance_off: float = 1.0
     guided: Mapping[str, Any] = field(default_factory=dict)
     counts_from: Literal["negative", "positive"] = "negative"
+    combine: Combine | None = None
     embedded: float | None = None
     width: int = WIDTH
     height: int = HEIGHT
