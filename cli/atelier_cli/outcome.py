@@ -59,25 +59,28 @@ def made(run_file: RunFile) -> Iterator[str]:
 def loading(run_file: RunFile, exports: list[str]) -> Iterator[str]:
     """Python that loads the result, or the folder that it belongs into."""
     root, base = run_file.store_uri, base_arguments(run_file.spec.model, run_file.model_folder)
+    facts = FAMILIES[run_file.spec.model.family]
+    # diffusers finds its pipelines by the index of the checkpoint; others are called by name.
+    pipeline = "DiffusionPipeline" if facts.library == "diffusers" else facts.pipelines[0]
     if root.startswith("s3://"):
         yield f"aws s3 cp --recursive {root}/exports exports"
         root = "."
     if LORA_FILE in exports:
         folder, _, name = LORA_FILE.rpartition("/")
-        yield "from diffusers import DiffusionPipeline"
-        yield f"pipe = DiffusionPipeline.from_pretrained({base})"
-        yield from lora_loading(FAMILIES[run_file.spec.model.family], f"{root}/{folder}", name)
+        yield f"from {facts.library} import {pipeline}"
+        yield f"pipe = {pipeline}.from_pretrained({base})"
+        yield from lora_loading(facts, f"{root}/{folder}", name)
         return
     components = sorted(
         {key.split("/")[2] for key in exports if key.startswith("exports/diffusers/") and key.count("/") > 2}
     )
     classes = _classes(Path(run_file.model_folder))
     if components and all(name in classes for name in components):
-        yield f"from diffusers import {', '.join(sorted({'DiffusionPipeline', *(classes[name] for name in components)}))}"
+        yield f"from {facts.library} import {', '.join(sorted({pipeline, *(classes[name] for name in components)}))}"
         for name in components:
             yield f'{name} = {classes[name]}.from_pretrained("{root}/exports/diffusers/{name}")'
         arguments = ", ".join(f"{name}={name}" for name in components)
-        yield f"pipe = DiffusionPipeline.from_pretrained({base}, {arguments})"
+        yield f"pipe = {pipeline}.from_pretrained({base}, {arguments})"
     elif not components:
         yield "ComfyUI: put the weights into models/loras"
 

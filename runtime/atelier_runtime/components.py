@@ -1,7 +1,8 @@
 """The parts of a checkpoint folder that is laid out as a hub repository: configs, encoders, denoisers, the pipeline that samples.
 
-Loading is diffusers' own. What is decided here is who loads what: encoders without denoisers to build the cache, denoisers alone to
-train, and a pipeline around denoisers that are already in memory to sample.
+Loading is diffusers' own, also of the networks that are ours because diffusers lacks them. What is decided here is who loads what:
+encoders without denoisers to build the cache, denoisers alone to train, and a pipeline around denoisers that are already in memory to
+sample.
 """
 
 import errno
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from atelier_api.errors import ConfigError
+from atelier_runtime import networks
 from atelier_runtime.family import Family
 
 _LASTING = {None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
@@ -47,6 +49,11 @@ def denoiser_names(family: Family, folder: str | Path) -> tuple[str, ...]:
     return present
 
 
+def class_named(name: str) -> Any:
+    """The model or pipeline of that name in diffusers, or ours where diffusers has none."""
+    return getattr(diffusers, name, None) or getattr(networks, name)
+
+
 def load_encoders(family: Family, folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The stock pipeline without its denoisers, in eval mode and without gradients: text encoders, autoencoder, scheduler."""
     return _load_around({}, family, folder, dtype=dtype, device=device)
@@ -60,7 +67,7 @@ def load_denoiser(folder: str | Path, name: str, dtype: torch.dtype, device: tor
             f"the checkpoint in {folder} has no component {name!r}; spec.model.source must be a whole checkpoint"
         )
     with _whole(folder):
-        model: nn.Module = getattr(diffusers, class_name).from_pretrained(
+        model: nn.Module = class_named(class_name).from_pretrained(
             str(folder), subfolder=name, dtype=dtype, local_files_only=True
         )
     return _placed(model, name, folder, device)
@@ -92,7 +99,7 @@ def _load_around(
     given |= denoisers
     _check_whole(_pipeline_class(family), {*config, *given}, folder)
     with _whole(folder):
-        pipe = _pipeline_class(family).from_pretrained(str(folder), dtype=dtype, local_files_only=True, **given)
+        pipe = class_named(family.pipeline).from_pretrained(str(folder), dtype=dtype, local_files_only=True, **given)
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module) and name not in denoisers:
             _placed(component, name, folder, device)
@@ -151,10 +158,6 @@ def _class_of(config: Mapping[str, Any], name: str) -> str | None:
     """Class of a component in `model_index.json`, where it is [library, class]; None where the checkpoint goes without."""
     _, class_name = config.get(name) or (None, None)
     return class_name
-
-
-def _pipeline_class(family: Family) -> Any:
-    return getattr(diffusers, family.pipeline)
 
 
 def _read_json(folder: str | Path, name: str) -> dict[str, Any]:

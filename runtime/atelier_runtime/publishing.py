@@ -142,7 +142,7 @@ def _picture(store: Store, key: str) -> Picture | None:
 def usage(run_file: RunFile, pipeline: str, exports: Sequence[PublishedFile]) -> str:
     """Lines of Python that use the result."""
     base = base_arguments(run_file.spec.model, run_file.model_folder)
-    lines = [f"from diffusers import {pipeline}", ""]
+    lines = [f"from {FAMILIES[run_file.spec.model.family].library} import {pipeline}", ""]
     if run_file.spec.adapter.type == "lora":
         lines.append(f"pipe = {pipeline}.from_pretrained({base})")
         for file in exports:

@@ -99,3 +99,12 @@ def test_a_bug_shows_its_traceback_and_the_end_of_the_log(tmp_path: Path, capsys
 def test_a_lost_process_shows_the_log_and_blames_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tell_failure(run_file(tmp_path), _result(ExitCode.INTERNAL, "killed by SIGKILL", rank=0))
     assert capsys.readouterr().err == "error: rank 0: killed by SIGKILL\n"
+
+
+def test_a_pipeline_of_ours_is_loaded_by_its_own_name(tmp_path: Path) -> None:
+    run = run_file(tmp_path, model={"family": "longcat_video", "source": "hf://owner/model@main"})
+    lines = list(loading(run, ["exports/diffusers/pytorch_lora_weights.safetensors"]))
+    assert lines[:2] == [
+        "from atelier_runtime.networks import LongCatVideoPipeline",
+        'pipe = LongCatVideoPipeline.from_pretrained("owner/model")',
+    ]

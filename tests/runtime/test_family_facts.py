@@ -1,14 +1,15 @@
 """The API's table against the real classes, built from the published configs without memory."""
 
+from importlib import import_module
 from typing import Any
 
-import diffusers
 import pytest
 from torch import nn
 
 from activation_bytes import bytes_per_token
 from atelier_api.families import FAMILIES as TABLE
 from atelier_api.families import FamilyFacts, Flavour
+from atelier_runtime import components
 from atelier_runtime.families import FAMILIES
 from atelier_runtime.family import Family
 from family_models import PUBLISHED, published_denoiser
@@ -47,7 +48,8 @@ def layers_of(family: Family, model: nn.Module) -> int:
 def width_of(config: Any) -> int:
     if "block_out_channels" in config:
         return config.block_out_channels[-1]
-    return config.get("dim") or config.get("model_dim") or config.num_attention_heads * config.attention_head_dim
+    named = config.get("dim") or config.get("model_dim") or config.get("hidden_size")
+    return named or config.num_attention_heads * config.attention_head_dim
 
 
 def mlp_widths_of(model: nn.Module) -> set[int]:
@@ -109,12 +111,14 @@ def test_the_registry_and_the_table_name_the_same_families(facts: FamilyFacts) -
     assert family.pipeline in facts.pipelines
     assert list(FAMILIES) == list(TABLE)
     assert facts.kohya == (family.lora_layout is not None)
+    pipeline = components.class_named(family.pipeline)
+    assert getattr(import_module(facts.library), family.pipeline) is pipeline
 
 
 @pytest.mark.parametrize("facts", TABLE.values(), ids=lambda facts: facts.name)
 def test_a_lora_goes_on_a_component_only_where_the_pipeline_has_no_loader(facts: FamilyFacts) -> None:
     family = FAMILIES[facts.name]
-    loads = hasattr(getattr(diffusers, family.pipeline), "load_lora_weights")
+    loads = hasattr(components.class_named(family.pipeline), "load_lora_weights")
     assert facts.lora_component == (None if loads else family.denoisers[0])
 
 

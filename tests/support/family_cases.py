@@ -135,7 +135,6 @@ def record(pipe: Any, arguments: dict[str, Any]) -> Recording:
             on_latents(result[0])
         return result
 
-    callback = step_callback(pipe, on_latents)
     # The pipelines look at the signatures to decide what to pass.
     spy_set.__wrapped__, spy_step.__wrapped__ = set_timesteps, step  # type: ignore[attr-defined]
 
@@ -171,8 +170,7 @@ def sampling_arguments(case: Case, *, guided: bool) -> dict[str, Any]:
 
 def guide(case: Case, positive: Tensor, negative: Tensor) -> Tensor:
     """The pipeline's classifier-free guidance of 3."""
-    base = positive if case.tiny.counts_from == "positive" else negative
-    return case.tiny.rescaled(positive, base + GUIDANCE * (positive - negative))
+    return case.tiny.combine(positive, negative, GUIDANCE)
 
 
 def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,6 +13,7 @@ NAMES = (
     "longcat_image",
     "hidream",
     "hunyuan_video15",
+    "longcat_video",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}

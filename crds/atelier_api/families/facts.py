@@ -49,7 +49,7 @@ class FamilyFacts:
     contrasts with the negative prompt. `backward_blocks` is how many average blocks' activations the backward pass holds with
     recompute: one and its gradients, but more in a UNet, whose widest level is many times the average. `lora_component` is the
     component that takes a LoRA where the stock pipeline has no loader for one. `kohya`: LoRA files of ComfyUI and kohya-ss have
-    names for its layers.
+    names for its layers. `library` is the Python module that has the pipeline and the denoisers.
     """
 
     name: str
@@ -71,6 +71,7 @@ class FamilyFacts:
     backward_blocks: int = 2
     kohya: bool = True
     lora_component: str | None = None
+    library: str = "diffusers"
 
     def latent_tokens(self, width: int, height: int, frames: int = 1) -> int:
         """Tokens of one sample of `width` x `height` pixels and `frames` frames."""

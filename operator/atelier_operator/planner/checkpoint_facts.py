@@ -22,7 +22,7 @@ INDEX = "model_index.json"
 LONGEST_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format itself."""
 
-DENOISERS = ("transformer", "transformer_2", "unet")
+DENOISERS = ("transformer", "transformer_2", "unet", "dit")
 """Components of a pipeline that can be trained. Text encoders are those whose name begins with `text_encoder`."""
 
 AUTOENCODER = "vae"

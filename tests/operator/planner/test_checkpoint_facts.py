@@ -11,7 +11,7 @@ from atelier_api.errors import ConfigError
 from atelier_api.families import FAMILIES
 from atelier_api.v1alpha1.model import ModelSpec
 from atelier_operator.planner import ModelFacts
-from atelier_operator.planner.checkpoint_facts import Shape, checkpoint_facts, shape_of
+from atelier_operator.planner.checkpoint_facts import DENOISERS, Shape, checkpoint_facts, shape_of
 from header_checkpoints import SD3_BLOCKS, SD3_INDEX, write_checkpoint, write_header
 
 
@@ -110,7 +110,7 @@ HARMED: dict[str, tuple[Callable[[Path], Any], str]] = {
         _write(
             "model_index.json", b'{"_class_name": "StableDiffusion3Pipeline", "vae": ["diffusers", "AutoencoderKL"]}'
         ),
-        "names none of transformer, transformer_2, unet; there is nothing to train",
+        "names none of transformer, transformer_2, unet, dit; there is nothing to train",
     ),
     "no config": (_remove("transformer/config.json"), "transformer/config.json is missing"),
     "no weights": (_remove(WEIGHTS), "transformer holds no .safetensors file"),
@@ -216,7 +216,7 @@ def test_the_facts_of_a_real_checkpoint_are_what_its_modules_count(family: str, 
     found = facts(tmp_path, family)
     modules = {name: part for name, part in pipe.components.items() if hasattr(part, "parameters")}
     counts = {name: stored(part) for name, part in modules.items()}
-    denoisers = [counts[name] for name in ("transformer", "transformer_2", "unet") if name in counts]
+    denoisers = [counts[name] for name in DENOISERS if name in counts]
     assert found.parameters == denoisers[0]
     assert found.experts == len(denoisers)
     assert found.vae_parameters == counts["vae"]

@@ -10,14 +10,17 @@ from family_models.scene import FRAMES, HEIGHT, WIDTH
 
 Grid = Callable[[Any, Tensor], Tensor]
 """(pipeline, latents) to latents."""
+Combine = Callable[[Tensor, Tensor, float], Tensor]
+"""(positive prediction, negative, guidance) to the guided one."""
 
 
 def as_they_are(_: Any, latents: Tensor) -> Tensor:
     return latents
 
 
-def unscaled(_: Tensor, guided: Tensor) -> Tensor:
-    return guided
+def from_the_negative(positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance as most pipelines have it."""
+    return negative + guidance * (positive - negative)
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,8 @@ class Tiny:
 
     `to_grid` and `from_grid` lead from its own layout of latents to ours and back. `guidance_off` is the `guidance_scale` without
     classifier-free guidance, `guided` are arguments that switch real guidance of 3 on where that is not `guidance_scale`.
-    `counts_from` is the prediction to which the pipeline adds the difference, `rescaled` what it makes of (the conditional prediction,
-    the guided one) afterwards. `embedded` is the guidance that the denoiser is told. `clips`: the autoencoder of a family of pictures
-    takes clips, here of one frame.
+    `combine` is the pipeline's guidance where it is another. `embedded` is the guidance that the denoiser is told. `clips`: the
+    autoencoder of a family of pictures takes clips, here of one frame.
     `width`, `height` and `frames` are those of its samples, larger where its autoencoder would leave nothing of the usual scene.
     """
 
@@ -37,8 +39,7 @@ class Tiny:
     from_grid: Grid = as_they_are
     guidance_off: float = 1.0
     guided: Mapping[str, Any] = field(default_factory=dict)
-    counts_from: Literal["negative", "positive"] = "negative"
-    rescaled: Callable[[Tensor, Tensor], Tensor] = unscaled
+    combine: Combine = from_the_negative
     embedded: float | None = None
     clips: bool = False
     width: int = WIDTH

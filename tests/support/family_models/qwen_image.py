@@ -9,7 +9,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from family_models.kinds import Published, Tiny
+from family_models.kinds import Published, Tiny, from_the_negative
 from family_models.parts import add_words, chat_tokenizer, seeded, vision_language_encoder
 from family_models.published_parts import qwen25_vl_7b
 from family_models.scene import HEIGHT, WIDTH
@@ -47,9 +47,10 @@ def unpacked(pipe: QwenImagePipeline, packed: Tensor) -> Tensor:
     return QwenImagePipeline._unpack_latents(packed, HEIGHT, WIDTH, pipe.vae_scale_factor).squeeze(2)
 
 
-def to_the_length_of(conditional: Tensor, guided: Tensor) -> Tensor:
-    """`guided` with every token as long as in `conditional`; tokens are patches of 2 x 2, here side by side."""
-    lengths = [torch.nn.functional.pixel_unshuffle(grid, 2).norm(dim=1, keepdim=True) for grid in (conditional, guided)]
+def at_the_length_of_the_positive(positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
+    """The guided prediction with every token as long as in the positive one; tokens are patches of 2 x 2, here side by side."""
+    guided = from_the_negative(positive, negative, guidance)
+    lengths = [torch.nn.functional.pixel_unshuffle(grid, 2).norm(dim=1, keepdim=True) for grid in (positive, guided)]
     return guided * (lengths[0] / lengths[1]).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
 
 
@@ -58,7 +59,7 @@ TINY = {
         tiny,
         to_grid=unpacked,
         from_grid=lambda _, grid: QwenImagePipeline._pack_latents(grid, *grid.shape),
-        rescaled=to_the_length_of,
+        combine=at_the_length_of_the_positive,
         clips=True,
     )
 }

@@ -1,6 +1,7 @@
 """Z-Image."""
 
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
 from family_models.kinds import Published, Tiny
@@ -42,7 +43,11 @@ def tiny() -> ZImagePipeline:
     )
 
 
-TINY = {"z_image": Tiny(tiny, guidance_off=0.0, counts_from="positive")}
+def from_the_positive(positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
+    return positive + guidance * (positive - negative)
+
+
+TINY = {"z_image": Tiny(tiny, guidance_off=0.0, combine=from_the_positive)}
 
 QWEN3_4B = Qwen3Config(
     vocab_size=151936,
