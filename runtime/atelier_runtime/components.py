@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.family import Family
+from atelier_runtime.family import Family, Frame
 
 _LASTING = {None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
 """Errors of files that stay; None is that of diffusers and transformers, who say so in words."""
@@ -44,6 +44,19 @@ def denoiser_names(family: Family, folder: str | Path) -> tuple[str, ...]:
             "point spec.model.source at a whole checkpoint of the family"
         )
     return present
+
+
+def given_frames(family: Family, folder: str | Path) -> tuple[Frame, ...]:
+    """The frames of a clip that this checkpoint is shown. Raises ConfigError for a checkpoint that the family cannot train."""
+    if family.facts.modality == "image":
+        return ()
+    config = _checked_config(family, folder)
+    return family.given_frames(config, _read_json(folder, f"{family.denoisers[0]}/config.json"))
+
+
+def pipeline_name(family: Family, folder: str | Path) -> str:
+    """Class in diffusers that samples this checkpoint."""
+    return family.pipeline_of(read_pipeline_config(folder))
 
 
 def load_encoders(family: Family, folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -90,7 +103,9 @@ def _load_around(
     given |= {name: None for name, entry in config.items() if entry == [None, None]}
     given |= denoisers
     with _whole(folder):
-        pipe = _pipeline_class(family).from_pretrained(str(folder), dtype=dtype, local_files_only=True, **given)
+        pipe = getattr(diffusers, family.pipeline_of(config)).from_pretrained(
+            str(folder), dtype=dtype, local_files_only=True, **given
+        )
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module) and name not in denoisers:
             _placed(component, name, folder, device)
@@ -137,10 +152,6 @@ def _class_of(config: Mapping[str, Any], name: str) -> str | None:
     """Class of a component in `model_index.json`, where it is [library, class]; None where the checkpoint goes without."""
     _, class_name = config.get(name) or (None, None)
     return class_name
-
-
-def _pipeline_class(family: Family) -> Any:
-    return getattr(diffusers, family.pipeline)
 
 
 def _read_json(folder: str | Path, name: str) -> dict[str, Any]:

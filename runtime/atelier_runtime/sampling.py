@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from atelier_api.errors import ConfigError
 from atelier_api.run_file import RunFile
 from atelier_api.v1alpha1.validation import ValidationPrompt
 from atelier_runtime import components
@@ -27,6 +28,16 @@ class Sample:
     step: int
     prompt: int
     key: str
+
+
+def check_prompts(run_file: RunFile, family: Family) -> None:
+    """Raise ConfigError for prompts that cannot be drawn: a checkpoint that is shown frames of a clip needs a picture of each."""
+    given = components.given_frames(family, run_file.model_folder)
+    if given and run_file.spec.validation.prompts:
+        raise ConfigError(
+            f"spec.validation.prompts has {len(run_file.spec.validation.prompts)}, and the checkpoint of spec.model.source draws from "
+            f"a picture (its {' and '.join(given)} frame), which a prompt has none of; remove the prompts"
+        )
 
 
 def draw_samples(

@@ -44,8 +44,12 @@ Config = tuple[type[nn.Module], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Published:
-    """`denoisers` by flavour, in the order of the API's table; `encoders` and `autoencoder` build theirs."""
+    """`denoisers` by flavour, in the order of the API's table; `encoders` and `autoencoder` build theirs.
+
+    `picture_encoders` by flavour, where one has encoders beside those of all.
+    """
 
     denoisers: Mapping[str, Config]
     encoders: Callable[[], list[nn.Module]]
     autoencoder: Callable[[], nn.Module]
+    picture_encoders: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
