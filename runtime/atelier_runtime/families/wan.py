@@ -4,7 +4,7 @@ Latents are [B, 16, (F - 1)/4 + 1, H/8, W/8]. Wan 2.2 has two experts: `transfor
 `transformer_2` for low noise; the boundary stands in `model_index.json`. Source: diffusers `pipelines/wan/pipeline_wan.py`.
 
 Image-to-video checkpoints (`pipeline_wan_i2v.py`) are shown the first frame, FLF2V the last as well: 20 channels follow the noisy
-ones, a mask [4] of the frames that are shown and the latents [16] of the clip with all others grey. Wan 2.1 also gets CLIP's view of them.
+ones, a mask [4] of the frames that are shown and the latents [16] of the clip with all others grey. Wan 2.1 also gets CLIP's view.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ FRAMES_OF_A_LATENT = 4  # after the first; the mask has a channel for each
 
 
 class Wan(WanNetwork):
-    """Wan 2.1 T2V, I2V and FLF2V, Wan 2.2 T2V-A14B and I2V-A14B. TI2V-5B is refused."""
+    """Wan 2.1 T2V, I2V and FLF2V, Wan 2.2 T2V-A14B and I2V-A14B. TI2V-5B is a family of its own."""
 
     name = "wan"
     pipeline = "WanPipeline"
@@ -103,7 +103,9 @@ def _picture(pixels: Tensor) -> Image.Image:
 
 def _refuse_a_time_per_token(pipeline_config: Mapping[str, Any]) -> None:
     if pipeline_config.get("expand_timesteps"):
-        raise _refused("is a checkpoint with a time per token (expand_timesteps), such as TI2V-5B")
+        raise _refused(
+            "is a checkpoint with a time per token (expand_timesteps), such as TI2V-5B, which the family wan_ti2v trains"
+        )
 
 
 def _refused(what: str) -> ConfigError:
