@@ -4,18 +4,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from atelier_api.errors import ConfigError
+from atelier_api.run_file import RunFile
 from atelier_api.v1alpha1.validation import Validation, ValidationPrompt
 from atelier_runtime.data import MicroBatch, build_dataset
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Conditions, Stage
-from atelier_runtime.sampling import check_prompts
+from atelier_runtime.parallel import Distributed
+from atelier_runtime.sampling import draw_samples, start_pictures
 from family_cases import make_case
 from family_models import save_tiny, tiny_pipeline
-from tiny_data import OneRank, all_samples, grey_frames, no_report, training_run_file, write_clip
+from tiny_data import OneRank, all_samples, grey_frames, no_report, picture, training_run_file, write_clip
 
 FAMILY = get_family("wan")
 SIZES = torch.tensor([[32, 32, 0, 0, 32, 32]])
@@ -187,14 +191,45 @@ def test_a_checkpoint_without_its_image_encoder_is_refused() -> None:
         FAMILY.predict(case.pipe.transformer, case.latents(1), torch.ones(1), alone)
 
 
-def test_prompts_without_a_picture_are_refused_before_anything_is_encoded(tmp_path: Path) -> None:
-    file = training_run_file(tmp_path, [tmp_path], save_tiny("wan_i2v", tmp_path / "base"), "wan")
-    check_prompts(file, FAMILY)
-    prompted = file.spec.model_copy(update={"validation": Validation(prompts=[ValidationPrompt(text="a fox")])})
-    with pytest.raises(
-        ConfigError, match=r"spec.validation.prompts has 1, .* draws from a picture \(its first frame\)"
-    ):
-        check_prompts(file.model_copy(update={"spec": prompted}), FAMILY)
+def prompted(folder: Path, checkpoint: str, **prompt: Any) -> RunFile:
+    """A run over this tiny checkpoint with one validation prompt, samples of 48 x 32 pixels."""
+    file = training_run_file(folder, [folder], save_tiny(checkpoint, folder / "base"), "wan")
+    validation = Validation(prompts=[ValidationPrompt(text="a fox", **prompt)], width=48, height=32, frames=5, steps=1)
+    return file.model_copy(update={"spec": file.spec.model_copy(update={"validation": validation})})
+
+
+def test_a_sample_begins_with_its_picture_fitted_to_its_size(tmp_path: Path) -> None:
+    picture(96, 96).save(tmp_path / "start.png")
+    file = prompted(tmp_path, "wan_i2v", image=str(tmp_path / "start.png"))
+    [[start]] = start_pictures(file, FAMILY)
+    assert start.size == (48, 32)
+    assert np.array_equal(np.array(start), np.array(picture(96, 96).resize((48, 48), Image.Resampling.LANCZOS))[8:40])
+    case, here = make_case("wan_i2v"), Distributed(0, 0, 1, torch.device("cpu"))
+    drawn = draw_samples(file, FAMILY, case.denoisers, here)
+    picture(96, 96, seed=5).save(tmp_path / "start.png")
+    assert draw_samples(file, FAMILY, case.denoisers, here) != drawn
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "prompt", "expected"),
+    [
+        ("wan_i2v", {}, r"prompts\[0\]\.image is empty; .* draws from its first frame: name a picture"),
+        ("wan_flf2v", {"image": "start.png"}, r"prompts\[0\]\.lastImage is empty; .* its last frame"),
+        ("wan_i2v", {"image": "start.png", "last_image": "start.png"}, r"lastImage is .*start\.png'; .* remove it"),
+        ("wan", {"image": "start.png"}, r"image is .*start\.png'; .* is not shown the first frame"),
+        ("wan_i2v", {"image": "other.png"}, r"image is .*other\.png', which cannot be read"),
+        ("wan_i2v", {"image": "text.png"}, r"image is .*text\.png', which cannot be read"),
+    ],
+    ids=["none", "no last one", "a last one too many", "one for text to video", "no file", "no picture"],
+)
+def test_prompts_that_cannot_be_drawn_are_refused(
+    checkpoint: str, prompt: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    picture(48, 32).save(tmp_path / "start.png")
+    (tmp_path / "text.png").write_text("no picture")
+    file = prompted(tmp_path, checkpoint, **{name: str(tmp_path / file) for name, file in prompt.items()})
+    with pytest.raises(ConfigError, match=expected):
+        start_pictures(file, FAMILY)
 
 
 def shown_to(folder: Path, checkpoint: str, clips: Path) -> MicroBatch:
