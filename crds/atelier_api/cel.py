@@ -16,6 +16,7 @@ from atelier_api.fields import MISSING
 from atelier_api.options import ONLY, Only, node_at
 from atelier_api.rules import COARSE_ALIGNMENT, FINE_BELOW, HUB_URI, S3_URI, SCHEME
 from atelier_api.v1alpha1.profile import EQUAL, NFS_PATH, ONE_KIND, VOLUME_KINDS
+from atelier_api.v1alpha1.validation import PICTURE_FIELDS
 
 WORLD = (
     "self.parallelism.nodes * (self.parallelism.gpusPerNode > 0 ? self.parallelism.gpusPerNode : "
@@ -122,6 +123,10 @@ def _location_rules() -> Iterator[CelRule]:
     message = "must be a folder or s3://bucket/prefix"
     yield CelRule("storage.uri", _folder_or_s3("self.storage.uri"), message)
     yield CelRule("data.sources", f"self.data.sources.all(source, {_folder_or_s3('source.uri')})", f"a uri {message}")
+    for field in PICTURE_FIELDS.values():
+        picture = f"prompt.{field}"
+        rule = f"self.validation.prompts.all(prompt, !has({picture}) || {_folder_or_s3(picture)})"
+        yield CelRule("validation.prompts", rule, f"{field} must be a file or s3://bucket/key")
 
 
 def _family_rules() -> Iterator[CelRule]:
@@ -152,6 +157,7 @@ def _family_rules() -> Iterator[CelRule]:
         "kohya has no names for the layers of this family; must hold diffusers",
     )
     yield from _negative_prompt_rules()
+    yield from _picture_rules()
     for name, facts in FAMILIES.items():
         if facts.frame_rule is None:
             continue
@@ -180,6 +186,25 @@ def _negative_prompt_rules() -> Iterator[CelRule]:
             unnamed = "true" if facts.flavours[0].guidance == kind else "false"
             is_kind = f"(has(self.model.flavour) ? self.model.flavour in {_literal(flavours)} : {unnamed})"
             yield CelRule("validation.prompts", f"self.model.family != '{name}' || !{is_kind} || {otherwise}", message)
+
+
+def _picture_rules() -> Iterator[CelRule]:
+    named = "has(self.model.flavour)"
+    for frame, field in PICTURE_FIELDS.items():
+        none = f"self.validation.prompts.all(prompt, !has(prompt.{field}))"
+        every = f"self.validation.prompts.all(prompt, has(prompt.{field}))"
+        unused, missing = f"{field} is for checkpoints that are shown the {frame} frame", f"needs {field}"
+        families = []
+        for name, facts in FAMILIES.items():
+            flavours = [flavour.name for flavour in facts.flavours if frame in flavour.frames]
+            if not flavours:
+                continue
+            families.append(name)
+            other, shown = f"self.model.family != '{name}'", f"self.model.flavour in {_literal(flavours)}"
+            yield CelRule("validation.prompts", f"{other} || !{named} || {shown} || {none}", unused)
+            always = "true" if len(flavours) == len(facts.flavours) else "false"
+            yield CelRule("validation.prompts", f"{other} || !({named} ? {shown} : {always}) || {every}", missing)
+        yield CelRule("validation.prompts", f"self.model.family in {_literal(families)} || {none}", unused)
 
 
 def _option_rules() -> Iterator[CelRule]:

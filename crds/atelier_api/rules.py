@@ -13,6 +13,7 @@ from atelier_api.problem import Problem, choice, refused, shown
 from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
 from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter
 from atelier_api.v1alpha1.data import Data
+from atelier_api.v1alpha1.validation import PICTURE_FIELDS
 
 PRESETS = ("attention", "mlp", "all")
 """Names in `adapter.targets` that a family translates; everything else there is a regular expression."""
@@ -91,6 +92,9 @@ def _locations(spec: TrainingRunSpec) -> Iterator[Problem]:
     for index, source in enumerate(spec.data.sources):
         yield from _location(f"spec.data.sources[{index}].uri", source.uri, ("s3",))
     yield from _location("spec.storage.uri", spec.storage.uri, ("s3",))
+    for path, uri in spec.validation.pictures.items():
+        if re.match(SCHEME, uri) and not re.fullmatch(S3_URI, uri):
+            yield refused(path, uri, "must be a file or s3://bucket/key")
 
 
 def _location(path: str, uri: str, schemes: tuple[str, ...]) -> Iterator[Problem]:
@@ -276,6 +280,20 @@ def _negative_prompts(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Pro
             yield refused(path, prompt.negative, f"{needs}, which is {guidance:g}")
 
 
+def _pictures(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
+    """A run that names no flavour may have any of them: then the checkpoint tells, when training starts."""
+    name = spec.model.flavour
+    possible = [flavour for flavour in facts.flavours if name in (None, flavour.name)]
+    kind = facts.name if name is None else f"{facts.name} {name}"
+    for index, prompt in enumerate(spec.validation.prompts):
+        for frame, uri in prompt.shown.items():
+            path = f"spec.validation.prompts[{index}].{PICTURE_FIELDS[frame]}"
+            if uri is not None and not any(frame in flavour.frames for flavour in possible):
+                yield refused(path, uri, f"{kind} is not shown the {frame} frame of a clip; remove it")
+            if uri is None and possible and all(frame in flavour.frames for flavour in possible):
+                yield refused(path, uri, f"{kind} draws from a picture of the {frame} frame; name its file")
+
+
 def _kohya(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
     formats = spec.publish.formats
     if isinstance(spec.adapter, LoraAdapter) and not facts.kohya and set(formats) == {"kohya"}:
@@ -298,5 +316,6 @@ FAMILY_RULES: tuple[Callable[[TrainingRunSpec, FamilyFacts], Iterator[Problem]],
     _frames,
     _validation_size,
     _negative_prompts,
+    _pictures,
     _kohya,
 )

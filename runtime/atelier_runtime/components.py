@@ -21,7 +21,7 @@ from torch import nn
 
 from atelier_api.errors import ConfigError
 from atelier_runtime import networks
-from atelier_runtime.family import Family
+from atelier_runtime.family import Family, Frame
 
 _LASTING = {None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
 """Errors of files that stay; None is that of diffusers and transformers, who say so in words."""
@@ -47,6 +47,19 @@ def denoiser_names(family: Family, folder: str | Path) -> tuple[str, ...]:
             "point spec.model.source at a whole checkpoint of the family"
         )
     return present
+
+
+def given_frames(family: Family, folder: str | Path) -> tuple[Frame, ...]:
+    """The frames of a clip that this checkpoint is shown. Raises ConfigError for a checkpoint that the family cannot train."""
+    if family.facts.modality == "image":
+        return ()
+    config = _checked_config(family, folder)
+    return family.given_frames(config, _read_json(folder, f"{family.denoisers[0]}/config.json"))
+
+
+def pipeline_name(family: Family, folder: str | Path) -> str:
+    """Class that samples this checkpoint."""
+    return family.pipeline_of(read_pipeline_config(folder))
 
 
 def class_named(name: str) -> Any:
@@ -97,9 +110,10 @@ def _load_around(
     # diffusers wants to be told of what the checkpoint goes without, although the index says so.
     given |= {name: None for name, entry in config.items() if entry == [None, None]}
     given |= denoisers
-    _check_whole(_pipeline_class(family), {*config, *given}, folder)
+    pipeline = class_named(family.pipeline_of(config))
+    _check_whole(pipeline, {*config, *given}, folder)
     with _whole(folder):
-        pipe = class_named(family.pipeline).from_pretrained(str(folder), dtype=dtype, local_files_only=True, **given)
+        pipe = pipeline.from_pretrained(str(folder), dtype=dtype, local_files_only=True, **given)
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module) and name not in denoisers:
             _placed(component, name, folder, device)

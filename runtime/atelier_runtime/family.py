@@ -1,7 +1,8 @@
 """The family protocol: what differs between model families, and nothing else.
 
 A family is an object without state. Its facts are class attributes; its behaviour is `encode_text` and `predict`, and where the
-defaults do not fit `encode_pixels`, `collate_text`, `stages`, `sampling_arguments`. Noise, timesteps, loss, adapters, sharding,
+defaults do not fit `encode_pixels`, `collate_text`, `stages`, `sampling_arguments`; where a checkpoint is shown frames of the clip
+`given_frames`, `encode_frames`, `loss_mask`. Noise, timesteps, loss, adapters, sharding,
 caches, saving and sampling loops are not its business.
 
 Public convention, whatever the network wants inside:
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from atelier_api.families import FamilyFacts
@@ -25,6 +27,9 @@ from atelier_runtime.lora_layout import LoraLayout
 
 Features = dict[str, Tensor]
 """Text features of one sample, without batch dimension, at true length: what the cache stores."""
+
+Frame = Literal["first", "last"]
+"""A frame of the clip that a checkpoint is shown, beside the text."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +72,19 @@ class Conditions:
 
     `text`: the collated features. `sizes`: [B, 6] original height and width, crop top and left, target height and width, in
     pixels. `guidance`: value of a guidance embedding; None takes the family's training value. `frame_rate`: frames per second.
+    `frames`: what `encode_frames` made of the frames that are shown, [B, ...]; None where the checkpoint is shown none.
     """
 
     text: Features
     sizes: Tensor
     guidance: float | None = None
     frame_rate: float | None = None
+    frames: Features | None = None
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One picture or clip to draw with the stock pipeline."""
+    """One picture or clip to draw with the stock pipeline. `pictures`: the frames that it is shown, in the order of `given_frames`."""
 
     prompt: str
     negative: str | None
@@ -87,6 +94,7 @@ class SampleRequest:
     steps: int | None
     guidance: float | None
     generator: torch.Generator = field(repr=False)
+    pictures: tuple[Image.Image, ...] = ()
 
 
 class Family(ABC):
@@ -139,6 +147,22 @@ class Family(ABC):
         scale = pipe.vae.config.scaling_factor
         shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
         return Latents(mean=(posterior.mean - shift) * scale, std=posterior.std * scale)
+
+    def pipeline_of(self, pipeline_config: Mapping[str, Any]) -> str:
+        """Class in diffusers that samples the checkpoint with this `model_index.json`."""
+        return self.pipeline
+
+    def given_frames(self, pipeline_config: Mapping[str, Any], denoiser_config: Mapping[str, Any]) -> tuple[Frame, ...]:
+        """The frames of a clip that this checkpoint is shown. `denoiser_config` is the `config.json` of its first denoiser."""
+        return ()
+
+    def encode_frames(self, pipe: Any, pixels: Tensor, given: tuple[Frame, ...]) -> Features:
+        """What the denoiser is told of the `given` frames of clips [B, 3, F, H, W] in [-1, 1]; tensors [B, ...], kept by the cache."""
+        raise NotImplementedError(f"{self.name} is shown no frames")
+
+    def loss_mask(self, latents: Tensor, conditions: Conditions) -> Tensor | None:
+        """1 where the loss counts and 0 where not, in a shape that broadcasts to `latents`; None: it counts everywhere."""
+        return None
 
     def stages(self, pipeline_config: Mapping[str, Any], denoisers: Sequence[str]) -> tuple[Stage, ...]:
         """Which of the checkpoint's `denoisers` trains which range of sigma. `pipeline_config` is `model_index.json`."""

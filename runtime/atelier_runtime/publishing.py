@@ -17,6 +17,7 @@ from atelier_api.families import FAMILIES
 from atelier_api.model_files import base_arguments, lora_loading
 from atelier_api.progress import ArtifactReport
 from atelier_api.run_file import RunFile
+from atelier_runtime import components
 from atelier_runtime.checkpoint.export import ExportedFile, Provenance, export_full, export_lora
 from atelier_runtime.denoisers import gathered_weights
 from atelier_runtime.observe.report import Picture, ReportData, render_report
@@ -122,7 +123,7 @@ def _report_data(parts: Parts, store: Store, exports: Sequence[PublishedFile]) -
             ("observed peak memory, rank 0", f"{memory / 2**30:.2f} GiB"),
         ],
         exports=[(file.format, file.key, file.sha256) for file in exports],
-        usage=usage(run_file, parts.family.pipeline, exports),
+        usage=usage(run_file, components.pipeline_name(parts.family, run_file.model_folder), exports),
         events=history.events,
     )
 

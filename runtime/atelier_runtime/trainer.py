@@ -209,11 +209,15 @@ class Trainer:
         text = {
             key: value.to(device, non_blocking=True) for key, value in parts.family.collate_text(batch.text).items()
         }
-        conditions = Conditions(text=text, sizes=batch.sizes.to(device), frame_rate=parts.dataset.frame_rate)
+        frames = batch.frames and {key: value.to(device, non_blocking=True) for key, value in batch.frames.items()}
+        conditions = Conditions(
+            text=text, sizes=batch.sizes.to(device), frame_rate=parts.dataset.frame_rate, frames=frames
+        )
         precision = parts.run_file.spec.hyperparameters.precision
         with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
             prediction = parts.family.predict(denoiser, prepared.noisy, prepared.time, conditions)
-        return (parts.objective.loss(prediction, prepared) * batch.weights.to(device)).sum()
+        mask = parts.family.loss_mask(clean, conditions)
+        return (parts.objective.loss(prediction, prepared, mask) * batch.weights.to(device)).sum()
 
     def _pick_stage(self, step: int) -> Stage:
         """The stage of this step, the same on all ranks: one optimizer step trains one denoiser."""

@@ -13,6 +13,7 @@ from run_documents import document
 WAN = {"family": "wan", "source": "base"}
 SDXL = {"family": "sdxl", "source": "base"}
 PROMPTS = [{"text": "a cat"}]
+SHOWN = [{"text": "a cat", "image": "a.png"}]
 NEGATIVE = [{"text": "a cat", "negative": "b"}]
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -119,6 +120,34 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "spec.publish.formats is ['diffusers', 'kohya']; readers of kohya drop or misread the magnitudes of spec.adapter.dora; "
         "must be [diffusers]",
     ),
+    "a picture for a family that draws from text": (
+        {"validation__prompts": SHOWN},
+        "spec.validation.prompts[0].image is 'a.png'; flux is not shown the first frame of a clip; remove it",
+    ),
+    "a picture for a flavour that draws from text": (
+        {"model": WAN | {"flavour": "2.1-t2v-14b"}, "validation__prompts": SHOWN},
+        "spec.validation.prompts[0].image is 'a.png'; wan 2.1-t2v-14b is not shown the first frame of a clip; remove it",
+    ),
+    "no picture for a flavour that draws from one": (
+        {"model": WAN | {"flavour": "2.1-i2v-14b-480p"}, "validation__prompts": PROMPTS},
+        "spec.validation.prompts[0].image is empty; wan 2.1-i2v-14b-480p draws from a picture of the first frame; name its file",
+    ),
+    "one picture for a flavour that draws between two": (
+        {"model": WAN | {"flavour": "2.1-flf2v-14b-720p"}, "validation__prompts": SHOWN},
+        "spec.validation.prompts[0].lastImage is empty; wan 2.1-flf2v-14b-720p draws from a picture of the last frame; name its file",
+    ),
+    "a last picture for a flavour that draws from one": (
+        {"model": WAN | {"flavour": "2.2-i2v-a14b"}, "validation__prompts": [SHOWN[0] | {"lastImage": "b.png"}]},
+        "spec.validation.prompts[0].lastImage is 'b.png'; wan 2.2-i2v-a14b is not shown the last frame of a clip; remove it",
+    ),
+    "no picture for a family that always draws from one": (
+        {"model": WAN | {"family": "wan_ti2v"}, "validation__prompts": PROMPTS},
+        "spec.validation.prompts[0].image is empty; wan_ti2v draws from a picture of the first frame; name its file",
+    ),
+    "a picture at a place that nothing can read": (
+        {"model": WAN, "validation__prompts": [SHOWN[0] | {"image": "gs://x/y"}]},
+        "spec.validation.prompts[0].image is 'gs://x/y'; must be a file or s3://bucket/key",
+    ),
     "a negative prompt of a distilled flavour": (
         {"validation__prompts": [{"text": "a"}, {"text": "a", "negative": "b"}]},
         "spec.validation.prompts[1].negative is 'b'; samples of flux distilled on guidance know no negative prompt; remove it, or "
@@ -210,6 +239,12 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     },
     "a hub source": {"model__source": "hf://black-forest-labs/FLUX.1-dev@refs/pr/1"},
     "DoRA for diffusers": {"adapter": {"type": "lora", "dora": True}, "publish__formats": ["diffusers"]},
+    "a picture, without a flavour": {"model": WAN, "validation__prompts": SHOWN},
+    "no picture, without a flavour": {"model": WAN, "validation__prompts": PROMPTS},
+    "two pictures": {
+        "model": WAN | {"flavour": "2.1-flf2v-14b-720p"},
+        "validation__prompts": [SHOWN[0] | {"lastImage": "s3://bucket/b.png"}],
+    },
     "a negative prompt": {"model": SDXL, "validation__prompts": NEGATIVE},
     "a negative prompt of z_image, which contrasts above 0": {
         "model": {"family": "z_image", "source": "base"},

@@ -10,10 +10,12 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from atelier_api.errors import DivergedError
+from atelier_api.families import FAMILIES
 from atelier_api.run_file import RunFile
 from atelier_runtime import launch, parallel
 from atelier_runtime.observe.failure import read_failures
@@ -35,6 +37,8 @@ CASES = [
     ("z_image", "full", "fp32"),
     ("wan", "lora", "bf16"),
     ("wan22", "lora", "fp32"),
+    ("wan_i2v", "lora", "bf16"),
+    ("wan_ti2v", "lora", "bf16"),
 ]
 
 
@@ -59,13 +63,21 @@ def write_clips(folder: Path, count: int) -> Path:
     return folder
 
 
+def write_picture(path: Path) -> Path:
+    digit = np.kron(load_digits().images[0] * 15.9, np.ones((6, 8))).astype(np.uint8)
+    Image.fromarray(digit).save(path)
+    return path
+
+
 def resolved(folder: Path, tiny: str, adapter: str, precision: str) -> RunFile:
     video = tiny.startswith("wan")
     base = save_tiny(tiny, folder / "base")
     data = write_clips(folder / "clips", 3) if video else write_digits(folder / "pictures", 3)
+    shown = {"image": str(write_picture(folder / "start.png"))} if "i2v" in tiny else {}
+    family = tiny if tiny in FAMILIES else "wan"
     made = run_file(
         folder,
-        model={"family": "wan" if video else tiny, "source": str(base)},
+        model={"family": family, "source": str(base)},
         adapter={"type": adapter},
         data={"sources": [{"uri": str(data)}], "resolution": 32, "maxUpscale": 4, "clip": {"frames": 5}},
         hyperparameters={
@@ -75,7 +87,7 @@ def resolved(folder: Path, tiny: str, adapter: str, precision: str) -> RunFile:
             "learningRate": "1e-3",
             "ema": {"decay": "0.9"},
         },
-        validation={"prompts": [{"text": "a digit"}], "steps": 2, "frames": 5},
+        validation={"prompts": [{"text": "a digit"} | shown], "steps": 2, "frames": 5},
         publish={"formats": ["diffusers"]},
     )
     changes = {

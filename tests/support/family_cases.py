@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 from atelier_runtime.families import FAMILIES
-from atelier_runtime.family import Conditions, Family, SampleRequest
+from atelier_runtime.family import Conditions, Family, Frame, SampleRequest
 from family_models import FAMILY_OF, TINY, tiny_pipeline
 from family_models.kinds import Tiny
 
@@ -38,18 +38,37 @@ class Case:
         present = {name: getattr(self.pipe, name, None) for name in self.family.denoisers}
         return {name: module for name, module in present.items() if module is not None}
 
+    @property
+    def pipeline_config(self) -> dict[str, Any]:
+        """`model_index.json` as it would be saved."""
+        return {**self.pipe.config, "_class_name": type(self.pipe).__name__}
+
+    @property
+    def given(self) -> tuple[Frame, ...]:
+        """The frames that the denoisers are shown."""
+        first: Any = next(iter(self.denoisers.values()))
+        return self.family.given_frames(self.pipeline_config, dict(first.config))
+
     def denoiser_at(self, sigma: float) -> nn.Module:
         """The denoiser that trains this noise level; at a boundary the one of higher noise, as the pipelines have it."""
-        stages = self.family.stages(dict(self.pipe.config), tuple(self.denoisers))
+        stages = self.family.stages(self.pipeline_config, tuple(self.denoisers))
         stage = max((stage for stage in stages if stage.low <= sigma <= stage.high), key=lambda stage: stage.high)
         return self.denoisers[stage.denoiser]
 
-    def conditions(self, prompts: Sequence[str], guidance: float | None = None) -> Conditions:
+    def conditions(
+        self, prompts: Sequence[str], guidance: float | None = None, samples: Sequence[int] | None = None
+    ) -> Conditions:
+        """What the denoiser is told of these prompts, and shown of the clips of these numbers (0, 1, … unless told)."""
+        numbers = list(range(len(prompts)) if samples is None else samples)
+        frames = None
         with torch.no_grad():
             features = self.family.encode_text(self.pipe, prompts)
+            if self.given:
+                shown = self.pixels(max(numbers) + 1)[numbers]
+                frames = self.family.encode_frames(self.pipe, shown, self.given)
         height, width = self.tiny.height, self.tiny.width
         sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(prompts))
-        return Conditions(text=self.family.collate_text(features), sizes=sizes, guidance=guidance)
+        return Conditions(text=self.family.collate_text(features), sizes=sizes, guidance=guidance, frames=frames)
 
     def pixels(self, count: int) -> Tensor:
         clips = real_clips(count, self.tiny)
@@ -79,7 +98,20 @@ class Case:
             steps=steps,
             guidance=guidance,
             generator=torch.Generator().manual_seed(3),
+            pictures=self.pictures(),
         )
+
+    def pictures(self) -> tuple[Image.Image, ...]:
+        """The frames of the first clip that the denoisers are shown, as a user would hand them in."""
+        places = [{"first": 0, "last": -1}[frame] for frame in self.given]
+        shown = [(self.pixels(1)[0, :, place] + 1) * 127.5 for place in places]
+        return tuple(Image.fromarray(frame.round().byte().permute(1, 2, 0).numpy()) for frame in shown)
+
+    def loss(self, prediction: Tensor, target: Tensor, conditions: Conditions) -> Tensor:
+        """Squared error where the family counts it."""
+        mask = self.family.loss_mask(target, conditions)
+        error = (prediction - target).square()
+        return error.mean() if mask is None else error[mask.expand_as(error).bool()].mean()
 
 
 def make_case(name: str) -> Case:
@@ -181,7 +213,7 @@ def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Te
     args, kwargs = recording.set_timesteps
     scheduler.set_timesteps(*args, **kwargs)
     prompts = [PROMPTS[0], ""] if guided else [PROMPTS[0]]
-    conditions = case.conditions(prompts, guidance=case.tiny.embedded)
+    conditions = case.conditions(prompts, guidance=case.tiny.embedded, samples=[0] * len(prompts))
     assert recording.start is not None
     latents = to_grid(pipe, recording.start)
     for t, theirs in zip(scheduler.timesteps, recording.after, strict=True):

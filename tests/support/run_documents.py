@@ -49,7 +49,7 @@ PATTERN_EXAMPLES = {
 
 EXAMPLES = {
     "spec.model.family": [*FAMILIES],
-    "spec.model.flavour": ["dev", "2.1-t2v-14b", "other"],
+    "spec.model.flavour": ["dev", "2.1-t2v-14b", "2.1-i2v-14b-480p", "2.1-flf2v-14b-720p", "2.2-ti2v-5b", "other"],
     "spec.model.source": [
         "base",
         "/models/flux",
@@ -62,6 +62,8 @@ EXAMPLES = {
     ],
     "spec.model.revision": ["main", "0123abcd"],
     "spec.data.sources[].uri": ["pictures", "../more", "s3://bucket/prefix", "s3://B", "gs://x"],
+    "spec.validation.prompts[].image": ["first.png", "s3://bucket/first.png", "s3://B", "gs://x"],
+    "spec.validation.prompts[].lastImage": ["last.png", "hf://owner/name"],
     "spec.storage.uri": ["runs", "s3://bucket/prefix", "s3://b", "file:///tmp/x"],
     "spec.adapter.targets[]": ["attention", "mlp", "all", r".*\.to_q"],
 }

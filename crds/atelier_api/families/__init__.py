@@ -14,6 +14,7 @@ NAMES = (
     "hidream",
     "hunyuan_video15",
     "longcat_video",
+    "wan_ti2v",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}

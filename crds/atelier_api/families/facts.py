@@ -17,12 +17,13 @@ class Flavour:
     """A published checkpoint and its sizes.
 
     `parameters` counts the denoiser only (one expert), `width` is the hidden size of a block, `mlp_width` of its feed-forward.
-    `text_tokens` are the tokens that take part in attention beside the picture's. `encoder_parameters` counts the text encoders,
+    `text_tokens` are the tokens that take part in attention beside the picture's. `encoder_parameters` counts the encoders of text and
+    of pictures that are shown,
     `vae_parameters` the autoencoder. `activation_bytes_per_token` is what one block keeps for the backward pass of LoRA on
     `attention`, in bf16 and without recompute, per token of a sample (averaged where blocks differ). `largest_block` is the
     parameters of the largest unit that is sharded as a whole, where the blocks differ; 0: they are all alike. `guidance` is what the
     stock pipeline does with a negative prompt: contrasts with it (`on`), does so only when it is given a guidance (`off`), or ignores
-    it, as the checkpoint embeds its guidance (`distilled`).
+    it, as the checkpoint embeds its guidance (`distilled`). `frames` are those of a clip that an image-to-video checkpoint is shown.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Flavour:
     experts: int = 1
     largest_block: int = 0
     guidance: Literal["on", "off", "distilled"] = "on"
+    frames: tuple[Literal["first", "last"], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Sizes of Wan 2.1 and 2.2, text to video."""
+"""Sizes of Wan 2.1 and 2.2, text to video and image to video."""
 
 from dataclasses import replace
 
@@ -17,9 +17,19 @@ _LARGE = Flavour(
     activation_bytes_per_token=271_000,
 )
 
+_SHOWN = replace(
+    _LARGE,
+    name="2.1-i2v-14b-480p",
+    source="hf://Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+    parameters=16_394_878_784,
+    text_tokens=512 + 257,
+    encoder_parameters=_LARGE.encoder_parameters + 630_766_080,  # CLIP's view of the picture
+    frames=("first",),
+)
+
 FACTS = FamilyFacts(
     name="wan",
-    title="Wan 2.1 and 2.2, text to video",
+    title="Wan 2.1 and 2.2, text to video and image to video",
     modality="video",
     objective="flow",
     pixel_multiple=16,
@@ -43,9 +53,27 @@ FACTS = FamilyFacts(
         ),
         _LARGE,
         replace(_LARGE, name="2.2-t2v-a14b", source="hf://Wan-AI/Wan2.2-T2V-A14B-Diffusers", experts=2),
+        _SHOWN,
+        replace(_SHOWN, name="2.1-i2v-14b-720p", source="hf://Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"),
+        replace(
+            _SHOWN,
+            name="2.1-flf2v-14b-720p",
+            source="hf://Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers",
+            parameters=16_395_536_704,
+            text_tokens=512 + 2 * 257,
+            frames=("first", "last"),
+        ),
+        replace(
+            _LARGE,
+            name="2.2-i2v-a14b",
+            source="hf://Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+            parameters=14_288_901_184,
+            experts=2,
+            frames=("first",),
+        ),
     ),
     frame_rule=(4, 1),
     temporal_factor=4,
     frame_rate=16.0,
-    pipelines=("WanPipeline",),
+    pipelines=("WanPipeline", "WanImageToVideoPipeline"),
 )

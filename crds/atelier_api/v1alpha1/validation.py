@@ -6,6 +6,9 @@ from pydantic import Field
 
 from atelier_api.v1alpha1.base import Block, Decimal
 
+PICTURE_FIELDS = {"first": "image", "last": "lastImage"}
+"""The field of a prompt that has the picture of a frame."""
+
 
 class ValidationPrompt(Block):
     """One picture that is drawn again and again."""
@@ -13,6 +16,23 @@ class ValidationPrompt(Block):
     text: str = Field(max_length=1024, description="Prompt.")
     negative: str | None = Field(default=None, max_length=1024, description="Negative prompt.")
     seed: int = Field(default=1, ge=0, le=2**31 - 1, description="Seed of the start noise.")
+    image: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=2048,
+        description="First frame, for image-to-video checkpoints: a file (relative to the run's YAML) or `s3://bucket/key`.",
+    )
+    last_image: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=2048,
+        description="Last frame, for checkpoints that draw between two pictures. A file or `s3://bucket/key`.",
+    )
+
+    @property
+    def shown(self) -> dict[str, str | None]:
+        """Where the picture of each frame is, by the frame's name."""
+        return {"first": self.image, "last": self.last_image}
 
 
 class Validation(Block):
@@ -31,6 +51,16 @@ class Validation(Block):
     frames: int | None = Field(
         default=None, ge=1, le=1025, description="Frames, for video families. Default: `data.clip.frames`."
     )
+
+    @property
+    def pictures(self) -> dict[str, str]:
+        """Where the pictures of all prompts are, by the path of the field."""
+        return {
+            f"spec.validation.prompts[{index}].{PICTURE_FIELDS[frame]}": uri
+            for index, prompt in enumerate(self.prompts)
+            for frame, uri in prompt.shown.items()
+            if uri is not None
+        }
 
 
 class Publish(Block):

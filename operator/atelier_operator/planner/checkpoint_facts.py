@@ -23,7 +23,10 @@ LONGEST_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format itself."""
 
 DENOISERS = ("transformer", "transformer_2", "unet", "dit")
-"""Components of a pipeline that can be trained. Text encoders are those whose name begins with `text_encoder`."""
+"""Components of a pipeline that can be trained."""
+
+ENCODERS = ("text_encoder", "image_encoder")
+"""How the names of components begin that encode what the denoiser is told."""
 
 AUTOENCODER = "vae"
 
@@ -74,7 +77,7 @@ def checkpoint_facts(model: ModelSpec, folder: Path) -> ModelFacts:
             f"spec.model.source: {folder / INDEX} names none of {', '.join(DENOISERS)}; there is nothing to train"
         )
     denoiser = _tensors(folder / denoisers[0])
-    encoders = [_tensors(folder / name).total for name in components if name.startswith("text_encoder")]
+    encoders = [_tensors(folder / name).total for name in components if name.startswith(ENCODERS)]
     flavour = min(family.flavours, key=lambda flavour: abs(math.log(denoiser.total / flavour.parameters)))
     shape = shape_of(_json(folder / denoisers[0] / "config.json")) or _scaled(flavour, denoiser.total)
     return ModelFacts(

@@ -127,6 +127,7 @@ def _check_paths(spec: TrainingRunSpec) -> None:
     """Raises ConfigError for paths that mean nothing in a pod."""
     places = [("spec.model.source", spec.model.source), ("spec.storage.uri", spec.storage.uri)]
     places += [(f"spec.data.sources[{index}].uri", source.uri) for index, source in enumerate(spec.data.sources)]
+    places += spec.validation.pictures.items()
     if spec.storage.s3.ca_bundle is not None:
         places.append(("spec.storage.s3.caBundle", spec.storage.s3.ca_bundle))
     for path, uri in places:

@@ -151,13 +151,30 @@ def resolve_local(run: TrainingRun, *, machine: Machine, around: Surroundings) -
         cache_uri=str(runs / ".cache"),
         ca_bundle=None if spec.storage.s3.ca_bundle is None else str(around.absolute(spec.storage.s3.ca_bundle)),
     )
-    return resolve(run, execution, paths)
+    return resolve(_with_pictures_here(run, around), execution, paths)
+
+
+def _with_pictures_here(run: TrainingRun, around: Surroundings) -> TrainingRun:
+    """The run with absolute places of the pictures that its prompts show."""
+    prompts = [
+        prompt.model_copy(
+            update={
+                name: _absolute_uri(uri, around)
+                for name, uri in (("image", prompt.image), ("last_image", prompt.last_image))
+                if uri is not None
+            }
+        )
+        for prompt in run.spec.validation.prompts
+    ]
+    validation = run.spec.validation.model_copy(update={"prompts": prompts})
+    return run.model_copy(update={"spec": run.spec.model_copy(update={"validation": validation})})
 
 
 def check_s3_credentials(spec: TrainingRunSpec, around: Surroundings) -> None:
     """Raises CredentialsError when the run uses S3 and nothing on this machine could give credentials for it."""
     uris = {"spec.model.source": spec.model.source, "spec.storage.uri": spec.storage.uri}
     uris |= {f"spec.data.sources[{index}].uri": source.uri for index, source in enumerate(spec.data.sources)}
+    uris |= spec.validation.pictures
     remote = {path: uri for path, uri in uris.items() if uri.startswith("s3://")}
     if not remote or _has_s3_credentials(around):
         return
@@ -194,6 +211,9 @@ def _missing(spec: TrainingRunSpec, around: Surroundings) -> Iterator[str]:
         if not source.uri.startswith("s3://") and not around.absolute(source.uri).is_dir():
             place = around.absolute(source.uri)
             yield f"spec.data.sources[{index}].uri is {shown(source.uri)}; there is no folder {place}"
+    for path, uri in spec.validation.pictures.items():
+        if not uri.startswith("s3://") and not around.absolute(uri).is_file():
+            yield f"{path} is {shown(uri)}; there is no file {around.absolute(uri)}"
     bundle = spec.storage.s3.ca_bundle
     if bundle is not None and not around.absolute(bundle).is_file():
         yield f"spec.storage.s3.caBundle is {shown(bundle)}; there is no file {around.absolute(bundle)}"

@@ -110,11 +110,15 @@ def _encoding(run_file: RunFile, family: Family) -> Encoding:
     root = Path(run_file.model_folder)
     config = components.read_pipeline_config(root)
     hashes = FolderHashes(Path(run_file.cache_uri) / "hashes.json")
+    others = text_components(config, family.denoisers)
+    given = components.given_frames(family, root)
+    # Frames that the network is shown lie beside the latents, and may have gone through an image encoder as well.
+    autoencoder = hashes.of(root, ["vae", *others], given) if given else hashes.of(root, ["vae"])
     rule = clip_rule(run_file.spec.data, family.facts)
     encoding = Encoding(
         family=family.name,
-        autoencoder=hashes.of(root, ["vae"]),
-        text_encoders=hashes.of(root, text_components(config, family.denoisers), pipeline_flags(config)),
+        autoencoder=autoencoder,
+        text_encoders=hashes.of(root, others, pipeline_flags(config)),
         precision=run_file.spec.hyperparameters.precision,
         fps=rule.fps if rule else None,
     )
@@ -136,6 +140,7 @@ def _fill(run_file: RunFile, family: Family, team: _Team, work: _Work) -> dict[b
         dtype=dtype,
         threads=reading_threads(run_file),
         limits=Limits(),
+        given=components.given_frames(family, run_file.model_folder),
     )
     encoding = work.encoding
     captions = sorted({EMPTY, *(caption for sample, _ in work.keyed for caption in sample.captions)})

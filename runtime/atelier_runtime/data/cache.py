@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 
 Entry = Mapping[str, Tensor]
 
+FRAMES = "frames."
+"""Begins the names of tensors that tell of the frames that the network is shown, in the entry of a clip's latents."""
+
 _FORMAT = "1"
 _KEY_BYTES = 32
 _LEFTOVER_SECONDS = 86_400

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atelier_api.progress import FunnelReport
-from atelier_runtime.data.cache import Cache
+from atelier_runtime.data.cache import FRAMES, Cache
 from atelier_runtime.data.captions import chosen, is_dropped
 from atelier_runtime.data.order import SampleOrder, Slot
 from atelier_runtime.family import Features
@@ -21,7 +21,7 @@ class MicroBatch:
 
     `latents` [B, C, H, W] or [B, C, F, H, W] (the posterior's mean where `std` is given), `text` per sample at true length,
     `sizes` [B, 6] in pixels (resized height and width, crop top and left, target height and width), `weights` [B] 0 or 1,
-    `slots` places in the global batch, `names` file names.
+    `slots` places in the global batch, `names` file names, `frames` [B, ...] what is known of the frames that the network is shown.
     """
 
     latents: Tensor
@@ -31,6 +31,7 @@ class MicroBatch:
     weights: Tensor
     slots: tuple[int, ...]
     names: tuple[str, ...]
+    frames: Features | None = None
 
     def pinned(self) -> "MicroBatch":
         """The same in page-locked memory, from which copies to a GPU do not block."""
@@ -41,6 +42,7 @@ class MicroBatch:
             text=[{name: tensor.pin_memory() for name, tensor in features.items()} for features in self.text],
             sizes=self.sizes.pin_memory(),
             weights=self.weights.pin_memory(),
+            frames=self.frames and {name: tensor.pin_memory() for name, tensor in self.frames.items()},
         )
 
 
@@ -98,6 +100,7 @@ class Dataset:
         columns = self._columns
         entries = [self._cache.read(int(columns.latents[slot.sample])) for slot in slots]
         stds = [entry["std"] for entry in entries if "std" in entry]
+        frames = [name for name in entries[0] if name.startswith(FRAMES)]
         return MicroBatch(
             latents=torch.stack([entry["mean"] for entry in entries]),
             std=torch.stack(stds) if stds else None,
@@ -106,6 +109,8 @@ class Dataset:
             weights=torch.tensor([slot.weight for slot in slots], dtype=torch.float32),
             slots=tuple(slot.index for slot in slots),
             names=tuple(columns.names[slot.sample] for slot in slots),
+            frames={name.removeprefix(FRAMES): torch.stack([entry[name] for entry in entries]) for name in frames}
+            or None,
         )
 
     def _caption_row(self, slot: Slot, step: int, epoch: int) -> int:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from atelier_runtime.data.buckets import Bucket, Placement
-from atelier_runtime.data.cache import Cache, ShardWriter
+from atelier_runtime.data.cache import FRAMES, Cache, ShardWriter
 from atelier_runtime.data.collective import Announcer, Ranks, Share, gather, in_rounds
 from atelier_runtime.data.image import fit, read_picture
 from atelier_runtime.data.keys import content_sha256, file_sha256
 from atelier_runtime.data.scan import ClipRule
 from atelier_runtime.data.video import read_clip
-from atelier_runtime.family import Family
+from atelier_runtime.family import Family, Frame
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,9 @@ class Builder:
         dtype: torch.dtype,
         threads: int,
         limits: Limits,
+        given: tuple[Frame, ...] = (),
     ) -> None:
+        """`given`: the frames of a clip that the checkpoint is shown."""
         self._family = family
         self._encoders = encoders
         self._cache = cache
@@ -114,6 +116,7 @@ class Builder:
         self._announcer = announcer
         self._threads = threads
         self._limits = limits
+        self._given = given
         self._writer = ShardWriter(cache.folder)
         self._committed_at = time.monotonic()
 
@@ -196,11 +199,12 @@ class Builder:
 
     def _encode_pixels(self, batch: Sequence[tuple[LatentJob, Tensor]]) -> list[dict[str, Tensor]]:
         pipe = self._encoders.pipe
+        pixels = torch.stack([one for _, one in batch]).to(self._ranks.device)
         with torch.no_grad():
-            latents = self._family.encode_pixels(
-                pipe, torch.stack([pixels for _, pixels in batch]).to(self._ranks.device)
-            )
+            latents = self._family.encode_pixels(pipe, pixels)
+            frames = self._family.encode_frames(pipe, pixels, self._given) if self._given else {}
         columns = {"mean": latents.mean} | ({} if latents.std is None else {"std": latents.std})
+        columns |= {FRAMES + name: tensor for name, tensor in frames.items()}
         return [{name: self._stored(tensor[i]) for name, tensor in columns.items()} for i in range(len(batch))]
 
     def _keep(self, jobs: Sequence[LatentJob], entries: Sequence[dict[str, Tensor]]) -> list[tuple[bytes, str]]:

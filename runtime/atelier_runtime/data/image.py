@@ -35,13 +35,17 @@ def read_picture(content: bytes) -> Image.Image:
 
 
 def fit(picture: Image.Image, placement: Placement) -> Tensor:
-    """Pixels [3, H, W] in [-1, 1] of the picture resized and cut as `placement` says (Lanczos filter)."""
+    """Pixels [3, H, W] in [-1, 1] of the picture resized and cut as `placement` says."""
+    return torch.from_numpy(np.array(fitted(picture, placement))).permute(2, 0, 1).to(torch.float32) / 127.5 - 1.0
+
+
+def fitted(picture: Image.Image, placement: Placement) -> Image.Image:
+    """The picture resized and cut as `placement` says (Lanczos filter)."""
     height, width = placement.resized
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     left, top = placement.left, placement.top
-    cut = picture.crop((left, top, left + placement.bucket.width, top + placement.bucket.height))
-    return torch.from_numpy(np.array(cut)).permute(2, 0, 1).to(torch.float32) / 127.5 - 1.0
+    return picture.crop((left, top, left + placement.bucket.width, top + placement.bucket.height))
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

@@ -1,53 +1,47 @@
-"""Wan 2.1 and 2.2, text to video: flow matching on clips.
+"""Wan 2.1 and 2.2, text to video and image to video: flow matching on clips.
 
-Latents are [B, 16, (F - 1)/4 + 1, H/8, W/8], the posterior's mode, normalised per channel; clips have 4n + 1 frames. The text
-encoder is UMT5, 512 tokens with zeros after the true length, all of which take part in attention. Wan 2.2 has two experts:
-`transformer` for high noise, sigma in [boundary, 1], and `transformer_2` for low noise; the boundary stands in
-`model_index.json`. Source: diffusers `pipelines/wan/pipeline_wan.py`.
+Latents are [B, 16, (F - 1)/4 + 1, H/8, W/8]. Wan 2.2 has two experts: `transformer` for high noise, sigma in [boundary, 1], and
+`transformer_2` for low noise; the boundary stands in `model_index.json`. Source: diffusers `pipelines/wan/pipeline_wan.py`.
+
+Image-to-video checkpoints (`pipeline_wan_i2v.py`) are shown the first frame, FLF2V the last as well: 20 channels follow the noisy
+ones, a mask [4] of the frames that are shown and the latents [16] of the clip with all others grey. Wan 2.1 also gets CLIP's view.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents, Stage, configuration
-from atelier_runtime.lora_layout import LoraLayout, plain
+from atelier_runtime.family import Conditions, Features, Frame, SampleRequest, Stage, configuration
+from atelier_runtime.wan_parts import WanNetwork, require_a_clip
 
-TEXT_TOKENS = 512  # what the pipeline pads to when it samples; `encode_prompt` alone would take 226
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of self- and cross-attention
-MLP = ("ffn.net.0.proj", "ffn.net.2")
-
-_ATTENTION_NAMES = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
-LAYOUT = LoraLayout(
-    architecture="wan",
-    flat=False,
-    rules=(
-        *plain(r"blocks\.(\d+)\.attn1\.", r"blocks.\1.self_attn.", _ATTENTION_NAMES),
-        *plain(r"blocks\.(\d+)\.attn2\.", r"blocks.\1.cross_attn.", _ATTENTION_NAMES),
-        *plain(r"blocks\.(\d+)\.ffn\.", r"blocks.\1.ffn.", {"net.0.proj": "0", "net.2": "2"}),
-    ),
-)
-"""The stock pipeline's `load_lora_weights` reads it, the second expert with `load_into_transformer_2=True`."""
+FRAMES_OF_A_LATENT = 4  # after the first; the mask has a channel for each
 
 
-class Wan(Family):
-    """Wan 2.1 T2V and Wan 2.2 T2V-A14B. Image-conditioned checkpoints and TI2V-5B are refused."""
+class Wan(WanNetwork):
+    """Wan 2.1 T2V, I2V and FLF2V, Wan 2.2 T2V-A14B and I2V-A14B. TI2V-5B is a family of its own."""
 
     name = "wan"
     pipeline = "WanPipeline"
     denoisers = ("transformer", "transformer_2")
-    lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
-    lora_layout = LAYOUT
-    blocks = (Blocks("blocks"),)
+
+    def pipeline_of(self, pipeline_config: Mapping[str, Any]) -> str:
+        return str(pipeline_config["_class_name"])
+
+    def given_frames(self, pipeline_config: Mapping[str, Any], denoiser_config: Mapping[str, Any]) -> tuple[Frame, ...]:
+        """Raises ConfigError for TI2V-5B, as `stages` does."""
+        _refuse_a_time_per_token(pipeline_config)
+        if self.pipeline_of(pipeline_config) == self.pipeline:
+            return ()
+        # Only checkpoints for two pictures tell the tokens of one from those of the other, by position.
+        return ("first", "last") if denoiser_config.get("pos_embed_seq_len") else ("first",)
 
     def stages(self, pipeline_config: Mapping[str, Any], denoisers: Sequence[str]) -> tuple[Stage, ...]:
         """One stage over (0, 1], or the two experts' ranges. Raises ConfigError for TI2V-5B and for experts without a boundary."""
-        if pipeline_config.get("expand_timesteps"):
-            raise _refused("is a checkpoint with a time per token (expand_timesteps), such as TI2V-5B")
+        _refuse_a_time_per_token(pipeline_config)
         boundary = pipeline_config.get("boundary_ratio")
         if boundary is None:
             if len(denoisers) > 1:
@@ -56,43 +50,67 @@ class Wan(Family):
         ranges = {"transformer": (boundary, 1.0), "transformer_2": (0.0, boundary)}
         return tuple(Stage(name, *ranges[name]) for name in denoisers)
 
-    def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
-        """`embeds` [L, D] without the zeros after the true length; `collate_text` puts them back."""
-        embeds, _ = pipe.encode_prompt(
-            list(prompts),
-            do_classifier_free_guidance=False,
-            max_sequence_length=TEXT_TOKENS,
-            device=pipe.text_encoder.device,
-        )
-        lengths = [int(row.any(dim=-1).nonzero().max()) + 1 for row in embeds]
-        return [{"embeds": row[:length].clone()} for row, length in zip(embeds, lengths, strict=True)]
-
-    def collate_text(self, samples: Sequence[Features]) -> Features:
-        """`embeds` [B, 512, D], zeros after each sample's length: the network attends to them when sampling, too."""
-        rows = [sample["embeds"] for sample in samples]
-        return {"embeds": torch.stack([functional.pad(row, (0, 0, 0, TEXT_TOKENS - len(row))) for row in rows])}
-
-    def encode_pixels(self, pipe: Any, pixels: Tensor) -> Latents:
-        """Latents of [B, 3, F, H, W] pixels in [-1, 1]."""
-        mode = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
-        mean, std = (
-            torch.tensor(values, device=mode.device, dtype=mode.dtype).view(1, -1, 1, 1, 1)
-            for values in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
-        )
-        return Latents(mean=(mode - mean) / std)
+    def encode_frames(self, pipe: Any, pixels: Tensor, given: tuple[Frame, ...]) -> Features:
+        """`latents` [B, 16, F, H, W] of the clip in which all other frames are grey, and CLIP's `image` [B, frames, tokens, D]."""
+        require_a_clip(pixels)
+        places = [{"first": 0, "last": -1}[frame] for frame in given]
+        shown = torch.zeros_like(pixels)
+        shown[:, :, places] = pixels[:, :, places]
+        features = {"latents": self.encode_pixels(pipe, shown).mean}
+        if pipe.image_encoder is not None:
+            pictures = [_picture(clip[:, place]) for clip in pixels for place in places]
+            features["image"] = pipe.encode_image(pictures, pixels.device).unflatten(0, (len(pixels), len(places)))
+        return features
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
-        """Noise - clean, [B, C, F, H, W]. Raises ConfigError where the network wants conditioning channels beside the noise."""
-        channels = configuration(denoiser).in_channels
-        if channels != noisy.shape[1]:
-            raise _refused(f"has a denoiser of {channels} input channels where the latents have {noisy.shape[1]}")
+        """Noise - clean, [B, 16, F, H, W]. Raises ConfigError where the network wants more than the checkpoint's pipeline gives."""
+        config, frames = configuration(denoiser), conditions.frames or {}
+        channels = noisy
+        if frames:
+            mask = _mask(noisy, last=bool(config.pos_embed_seq_len))
+            channels = torch.cat([noisy, mask, frames["latents"].to(noisy.dtype)], dim=1)
+        if config.in_channels != channels.shape[1]:
+            raise _refused(
+                f"has a denoiser of {config.in_channels} input channels and a pipeline of {channels.shape[1]}"
+            )
+        image = None
+        if config.image_dim is not None:
+            if "image" not in frames:
+                raise _refused("has a denoiser that is shown pictures through CLIP, and no image_encoder")
+            image = frames["image"].flatten(0, 1).to(noisy.dtype)
         embeds = conditions.text["embeds"].to(noisy.dtype)
-        return denoiser(noisy, time * 1000, embeds, return_dict=False)[0]
+        return denoiser(channels, time * 1000, embeds, image, return_dict=False)[0]
+
+    def sampling_arguments(self, pipe: Any, request: SampleRequest) -> dict[str, Any]:
+        pictures = dict(zip(("image", "last_image"), request.pictures, strict=False))
+        return super().sampling_arguments(pipe, request) | pictures
+
+
+def _mask(latents: Tensor, *, last: bool) -> Tensor:
+    """[B, 4, F, H, W], 1 for the frames that are shown; the first latent stands for one frame, which counts four times."""
+    mask = latents.new_zeros(len(latents), FRAMES_OF_A_LATENT, *latents.shape[2:])
+    mask[:, :, 0] = 1
+    if last:
+        mask[:, -1, -1] = 1
+    return mask
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    """Pixels [3, H, W] in [-1, 1] as CLIP's own preparation takes them."""
+    values = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).numpy())
+
+
+def _refuse_a_time_per_token(pipeline_config: Mapping[str, Any]) -> None:
+    if pipeline_config.get("expand_timesteps"):
+        raise _refused(
+            "is a checkpoint with a time per token (expand_timesteps), such as TI2V-5B, which the family wan_ti2v trains"
+        )
 
 
 def _refused(what: str) -> ConfigError:
     return ConfigError(
-        f"spec.model.source {what}; the family wan trains text-to-video checkpoints of Wan 2.1 and Wan 2.2 A14B: "
+        f"spec.model.source {what}; the family wan trains text-to-video and image-to-video checkpoints of Wan 2.1 and Wan 2.2 A14B: "
         "set spec.model.source to one of those"
     )
 

@@ -61,14 +61,20 @@ class Objective(ABC):
             raise no_mass(stages)
         return stages[int(torch.multinomial(masses, 1, generator=generator))]
 
-    def loss(self, prediction: Tensor, prepared: Prepared) -> Tensor:
-        """[B] fp32: loss per element in fp32, mean over all but the batch, times the objective's weight."""
+    def loss(self, prediction: Tensor, prepared: Prepared, mask: Tensor | None = None) -> Tensor:
+        """[B] fp32: loss per element in fp32, mean over all but the batch, times the objective's weight.
+
+        With a `mask` of 0 and 1 that broadcasts to the prediction, the mean is over what it leaves.
+        """
         difference = prediction.float() - prepared.target
         if self.spec.loss == "huber":
             element = pseudo_huber(difference, self.spec.huber_c)
         else:
             element = squared_error(difference)
-        return element.flatten(1).mean(1) * prepared.weight
+        if mask is None:
+            return element.flatten(1).mean(1) * prepared.weight
+        mask = mask.expand_as(element)
+        return (element * mask).flatten(1).sum(1) / mask.flatten(1).sum(1) * prepared.weight
 
 
 def check_generators(clean: Tensor, generators: Sequence[torch.Generator]) -> None:

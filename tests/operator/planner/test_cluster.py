@@ -113,6 +113,14 @@ PATHS = {
     "a relative model": ({"model": {"source": "base"}}, "spec.model.source is 'base'"),
     "relative data": ({"data": {"sources": [{"uri": "pictures"}]}}, "spec.data.sources\\[0\\].uri is 'pictures'"),
     "the default store": ({"storage": {"uri": "runs"}}, "spec.storage.uri is 'runs'"),
+    "a relative picture": (
+        {
+            "model": {"family": "wan"},
+            "storage": {"uri": "s3://bucket/runs"},
+            "validation": {"prompts": [{"text": "a", "image": "first.png"}]},
+        },
+        "spec.validation.prompts\\[0\\].image is 'first.png'",
+    ),
     "a relative bundle": (
         {"storage": {"uri": "s3://bucket/runs", "s3": {"caBundle": "ca.pem"}}},
         "spec.storage.s3.caBundle is 'ca.pem'",

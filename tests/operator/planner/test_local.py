@@ -20,7 +20,7 @@ from atelier_operator.planner.local import (
     model_folder,
     resolve_local,
 )
-from header_checkpoints import write_checkpoint
+from header_checkpoints import SD3_INDEX, write_checkpoint
 from planned_runs import cpu, run
 
 GIB = 1 << 30
@@ -84,9 +84,33 @@ def test_the_file_of_certificate_authorities_is_made_absolute(place: Path) -> No
     assert file.spec.storage.s3.ca_bundle == str(place / "ca.pem")
 
 
+def shown(*prompts: dict[str, str]) -> TrainingRun:
+    """A run whose validation prompts show pictures."""
+    return run("wan", parallelism=ON_CPU, data__resolution=64, data__clip__frames=5, validation__prompts=list(prompts))
+
+
+def test_pictures_of_prompts_are_made_absolute(place: Path) -> None:
+    write_checkpoint(place / "base", SD3_INDEX | {"_class_name": "WanImageToVideoPipeline"})
+    (place / "first.png").write_text("x")
+    prompts = {"text": "a", "image": "first.png", "lastImage": "s3://bucket/last.png"}, {"text": "b"}
+    uses = around(place, AWS_ACCESS_KEY_ID="a", AWS_SECRET_ACCESS_KEY="b")
+    file = resolve_local(shown(*prompts), machine=cpu(8), around=uses)
+    places = [(prompt.image, prompt.last_image) for prompt in file.spec.validation.prompts]
+    assert places == [(str(place / "first.png"), "s3://bucket/last.png"), (None, None)]
+
+
+def test_a_picture_that_is_not_there_is_told(place: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        resolve_local(shown({"text": "a", "image": "first.png"}), machine=cpu(8), around=around(place))
+    path = "spec.validation.prompts[0].image"
+    assert str(refused.value) == f"{path} is 'first.png'; there is no file {place / 'first.png'}"
+
+
 def test_everything_that_is_not_there_is_told_at_once(place: Path) -> None:
     absent = local(
-        model__source="nowhere", data__sources=[{"uri": "pictures"}, {"uri": "more"}], storage__s3__caBundle="ca.pem"
+        model__source="nowhere",
+        data__sources=[{"uri": "pictures"}, {"uri": "more"}],
+        storage__s3__caBundle="ca.pem",
     )
     with pytest.raises(ConfigError) as refused:
         resolve_local(absent, machine=cpu(8), around=around(place))

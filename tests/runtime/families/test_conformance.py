@@ -5,6 +5,7 @@ one, so nothing but the comparison with the pipeline would reveal it.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +95,14 @@ def test_a_batch_of_two_prompts_of_unequal_length_equals_the_two_alone(case: Cas
     clean = case.latents(2)
     noisy, time, target = case.noised(clean, LEVELS)
     for denoiser in case.denoisers.values():
-        together = case.family.predict(denoiser, noisy, time, case.conditions(PROMPTS))
-        alone = [
-            case.family.predict(denoiser, noisy[i : i + 1], time[i : i + 1], case.conditions([PROMPTS[i]]))
-            for i in (0, 1)
-        ]
+        conditions = case.conditions(PROMPTS)
+        together = case.family.predict(denoiser, noisy, time, conditions)
+        told = [case.conditions([PROMPTS[i]], samples=[i]) for i in (0, 1)]
+        alone = [case.family.predict(denoiser, noisy[i : i + 1], time[i : i + 1], told[i]) for i in (0, 1)]
         torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
-        losses = [(one - target[i : i + 1]).square().mean() for i, one in enumerate(alone)]
+        losses = [case.loss(one, target[i : i + 1], told[i]) for i, one in enumerate(alone)]
         torch.testing.assert_close(
-            (together - target).square().mean(), torch.stack(losses).mean(), atol=1e-5, rtol=1e-5
+            case.loss(together, target, conditions), torch.stack(losses).mean(), atol=1e-5, rtol=1e-5
         )
 
 
@@ -113,6 +113,22 @@ def test_the_prompt_changes_the_prediction(case: Case) -> None:
     one, _ = predicted(case, denoiser, case.conditions([PROMPTS[0]] * 2))
     other, _ = predicted(case, denoiser, case.conditions([PROMPTS[1]] * 2))
     assert (one - other).abs().max() > 1e-5
+
+
+@torch.no_grad()
+def test_each_frame_that_is_shown_changes_the_prediction(case: Case) -> None:
+    if not case.given:
+        pytest.skip("it is shown no frame of the clip")
+    told, pixels = case.conditions(PROMPTS), case.pixels(2)
+    noisy, time, _ = case.noised(case.latents(2), LEVELS)
+    for denoiser in case.denoisers.values():
+        expected = case.family.predict(denoiser, noisy, time, told)
+        for frame in case.given:
+            other = pixels.clone()
+            other[:, :, 0 if frame == "first" else -1] *= -1
+            frames = case.family.encode_frames(case.pipe, other, case.given)
+            changed = case.family.predict(denoiser, noisy, time, replace(told, frames=frames))
+            assert (changed - expected).abs().max() > 1e-5
 
 
 def test_every_lora_matrix_gets_a_gradient_and_nothing_else(fresh: Case) -> None:
@@ -198,7 +214,8 @@ def test_recomputing_activations_changes_neither_loss_nor_gradients(fresh: Case)
 )
 def test_the_loss_falls_on_four_real_samples(fresh: Case, adapter: Any, rate: float) -> None:
     name, denoiser = next(iter(fresh.denoisers.items()))
-    stage = next(s for s in fresh.family.stages(dict(fresh.pipe.config), tuple(fresh.denoisers)) if s.denoiser == name)
+    stages = fresh.family.stages(fresh.pipeline_config, tuple(fresh.denoisers))
+    stage = next(stage for stage in stages if stage.denoiser == name)
     levels = tuple(stage.low + (stage.high - stage.low) * share for share in (0.2, 0.4, 0.6, 0.8))
     conditions = fresh.conditions(["a palace", "a flower", "a roof", "petals"])
     noisy, time, target = fresh.noised(fresh.latents(4), levels)
@@ -207,7 +224,7 @@ def test_the_loss_falls_on_four_real_samples(fresh: Case, adapter: Any, rate: fl
     optimizer = torch.optim.AdamW(adapters.trainable(denoiser).values(), lr=rate, weight_decay=0.0)
     losses = []
     for _ in range(30):
-        loss = (fresh.family.predict(denoiser, noisy, time, conditions) - target).square().mean()
+        loss = fresh.loss(fresh.family.predict(denoiser, noisy, time, conditions), target, conditions)
         losses.append(loss.item())
         loss.backward()
         optimizer.step()

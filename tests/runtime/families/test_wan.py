@@ -1,14 +1,25 @@
-"""Wan against the stock pipeline, its two experts, and what is refused."""
+"""Wan against the stock pipeline, its two experts, the frames that it is shown, and what is refused."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from atelier_api.errors import ConfigError
+from atelier_api.run_file import RunFile
+from atelier_api.v1alpha1.validation import Validation, ValidationPrompt
+from atelier_runtime.data import MicroBatch, build_dataset
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Conditions, Stage
-from family_models import tiny_pipeline
+from atelier_runtime.parallel import Distributed
+from atelier_runtime.sampling import draw_samples, start_pictures
+from family_cases import make_case
+from family_models import save_tiny, tiny_pipeline
+from tiny_data import OneRank, all_samples, grey_frames, no_report, picture, training_run_file, write_clip
 
 FAMILY = get_family("wan")
 SIZES = torch.tensor([[32, 32, 0, 0, 32, 32]])
@@ -116,5 +127,131 @@ def test_what_cannot_be_trained_is_refused(config: dict[str, Any], denoisers: tu
 
 
 def test_a_denoiser_with_conditioning_channels_is_refused_before_it_runs(pipe: Any) -> None:
-    with pytest.raises(ConfigError, match="16 input channels where the latents have 36"):
+    with pytest.raises(ConfigError, match="16 input channels and a pipeline of 36"):
         FAMILY.predict(pipe.transformer, torch.zeros(1, 36, 1, 4, 4), torch.ones(1), conditions(pipe, "a"))
+
+
+@pytest.mark.parametrize(
+    ("config", "denoiser", "expected"),
+    [
+        ({"_class_name": "WanPipeline"}, {"in_channels": 16}, ()),
+        ({"_class_name": "WanImageToVideoPipeline"}, {"image_dim": 1280, "pos_embed_seq_len": None}, ("first",)),
+        ({"_class_name": "WanImageToVideoPipeline"}, {"pos_embed_seq_len": 514}, ("first", "last")),
+        ({"_class_name": "WanImageToVideoPipeline", "boundary_ratio": 0.9}, {"image_dim": None}, ("first",)),
+    ],
+    ids=["T2V", "I2V 2.1", "FLF2V", "I2V 2.2"],
+)
+def test_the_configs_tell_which_frames_are_shown(
+    config: dict[str, Any], denoiser: dict[str, Any], expected: tuple[str, ...]
+) -> None:
+    assert FAMILY.given_frames(config, denoiser) == expected
+    assert FAMILY.pipeline_of(config) == config["_class_name"]
+
+
+@pytest.mark.parametrize("name", ["wan_i2v", "wan_flf2v", "wan22_i2v"])
+@torch.no_grad()
+def test_the_channels_beside_the_noise_are_those_of_the_stock_pipeline(name: str) -> None:
+    case = make_case(name)
+    pipe, pixels = case.pipe, case.pixels(1)
+    height, width = pixels.shape[-2:]
+    last = pixels[:, :, -1] if "last" in case.given else None
+    size = {"height": height, "width": width, "num_frames": pixels.shape[2]}
+    noisy, expected = pipe.prepare_latents(
+        pixels[:, :, 0], 1, **size, dtype=torch.float32, device="cpu", last_image=last, generator=torch.Generator()
+    )
+    seen: list[torch.Tensor] = []
+    pipe.transformer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    FAMILY.predict(pipe.transformer, noisy, torch.ones(1), case.conditions(["a fox"]))
+    torch.testing.assert_close(seen[0], torch.cat([noisy, expected], dim=1), atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_frames_between_those_that_are_shown_tell_nothing() -> None:
+    case = make_case("wan_flf2v")
+    pixels = case.pixels(1)
+    inside = pixels.clone()
+    inside[:, :, 1:-1] *= -1
+    one, other = (FAMILY.encode_frames(case.pipe, clip, case.given) for clip in (pixels, inside))
+    assert one.keys() == other.keys() == {"latents", "image"}
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_clip_of_which_every_frame_is_shown_is_refused() -> None:
+    case = make_case("wan22_i2v")
+    with pytest.raises(ConfigError, match=r"spec.data.clip.frames is 1, .* must be 5 or more"):
+        FAMILY.encode_frames(case.pipe, case.pixels(1)[:, :, :1], case.given)
+
+
+def test_a_checkpoint_without_its_image_encoder_is_refused() -> None:
+    case = make_case("wan_i2v")
+    told = case.conditions(["a fox"])
+    assert told.frames is not None
+    alone = replace(told, frames={"latents": told.frames["latents"]})
+    with pytest.raises(ConfigError, match="shown pictures through CLIP, and no image_encoder"):
+        FAMILY.predict(case.pipe.transformer, case.latents(1), torch.ones(1), alone)
+
+
+def prompted(folder: Path, checkpoint: str, **prompt: Any) -> RunFile:
+    """A run over this tiny checkpoint with one validation prompt, samples of 48 x 32 pixels."""
+    file = training_run_file(folder, [folder], save_tiny(checkpoint, folder / "base"), "wan")
+    validation = Validation(prompts=[ValidationPrompt(text="a fox", **prompt)], width=48, height=32, frames=5, steps=1)
+    return file.model_copy(update={"spec": file.spec.model_copy(update={"validation": validation})})
+
+
+def test_a_sample_begins_with_its_picture_fitted_to_its_size(tmp_path: Path) -> None:
+    picture(96, 96).save(tmp_path / "start.png")
+    file = prompted(tmp_path, "wan_i2v", image=str(tmp_path / "start.png"))
+    [[start]] = start_pictures(file, FAMILY)
+    assert start.size == (48, 32)
+    assert np.array_equal(np.array(start), np.array(picture(96, 96).resize((48, 48), Image.Resampling.LANCZOS))[8:40])
+    case, here = make_case("wan_i2v"), Distributed(0, 0, 1, torch.device("cpu"))
+    drawn = draw_samples(file, FAMILY, case.denoisers, here)
+    picture(96, 96, seed=5).save(tmp_path / "start.png")
+    assert draw_samples(file, FAMILY, case.denoisers, here) != drawn
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "prompt", "expected"),
+    [
+        ("wan_i2v", {}, r"prompts\[0\]\.image is empty; .* draws from its first frame: name a picture"),
+        ("wan_flf2v", {"image": "start.png"}, r"prompts\[0\]\.lastImage is empty; .* its last frame"),
+        ("wan_i2v", {"image": "start.png", "last_image": "start.png"}, r"lastImage is .*start\.png'; .* remove it"),
+        ("wan", {"image": "start.png"}, r"image is .*start\.png'; .* is not shown the first frame"),
+        ("wan_i2v", {"image": "other.png"}, r"image is .*other\.png', which cannot be read"),
+        ("wan_i2v", {"image": "text.png"}, r"image is .*text\.png', which cannot be read"),
+    ],
+    ids=["none", "no last one", "a last one too many", "one for text to video", "no file", "no picture"],
+)
+def test_prompts_that_cannot_be_drawn_are_refused(
+    checkpoint: str, prompt: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    picture(48, 32).save(tmp_path / "start.png")
+    (tmp_path / "text.png").write_text("no picture")
+    file = prompted(tmp_path, checkpoint, **{name: str(tmp_path / file) for name, file in prompt.items()})
+    with pytest.raises(ConfigError, match=expected):
+        start_pictures(file, FAMILY)
+
+
+def shown_to(folder: Path, checkpoint: str, clips: Path) -> MicroBatch:
+    """The first sample of a training set that is made for this tiny checkpoint. All share a cache."""
+    base = save_tiny(checkpoint, folder / checkpoint)
+    run = training_run_file(folder, [clips], base, "wan", data={"clip": {"frames": 5}, "maxUpscale": 4})
+    [sample] = all_samples(build_dataset(run, FAMILY, OneRank(), no_report)).values()
+    return sample
+
+
+def test_the_cache_keeps_what_each_checkpoint_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    write_clip(tmp_path / "clips/a.mp4", grey_frames([10, 60, 120, 180, 240]), 16)
+    (tmp_path / "clips/a.txt").write_text("a fox")
+    text, first, both = (shown_to(tmp_path, name, tmp_path / "clips") for name in ("wan", "wan_i2v", "wan_flf2v"))
+    assert text.frames is None
+    assert first.frames is not None
+    assert both.frames is not None
+    for batch in (first, both):
+        assert torch.equal(batch.latents, text.latents)
+    assert first.frames["latents"].shape == text.latents.shape
+    assert first.frames["image"].shape[:2] == (1, 1)
+    assert both.frames["image"].shape[:2] == (1, 2)
+    assert not torch.equal(first.frames["latents"], both.frames["latents"])
+    assert torch.equal(first.frames["image"], both.frames["image"][:, :1])

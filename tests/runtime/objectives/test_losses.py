@@ -50,6 +50,16 @@ def test_the_loss_is_one_fp32_mean_per_sample_times_its_weight(kind: str) -> Non
     torch.testing.assert_close(loss, expected)
 
 
+def test_a_mask_leaves_the_mean_over_what_it_keeps() -> None:
+    target, prediction = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2)
+    mask = torch.ones(1, 1, 3, 1, 1)
+    mask[:, :, 0] = 0
+    objective = FlowObjective(Objective(), ConstantShift(1.0))
+    loss = objective.loss(prediction, prepared(target, torch.tensor([1.0, 0.5])), mask)
+    kept = (prediction - target)[:, :, 1:].square().flatten(1).mean(1)
+    torch.testing.assert_close(loss, kept * torch.tensor([1.0, 0.5]))
+
+
 def test_weight_one_leaves_the_squared_loss_equal_to_the_bit() -> None:
     target, prediction = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     loss = FlowObjective(Objective(), ConstantShift(1.0)).loss(prediction, prepared(target, torch.ones(2)))

@@ -55,10 +55,12 @@ Config = tuple[type[nn.Module], Mapping[str, Any]]
 class Published:
     """`denoisers` by flavour, in the order of the API's table; `encoders` and `autoencoder` build theirs.
 
-    `features` are those of a caption of full length, where they have other names than most.
+    `features` are those of a caption of full length, where they have other names than most. `picture_encoders` by flavour, where one
+    has encoders beside those of all.
     """
 
     denoisers: Mapping[str, Config]
     encoders: Callable[[], list[nn.Module]]
     autoencoder: Callable[[], nn.Module]
     features: Callable[[], dict[str, Tensor]] | None = None
+    picture_encoders: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
