@@ -121,6 +121,12 @@ def _location_rules() -> Iterator[CelRule]:
     message = "must be a folder or s3://bucket/prefix"
     yield CelRule("storage.uri", _folder_or_s3("self.storage.uri"), message)
     yield CelRule("data.sources", f"self.data.sources.all(source, {_folder_or_s3('source.uri')})", f"a uri {message}")
+    for field, name, places in (
+        ("data.sources", "source", "a folder or s3://bucket/prefix"),
+        ("validation.prompts", "prompt", "a file or s3://bucket/key"),
+    ):
+        each = f"{name}.references.all(place, {_folder_or_s3('place')})"
+        yield CelRule(field, f"self.{field}.all({name}, {each})", f"references must be {places}")
 
 
 def _family_rules() -> Iterator[CelRule]:
@@ -152,6 +158,7 @@ def _family_rules() -> Iterator[CelRule]:
         "kohya has no names for the layers of this family; must hold diffusers",
     )
     yield from _negative_prompt_rules()
+    yield from _reference_rules()
     for name, facts in FAMILIES.items():
         if facts.frame_rule is None:
             continue
@@ -180,6 +187,21 @@ def _negative_prompt_rules() -> Iterator[CelRule]:
             unnamed = "true" if facts.flavours[0].guidance == kind else "false"
             is_kind = f"(has(self.model.flavour) ? self.model.flavour in {_literal(flavours)} : {unnamed})"
             yield CelRule("validation.prompts", f"self.model.family != '{name}' || !{is_kind} || {otherwise}", message)
+
+
+def _reference_rules() -> Iterator[CelRule]:
+    takers = {name: facts.references for name, facts in FAMILIES.items() if facts.references}
+    named = _literal(list(takers))
+    for field, item, what in (
+        ("data.sources", "source", "folders of reference pictures"),
+        ("validation.prompts", "prompt", "reference pictures"),
+    ):
+        none = f"self.{field}.all({item}, size({item}.references) == 0)"
+        yield CelRule(field, f"self.model.family in {named} || {none}", "this family takes no reference pictures")
+        for most in sorted(set(takers.values())):
+            alike = _literal([name for name, each in takers.items() if each == most])
+            fits = f"self.{field}.all({item}, size({item}.references) >= 1 && size({item}.references) <= {most})"
+            yield CelRule(field, f"!(self.model.family in {alike}) || {fits}", f"must name 1 to {most} {what}")
 
 
 def _option_rules() -> Iterator[CelRule]:

@@ -36,7 +36,7 @@ from atelier_runtime.observe.scratch import Scratch
 from atelier_runtime.parallel import Distributed
 from atelier_runtime.publishing import publish, write_report, write_result
 from atelier_runtime.reporter import Reporter
-from atelier_runtime.sampling import draw_samples, store_samples
+from atelier_runtime.sampling import check_prompts, draw_samples, store_samples
 from atelier_runtime.store import Store, open_store
 from atelier_runtime.train_state import TrainState
 from atelier_runtime.trainer import Parts, Trainer, build_run_objective, build_state, staging_folder
@@ -176,6 +176,7 @@ def prepare(session: Session) -> Parts:
     reporter.stage("Preparing", "reading the data")
     if distributed.rank == 0:
         session.store.put_bytes("run.json", run_file.model_dump_json(by_alias=True, indent=2).encode())
+        check_prompts(run_file)
 
     def report(stage: str, detail: str, done: int, total: int) -> None:
         session.stop.check()

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from atelier_api.errors import DataError
 from atelier_api.run_file import RunFile
-from atelier_api.v1alpha1.validation import ValidationPrompt
 from atelier_runtime import components
+from atelier_runtime.data.image import UnreadableError, read_picture
 from atelier_runtime.family import Family, SampleRequest
 from atelier_runtime.parallel import Distributed
-from atelier_runtime.store import Store
+from atelier_runtime.store import ObjectMissing, Store, open_store
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def draw_samples(
                 torch.no_grad(),
                 torch.autocast(distributed.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
             ):
-                pictures[index] = _draw(pipe, family, run_file, prompts[index])
+                pictures[index] = _draw(pipe, family, run_file, index)
     finally:
         for name, module in denoisers.items():
             module.train(modes[name])
@@ -75,8 +76,29 @@ def store_samples(store: Store, step: int, pictures: dict[int, bytes], modality:
     return samples
 
 
-def _draw(pipe: Any, family: Family, run_file: RunFile, prompt: ValidationPrompt) -> bytes:
+def check_prompts(run_file: RunFile) -> None:
+    """Raises what drawing the first samples would raise about the prompts' reference pictures, long before."""
+    for index in range(len(run_file.spec.validation.prompts)):
+        _references(run_file, index)
+
+
+def _references(run_file: RunFile, index: int) -> tuple[Image.Image, ...]:
+    """The reference pictures of a prompt, upright RGB. Raises DataError for one that is not there or cannot be read."""
+    spec, pictures = run_file.spec, []
+    for number, uri in enumerate(spec.validation.prompts[index].references):
+        folder, _, name = uri.rpartition("/")
+        try:
+            pictures.append(read_picture(open_store(folder or "/", spec.storage.s3).get_bytes(name)))
+        except (ObjectMissing, UnreadableError) as error:
+            reason = "is not there" if isinstance(error, ObjectMissing) else f"cannot be read ({error})"
+            field = f"spec.validation.prompts[{index}].references[{number}]"
+            raise DataError(f"{field} is {uri!r}, which {reason}; name a picture that is") from error
+    return tuple(pictures)
+
+
+def _draw(pipe: Any, family: Family, run_file: RunFile, index: int) -> bytes:
     validation, data = run_file.spec.validation, run_file.spec.data
+    prompt = validation.prompts[index]
     request = SampleRequest(
         prompt=prompt.text,
         negative=prompt.negative,
@@ -88,6 +110,8 @@ def _draw(pipe: Any, family: Family, run_file: RunFile, prompt: ValidationPrompt
         generator=torch.Generator("cpu").manual_seed(
             prompt.seed
         ),  # a CPU generator gives the same picture on any device
+        references=_references(run_file, index),
+        resolution=family.facts.reference_resolution(data.resolution),
     )
     output = pipe(**family.sampling_arguments(pipe, request), output_type="pil")
     if family.facts.modality == "video":

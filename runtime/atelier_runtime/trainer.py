@@ -209,7 +209,12 @@ class Trainer:
         text = {
             key: value.to(device, non_blocking=True) for key, value in parts.family.collate_text(batch.text).items()
         }
-        conditions = Conditions(text=text, sizes=batch.sizes.to(device), frame_rate=parts.dataset.frame_rate)
+        conditions = Conditions(
+            text=text,
+            sizes=batch.sizes.to(device),
+            frame_rate=parts.dataset.frame_rate,
+            references=tuple(each.to(device, torch.float32, non_blocking=True) for each in batch.references),
+        )
         precision = parts.run_file.spec.hyperparameters.precision
         with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
             prediction = parts.family.predict(denoiser, prepared.noisy, prepared.time, conditions)

@@ -1,7 +1,8 @@
 """What families around diffusers' `FluxTransformer2DModel` share: two streams, then one; distilled on guidance in most checkpoints.
 
 Latents [B, 16, H/8, W/8] enter as 2 x 2 patches, [B, HW/256, 64]; time is sigma itself. Text: T5 tokens, padded and without mask,
-so the length is part of the model, and CLIP's pooled vector. Source: diffusers' `pipeline_flux.py` and `transformer_flux.py`.
+so the length is part of the model, and CLIP's pooled vector. A reference picture enters as clean tokens behind the noisy ones, of the
+same time and in plane 1 of the positions. Source: diffusers' `pipeline_flux.py`, `pipeline_flux_kontext.py` and `transformer_flux.py`.
 """
 
 from collections.abc import Sequence
@@ -67,22 +68,26 @@ class TwoStream(Family):
         return [{"embeds": one, "pooled": vector} for one, vector in zip(embeds, pooled, strict=True)]
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
+        """Noise - clean of the noisy tokens, [B, 16, H, W]; what comes out behind them, in the references' place, is cut off."""
         embeds = conditions.text["embeds"]
+        pictures = (noisy, *conditions.references)
         rows, columns = noisy.shape[-2] // 2, noisy.shape[-1] // 2
         guidance = None
         if configuration(denoiser).guidance_embeds:
             value = TRAINING_GUIDANCE if conditions.guidance is None else conditions.guidance
             guidance = torch.full_like(time, value)
         tokens = denoiser(
-            hidden_states=F.pixel_unshuffle(noisy, 2).flatten(2).transpose(1, 2),
+            hidden_states=torch.cat(
+                [F.pixel_unshuffle(each, 2).flatten(2).transpose(1, 2) for each in pictures], dim=1
+            ),
             timestep=time,
             guidance=guidance,
             pooled_projections=conditions.text["pooled"],
             encoder_hidden_states=embeds,
             txt_ids=noisy.new_zeros(embeds.shape[1], 3),
-            img_ids=_positions(rows, columns, noisy),
+            img_ids=torch.cat([_positions(plane, each) for plane, each in enumerate(pictures)]),
             return_dict=False,
-        )[0]
+        )[0][:, : rows * columns]
         return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), 2)
 
     def sampling_arguments(self, pipe: Any, request: SampleRequest) -> dict[str, Any]:
@@ -104,10 +109,11 @@ class TwoStream(Family):
         return arguments | {"max_sequence_length": _t5_tokens(pipe)}
 
 
-def _positions(rows: int, columns: int, like: Tensor) -> Tensor:
-    """[rows * columns, 3]: (0, row, column) of every token."""
-    axes = [torch.arange(length, device=like.device) for length in (1, rows, columns)]
-    return torch.cartesian_prod(*axes).to(like.dtype)
+def _positions(plane: int, latents: Tensor) -> Tensor:
+    """[tokens, 3]: (plane, row, column) of every token; plane 0 is the picture that is made."""
+    rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
+    axes = [torch.arange(*ends, device=latents.device) for ends in ((plane, plane + 1), (0, rows), (0, columns))]
+    return torch.cartesian_prod(*axes).to(latents.dtype)
 
 
 def _t5_tokens(pipe: Any) -> int:

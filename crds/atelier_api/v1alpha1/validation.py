@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from atelier_api.v1alpha1.base import Block, Decimal
+from atelier_api.v1alpha1.data import MOST_REFERENCES, ReferencePlace
 
 
 class ValidationPrompt(Block):
@@ -13,6 +14,11 @@ class ValidationPrompt(Block):
     text: str = Field(max_length=1024, description="Prompt.")
     negative: str | None = Field(default=None, max_length=1024, description="Negative prompt.")
     seed: int = Field(default=1, ge=0, le=2**31 - 1, description="Seed of the start noise.")
+    references: list[ReferencePlace] = Field(
+        default=[],
+        max_length=MOST_REFERENCES,
+        description="Reference pictures that are edited, for families that train on pairs: files, or `s3://bucket/key`.",
+    )
 
 
 class Validation(Block):

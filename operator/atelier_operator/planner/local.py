@@ -7,16 +7,23 @@ nothing here looks at the network.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from atelier_api.errors import ConfigError, CredentialsError
 from atelier_api.model_files import current_copy, hub_name, hub_snapshot, objects_folder
 from atelier_api.problem import shown
+from atelier_api.rules import reference_places
 from atelier_api.run_file import RunFile
 from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
+from atelier_api.v1alpha1.data import DataSource
+from atelier_api.v1alpha1.validation import ValidationPrompt
 from atelier_operator.planner.checkpoint_facts import checkpoint_facts
 from atelier_operator.planner.execution import Paths, plan, resolve
 from atelier_operator.planner.memory import ModelFacts, table_facts
 from atelier_operator.planner.strategy import Machine
+
+Referring = TypeVar("Referring", DataSource, ValidationPrompt)
+"""Blocks that name places of reference pictures."""
 
 WEB_IDENTITY = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_ARN")
 """Credentials of a pod's service account."""
@@ -151,13 +158,14 @@ def resolve_local(run: TrainingRun, *, machine: Machine, around: Surroundings) -
         cache_uri=str(runs / ".cache"),
         ca_bundle=None if spec.storage.s3.ca_bundle is None else str(around.absolute(spec.storage.s3.ca_bundle)),
     )
-    return resolve(run, execution, paths)
+    return resolve(_with_absolute_references(run, around), execution, paths)
 
 
 def check_s3_credentials(spec: TrainingRunSpec, around: Surroundings) -> None:
     """Raises CredentialsError when the run uses S3 and nothing on this machine could give credentials for it."""
     uris = {"spec.model.source": spec.model.source, "spec.storage.uri": spec.storage.uri}
     uris |= {f"spec.data.sources[{index}].uri": source.uri for index, source in enumerate(spec.data.sources)}
+    uris |= dict(reference_places(spec))
     remote = {path: uri for path, uri in uris.items() if uri.startswith("s3://")}
     if not remote or _has_s3_credentials(around):
         return
@@ -194,9 +202,29 @@ def _missing(spec: TrainingRunSpec, around: Surroundings) -> Iterator[str]:
         if not source.uri.startswith("s3://") and not around.absolute(source.uri).is_dir():
             place = around.absolute(source.uri)
             yield f"spec.data.sources[{index}].uri is {shown(source.uri)}; there is no folder {place}"
+    for path, uri in reference_places(spec):
+        if uri.startswith("s3://"):
+            continue
+        place, is_folder = around.absolute(uri), path.startswith("spec.data.")
+        if not (place.is_dir() if is_folder else place.is_file()):
+            yield f"{path} is {shown(uri)}; there is no {'folder' if is_folder else 'file'} {place}"
     bundle = spec.storage.s3.ca_bundle
     if bundle is not None and not around.absolute(bundle).is_file():
         yield f"spec.storage.s3.caBundle is {shown(bundle)}; there is no file {around.absolute(bundle)}"
+
+
+def _with_absolute_references(run: TrainingRun, around: Surroundings) -> TrainingRun:
+    """The run whose places of reference pictures do not depend on the folder of its YAML."""
+    data, validation = run.spec.data, run.spec.validation
+
+    def absolute(block: Referring) -> Referring:
+        return block.model_copy(update={"references": [_absolute_uri(uri, around) for uri in block.references]})
+
+    update = {
+        "data": data.model_copy(update={"sources": [absolute(source) for source in data.sources]}),
+        "validation": validation.model_copy(update={"prompts": [absolute(prompt) for prompt in validation.prompts]}),
+    }
+    return run.model_copy(update={"spec": run.spec.model_copy(update=update)})
 
 
 def _absolute_uri(uri: str, around: Surroundings) -> str:

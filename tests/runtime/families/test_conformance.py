@@ -94,7 +94,9 @@ def test_a_batch_of_two_prompts_of_unequal_length_equals_the_two_alone(case: Cas
     for denoiser in case.denoisers.values():
         together = case.family.predict(denoiser, noisy, time, case.conditions(PROMPTS))
         alone = [
-            case.family.predict(denoiser, noisy[i : i + 1], time[i : i + 1], case.conditions([PROMPTS[i]]))
+            case.family.predict(
+                denoiser, noisy[i : i + 1], time[i : i + 1], case.conditions([PROMPTS[i]], pictures=[i])
+            )
             for i in (0, 1)
         ]
         torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
@@ -232,6 +234,7 @@ def test_blocks_are_lists_of_modules_that_return_the_streams_they_claim(case: Ca
     clean = case.latents(2)
     grid, patch = clean.shape[2:], case.family.facts.patch
     tokens = (grid[0] if len(grid) == 3 else 1) * (grid[-2] // patch) * (grid[-1] // patch)
+    tokens += sum(each[0, 0].numel() // patch**2 for each in case.conditions(PROMPTS).references)
     for part in case.family.blocks:
         blocks = denoiser.get_submodule(part.attribute)
         assert isinstance(blocks, nn.ModuleList)
