@@ -51,6 +51,7 @@ def funnel_lines(funnel: FunnelReport) -> Iterator[str]:
         ("too small", funnel.too_small),
         ("no caption", funnel.no_caption),
         ("too short", funnel.too_short),
+        ("no reference", funnel.no_reference),
     )
     yield (
         "data: "

@@ -123,10 +123,16 @@ def _location_rules() -> Iterator[CelRule]:
     message = "must be a folder or s3://bucket/prefix"
     yield CelRule("storage.uri", _folder_or_s3("self.storage.uri"), message)
     yield CelRule("data.sources", f"self.data.sources.all(source, {_folder_or_s3('source.uri')})", f"a uri {message}")
-    for field in PICTURE_FIELDS.values():
-        picture = f"prompt.{field}"
-        rule = f"self.validation.prompts.all(prompt, !has({picture}) || {_folder_or_s3(picture)})"
-        yield CelRule("validation.prompts", rule, f"{field} must be a file or s3://bucket/key")
+    sources = f"source.references.all(place, {_folder_or_s3('place')})"
+    yield CelRule("data.sources", f"self.data.sources.all(source, {sources})", f"references {message}")
+    prompts = [f"prompt.references.all(place, {_folder_or_s3('place')})"]
+    prompts += [f"(!has(prompt.{field}) || {_folder_or_s3(f'prompt.{field}')})" for field in PICTURE_FIELDS.values()]
+    for each in prompts:
+        yield CelRule(
+            "validation.prompts",
+            f"self.validation.prompts.all(prompt, {each})",
+            "pictures must be files or s3://bucket/key",
+        )
 
 
 def _family_rules() -> Iterator[CelRule]:
@@ -158,6 +164,7 @@ def _family_rules() -> Iterator[CelRule]:
     )
     yield from _negative_prompt_rules()
     yield from _picture_rules()
+    yield from _reference_rules()
     for name, facts in FAMILIES.items():
         if facts.frame_rule is None:
             continue
@@ -205,6 +212,21 @@ def _picture_rules() -> Iterator[CelRule]:
             always = "true" if len(flavours) == len(facts.flavours) else "false"
             yield CelRule("validation.prompts", f"{other} || !({named} ? {shown} : {always}) || {every}", missing)
         yield CelRule("validation.prompts", f"self.model.family in {_literal(families)} || {none}", unused)
+
+
+def _reference_rules() -> Iterator[CelRule]:
+    takers = {name: facts.references for name, facts in FAMILIES.items() if facts.references}
+    named = _literal(list(takers))
+    for field, item, what in (
+        ("data.sources", "source", "folders of reference pictures"),
+        ("validation.prompts", "prompt", "reference pictures"),
+    ):
+        none = f"self.{field}.all({item}, size({item}.references) == 0)"
+        yield CelRule(field, f"self.model.family in {named} || {none}", "this family takes no reference pictures")
+        for most in sorted(set(takers.values())):
+            alike = _literal([name for name, each in takers.items() if each == most])
+            fits = f"self.{field}.all({item}, size({item}.references) >= 1 && size({item}.references) <= {most})"
+            yield CelRule(field, f"!(self.model.family in {alike}) || {fits}", f"must name 1 to {most} {what}")
 
 
 def _option_rules() -> Iterator[CelRule]:

@@ -74,6 +74,14 @@ def edge_multiple(data: Data, facts: FamilyFacts) -> int:
     return math.lcm(COARSE_ALIGNMENT, facts.pixel_multiple)
 
 
+def picture_places(spec: TrainingRunSpec) -> Iterator[tuple[str, str]]:
+    """Where pictures beside those that are trained are, with the path in the document: folders of references, files of prompts."""
+    for index, source in enumerate(spec.data.sources):
+        for number, uri in enumerate(source.references):
+            yield f"spec.data.sources[{index}].references[{number}]", uri
+    yield from spec.validation.pictures.items()
+
+
 def world_size(spec: TrainingRunSpec) -> int:
     """Processes of the run."""
     return spec.parallelism.nodes * processes_per_node(spec)
@@ -91,21 +99,21 @@ def _locations(spec: TrainingRunSpec) -> Iterator[Problem]:
     yield from _location("spec.model.source", spec.model.source, ("hf", "s3"))
     for index, source in enumerate(spec.data.sources):
         yield from _location(f"spec.data.sources[{index}].uri", source.uri, ("s3",))
+    for path, uri in picture_places(spec):
+        yield from _location(path, uri, ("s3",), is_file=path.startswith("spec.validation."))
     yield from _location("spec.storage.uri", spec.storage.uri, ("s3",))
-    for path, uri in spec.validation.pictures.items():
-        if re.match(SCHEME, uri) and not re.fullmatch(S3_URI, uri):
-            yield refused(path, uri, "must be a file or s3://bucket/key")
 
 
-def _location(path: str, uri: str, schemes: tuple[str, ...]) -> Iterator[Problem]:
-    forms = {"s3": "s3://bucket/prefix", "hf": "hf://owner/name"}
+def _location(path: str, uri: str, schemes: tuple[str, ...], *, is_file: bool = False) -> Iterator[Problem]:
+    forms = {"s3": f"s3://bucket/{'key' if is_file else 'prefix'}", "hf": "hf://owner/name"}
     scheme = uri.partition("://")[0] if re.match(SCHEME, uri) else ""
     if scheme == "s3" and "s3" in schemes and not re.fullmatch(S3_URI, uri):
-        yield refused(path, uri, "must be s3://bucket/prefix, the bucket 3–63 lower-case letters, digits, '.' and '-'")
+        yield refused(path, uri, f"must be {forms['s3']}, the bucket 3–63 lower-case letters, digits, '.' and '-'")
     elif scheme == "hf" and "hf" in schemes and not re.fullmatch(HUB_URI, uri):
         yield refused(path, uri, "must be hf://owner/name, with an optional @revision")
     elif scheme and scheme not in schemes:
-        yield refused(path, uri, f"must be a folder or {' or '.join(forms[scheme] for scheme in schemes)}")
+        places = ["a file" if is_file else "a folder", *(forms[scheme] for scheme in schemes)]
+        yield refused(path, uri, f"must be {' or '.join(places)}")
 
 
 def _revision(spec: TrainingRunSpec) -> Iterator[Problem]:
@@ -301,6 +309,23 @@ def _kohya(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
         yield refused("spec.publish.formats", formats, allowed)
 
 
+def _references(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
+    """Samples are pairs, and pictures are drawn from references, where the family takes them; nowhere else are there any."""
+    most = facts.references
+    pairs = [(f"spec.data.sources[{i}].references", source.references) for i, source in enumerate(spec.data.sources)]
+    prompts = [
+        (f"spec.validation.prompts[{i}].references", p.references) for i, p in enumerate(spec.validation.prompts)
+    ]
+    for path, given in (*pairs, *prompts):
+        if given and not most:
+            takers = " or ".join(name for name, other in FAMILIES.items() if other.references)
+            yield refused(path, given, f"{facts.name} takes no reference pictures; remove it, or train {takers}")
+        elif most and not 1 <= len(given) <= most:
+            number = "1" if most == 1 else f"1–{most}"
+            what = "folder of reference pictures" if path.startswith("spec.data") else "reference picture"
+            yield refused(path, given, f"must name {number} {what}{'' if most == 1 else 's'} for {facts.name}")
+
+
 def _guidance_of(spec: TrainingRunSpec, facts: FamilyFacts) -> str:
     name = spec.model.flavour or facts.flavours[0].name
     return next((flavour.guidance for flavour in facts.flavours if flavour.name == name), "on")
@@ -317,5 +342,6 @@ FAMILY_RULES: tuple[Callable[[TrainingRunSpec, FamilyFacts], Iterator[Problem]],
     _validation_size,
     _negative_prompts,
     _pictures,
+    _references,
     _kohya,
 )

@@ -2,8 +2,9 @@
 
 A family is an object without state. Its facts are class attributes; its behaviour is `encode_text` and `predict`, and where the
 defaults do not fit `encode_pixels`, `collate_text`, `stages`, `sampling_arguments`; where a checkpoint is shown frames of the clip
-`given_frames`, `encode_frames`, `loss_mask`. Noise, timesteps, loss, adapters, sharding,
-caches, saving and sampling loops are not its business.
+`given_frames`, `encode_frames`, `loss_mask`. A family that trains on pairs also has `reference_size`, and where the defaults do not
+fit `encode_reference` and `encode_instructions`. Noise, timesteps, loss, adapters, sharding, caches, saving and sampling loops are
+not its business.
 
 Public convention, whatever the network wants inside:
 
@@ -39,7 +40,7 @@ class Blocks:
     `attribute` is the dotted path of the `nn.ModuleList` (or of a list of lists); `streams` says what a block returns:
     `tokens` one tensor of picture tokens, `text` one of the caption's, `text,tokens` or `tokens,text` a pair, `text|tokens` or
     `tokens|text` one concatenated tensor, `maps` a picture-shaped [B, C, H, W], first of a tuple where a UNet returns its skips
-    as well.
+    as well. Tokens of reference pictures follow those of the target: the loss is on the latter alone.
     """
 
     attribute: str
@@ -73,6 +74,8 @@ class Conditions:
     `text`: the collated features. `sizes`: [B, 6] original height and width, crop top and left, target height and width, in
     pixels. `guidance`: value of a guidance embedding; None takes the family's training value. `frame_rate`: frames per second.
     `frames`: what `encode_frames` made of the frames that are shown, [B, ...]; None where the checkpoint is shown none.
+    `references`: clean latents of the reference pictures, [B, C, H, W] each with an H and W of its own, in the order of the run's
+    `references`; they share the target's time, and `predict` gives nothing for them.
     """
 
     text: Features
@@ -80,11 +83,16 @@ class Conditions:
     guidance: float | None = None
     frame_rate: float | None = None
     frames: Features | None = None
+    references: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One picture or clip to draw with the stock pipeline. `pictures`: the frames that it is shown, in the order of `given_frames`."""
+    """One picture or clip to draw with the stock pipeline.
+
+    `pictures` are the frames that it is shown, in the order of `given_frames`. `references` are the pictures that are edited, upright
+    RGB of any size. `resolution` is that of the training, for `reference_size`.
+    """
 
     prompt: str
     negative: str | None
@@ -95,6 +103,8 @@ class SampleRequest:
     guidance: float | None
     generator: torch.Generator = field(repr=False)
     pictures: tuple[Image.Image, ...] = ()
+    references: tuple[Image.Image, ...] = ()
+    resolution: int = 1024
 
 
 class Family(ABC):
@@ -114,6 +124,8 @@ class Family(ABC):
     blocks: ClassVar[tuple[Blocks, ...]]
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
     """Regular expressions over parameter names that no gradient reaches: frozen in full-rank training."""
+    text_sees_references: ClassVar[bool] = False
+    """Whether the text encoder looks at the reference pictures: text features then belong to a caption and its references together."""
 
     @property
     def facts(self) -> FamilyFacts:
@@ -132,6 +144,12 @@ class Family(ABC):
     @abstractmethod
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """Features of each prompt exactly as the stock pipeline makes them, on the encoders' device, at true length."""
+
+    def encode_instructions(
+        self, pipe: Any, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]]
+    ) -> list[Features]:
+        """Features of each prompt beside its reference pictures, upright RGB of any size. Asked only where `text_sees_references`."""
+        raise NotImplementedError(f"{self.name} encodes text without pictures")
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
@@ -163,6 +181,18 @@ class Family(ABC):
     def loss_mask(self, latents: Tensor, conditions: Conditions) -> Tensor | None:
         """1 where the loss counts and 0 where not, in a shape that broadcasts to `latents`; None: it counts everywhere."""
         return None
+
+    def reference_size(self, width: int, height: int, resolution: int) -> tuple[int, int]:
+        """Width and height to which a reference picture of `width` x `height` is resized, as a whole, in a run of `resolution`.
+
+        What the stock pipeline would make of it, where that follows from the aspect; scaled with the run's resolution, so that target
+        and reference are to each other as they are when the pipeline samples.
+        """
+        raise NotImplementedError(f"{self.name} takes no reference pictures")
+
+    def encode_reference(self, pipe: Any, pixels: Tensor) -> Tensor:
+        """Clean latents of [B, 3, H, W] reference pixels in [-1, 1]: by default the mean of `encode_pixels`."""
+        return self.encode_pixels(pipe, pixels).mean
 
     def stages(self, pipeline_config: Mapping[str, Any], denoisers: Sequence[str]) -> tuple[Stage, ...]:
         """Which of the checkpoint's `denoisers` trains which range of sigma. `pipeline_config` is `model_index.json`."""

@@ -34,9 +34,10 @@ from atelier_runtime.observe.metrics import TrainMetrics
 from atelier_runtime.observe.progress import ProgressWriter
 from atelier_runtime.observe.scratch import Scratch
 from atelier_runtime.parallel import Distributed
+from atelier_runtime.prompt_pictures import prompt_pictures
 from atelier_runtime.publishing import publish, write_report, write_result
 from atelier_runtime.reporter import Reporter
-from atelier_runtime.sampling import draw_samples, start_pictures, store_samples
+from atelier_runtime.sampling import draw_samples, store_samples
 from atelier_runtime.store import Store, open_store
 from atelier_runtime.train_state import TrainState
 from atelier_runtime.trainer import Parts, Trainer, build_run_objective, build_state, staging_folder
@@ -174,7 +175,7 @@ def prepare(session: Session) -> Parts:
     """Data, network, state, resume."""
     run_file, family, distributed, reporter = session.run_file, session.family, session.distributed, session.reporter
     reporter.stage("Preparing", "reading the data")
-    start_pictures(run_file, family)  # a prompt that cannot be drawn is refused before anything is encoded
+    prompt_pictures(run_file, family)  # a prompt that cannot be drawn is refused before anything is encoded
     if distributed.rank == 0:
         session.store.put_bytes("run.json", run_file.model_dump_json(by_alias=True, indent=2).encode())
 

@@ -4,22 +4,18 @@ import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
 
-from atelier_api.errors import ConfigError
 from atelier_api.run_file import RunFile
-from atelier_api.v1alpha1.validation import PICTURE_FIELDS, ValidationPrompt
 from atelier_runtime import components
-from atelier_runtime.data.buckets import Bucket, place
-from atelier_runtime.data.image import UnreadableError, fitted, read_picture
 from atelier_runtime.family import Family, SampleRequest
 from atelier_runtime.parallel import Distributed
-from atelier_runtime.store import Store, open_store
+from atelier_runtime.prompt_pictures import PromptPictures, prompt_pictures
+from atelier_runtime.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -31,53 +27,6 @@ class Sample:
     step: int
     prompt: int
     key: str
-
-
-def start_pictures(run_file: RunFile, family: Family) -> list[tuple[Image.Image, ...]]:
-    """For each prompt the pictures of the frames that the checkpoint is shown, in the size of the samples.
-
-    Raises ConfigError where a prompt lacks one, has one that would do nothing, or one that cannot be read.
-    """
-    given = components.given_frames(family, run_file.model_folder)
-    return [
-        tuple(
-            _start_picture(run_file, index, frame) for frame in PICTURE_FIELDS if _is_shown(prompt, index, frame, given)
-        )
-        for index, prompt in enumerate(run_file.spec.validation.prompts)
-    ]
-
-
-def _is_shown(prompt: ValidationPrompt, index: int, frame: str, given: Sequence[str]) -> bool:
-    path, uri = f"spec.validation.prompts[{index}].{PICTURE_FIELDS[frame]}", prompt.shown[frame]
-    if frame in given and uri is None:
-        raise ConfigError(
-            f"{path} is empty; the checkpoint of spec.model.source draws from its {frame} frame: name a picture"
-        )
-    if frame not in given and uri is not None:
-        raise ConfigError(
-            f"{path} is {uri!r}; the checkpoint of spec.model.source is not shown the {frame} frame of a clip: remove it"
-        )
-    return frame in given
-
-
-def _start_picture(run_file: RunFile, index: int, frame: str) -> Image.Image:
-    validation, data = run_file.spec.validation, run_file.spec.data
-    uri = validation.prompts[index].shown[frame]
-    assert uri is not None
-    try:
-        if uri.startswith("s3://"):
-            folder, _, name = uri.rpartition("/")
-            content = open_store(folder, run_file.spec.storage.s3).get_bytes(name)
-        else:
-            content = Path(uri).read_bytes()
-        picture = read_picture(content)
-    except (FileNotFoundError, IsADirectoryError, PermissionError, UnreadableError) as error:
-        raise ConfigError(
-            f"spec.validation.prompts[{index}].{PICTURE_FIELDS[frame]} is {uri!r}, which cannot be read as a picture ({error}); "
-            "name another"
-        ) from error
-    bucket = Bucket(validation.width or data.resolution, validation.height or data.resolution)
-    return fitted(picture, place(picture.width, picture.height, bucket))
 
 
 def draw_samples(
@@ -98,7 +47,7 @@ def draw_samples(
     dtype = torch.bfloat16 if run_file.spec.hyperparameters.precision == "bf16" else torch.float32
     pipe = components.load_pipeline(family, run_file.model_folder, dtype, distributed.device, denoisers=denoisers)
     pipe.set_progress_bar_config(disable=True)
-    shown = start_pictures(run_file, family)
+    given = prompt_pictures(run_file, family)
     modes = {name: module.training for name, module in denoisers.items()}
     pictures = {}
     try:
@@ -109,7 +58,7 @@ def draw_samples(
                 torch.no_grad(),
                 torch.autocast(distributed.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
             ):
-                pictures[index] = _draw(pipe, family, run_file, prompts[index], shown[index])
+                pictures[index] = _draw(pipe, family, run_file, index, given[index])
     finally:
         for name, module in denoisers.items():
             module.train(modes[name])
@@ -127,10 +76,9 @@ def store_samples(store: Store, step: int, pictures: dict[int, bytes], modality:
     return samples
 
 
-def _draw(
-    pipe: Any, family: Family, run_file: RunFile, prompt: ValidationPrompt, shown: tuple[Image.Image, ...]
-) -> bytes:
+def _draw(pipe: Any, family: Family, run_file: RunFile, index: int, given: PromptPictures) -> bytes:
     validation, data = run_file.spec.validation, run_file.spec.data
+    prompt = validation.prompts[index]
     request = SampleRequest(
         prompt=prompt.text,
         negative=prompt.negative,
@@ -142,7 +90,9 @@ def _draw(
         generator=torch.Generator("cpu").manual_seed(
             prompt.seed
         ),  # a CPU generator gives the same picture on any device
-        pictures=shown,
+        pictures=given.frames,
+        references=given.references,
+        resolution=family.facts.reference_resolution(data.resolution),
     )
     output = pipe(**family.sampling_arguments(pipe, request), output_type="pil")
     if family.facts.modality == "video":

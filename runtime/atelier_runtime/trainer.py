@@ -211,7 +211,11 @@ class Trainer:
         }
         frames = batch.frames and {key: value.to(device, non_blocking=True) for key, value in batch.frames.items()}
         conditions = Conditions(
-            text=text, sizes=batch.sizes.to(device), frame_rate=parts.dataset.frame_rate, frames=frames
+            text=text,
+            sizes=batch.sizes.to(device),
+            frame_rate=parts.dataset.frame_rate,
+            frames=frames,
+            references=tuple(each.to(device, torch.float32, non_blocking=True) for each in batch.references),
         )
         precision = parts.run_file.spec.hyperparameters.precision
         with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():

@@ -12,6 +12,7 @@ from run_documents import document
 
 WAN = {"family": "wan", "source": "base"}
 SDXL = {"family": "sdxl", "source": "base"}
+KONTEXT = {"family": "flux_kontext", "source": "base"}
 PROMPTS = [{"text": "a cat"}]
 SHOWN = [{"text": "a cat", "image": "a.png"}]
 NEGATIVE = [{"text": "a cat", "negative": "b"}]
@@ -197,6 +198,34 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model__source": "s3://Models/flux"},
         "spec.model.source is 's3://Models/flux'; must be s3://bucket/prefix",
     ),
+    "references of a family that takes none": (
+        {"data__sources": [{"uri": "a"}, {"uri": "b", "references": ["c"]}]},
+        "spec.data.sources[1].references is ['c']; flux takes no reference pictures; remove it, or train flux_kontext",
+    ),
+    "a picture to edit of a family that takes none": (
+        {"validation__prompts": [{"text": "a cat", "references": ["cat.png"]}]},
+        "spec.validation.prompts[0].references is ['cat.png']; flux takes no reference pictures; remove it",
+    ),
+    "targets without references": (
+        {"model": KONTEXT, "data__sources": [{"uri": "a", "references": ["b"]}, {"uri": "c"}]},
+        "spec.data.sources[1].references is []; must name 1 folder of reference pictures for flux_kontext",
+    ),
+    "more references than the family takes": (
+        {"model": KONTEXT, "data__sources": [{"uri": "a", "references": ["b", "c"]}]},
+        "spec.data.sources[0].references is ['b', 'c']; must name 1 folder of reference pictures for flux_kontext",
+    ),
+    "a prompt without a picture to edit": (
+        {"model": KONTEXT, "validation__prompts": [{"text": "make it red"}]},
+        "spec.validation.prompts[0].references is []; must name 1 reference picture for flux_kontext",
+    ),
+    "references of another store": (
+        {"model": KONTEXT, "data__sources": [{"uri": "a", "references": ["gs://bucket/x"]}]},
+        "spec.data.sources[0].references[0] is 'gs://bucket/x'; must be a folder or s3://bucket/prefix",
+    ),
+    "a picture to edit of another store": (
+        {"model": KONTEXT, "validation__prompts": [{"text": "make it red", "references": ["gs://bucket/x.png"]}]},
+        "spec.validation.prompts[0].references[0] is 'gs://bucket/x.png'; must be a file or s3://bucket/key",
+    ),
     "a hub source without owner": (
         {"model__source": "hf://FLUX.1-dev"},
         "spec.model.source is 'hf://FLUX.1-dev'; must be hf://owner/name, with an optional @revision",
@@ -255,6 +284,11 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "validation": {"prompts": NEGATIVE, "guidance": "3"},
     },
     "an empty negative prompt": {"validation__prompts": [{"text": "a", "negative": ""}]},
+    "pairs": {
+        "model": KONTEXT,
+        "data__sources": [{"uri": "a", "references": ["b"]}, {"uri": "s3://data/d", "references": ["s3://data/e"]}],
+        "validation__prompts": [{"text": "make it red", "references": ["s3://data/e/1.png"]}],
+    },
     "a model in a bucket": {"model__source": "s3://models/flux/"},
     "regular expressions": {"adapter__targets": [r"transformer_blocks\.\d+\.attn\.to_[qkv]"]},
 }

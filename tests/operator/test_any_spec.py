@@ -95,6 +95,9 @@ def for_a_cluster(drawn: Document) -> Document:
     spec["storage"] = {**spec.get("storage", {}), "uri": "s3://bucket/runs"}
     for source in spec["data"]["sources"]:
         source["uri"] = f"s3://bucket/{source['uri'].rpartition('/')[2]}"
+    for block in (*spec["data"]["sources"], *spec.get("validation", {}).get("prompts", ())):
+        if block.get("references"):
+            block["references"] = [f"s3://bucket/{each.rpartition('/')[2]}" for each in block["references"]]
     if "://" not in spec["model"]["source"]:
         spec["model"]["source"] = "/models/base"
     parallelism = spec.get("parallelism", {})

@@ -112,7 +112,8 @@ def bytes_per_token(
 ) -> float:
     """Bytes that a block keeps per token of a sample, on the average of the blocks, for LoRA on `attention` over weights in bf16.
 
-    `model` is a published denoiser on the meta device. One sample of 1024 x 1024 pixels, or 81 frames of 832 x 480.
+    `model` is a published denoiser on the meta device. One sample of 1024 x 1024 pixels, or 81 frames of 832 x 480, with a reference
+    of the same size where the family takes one.
     """
     adapters.install(model, LoraAdapter(rank=16, targets=["attention"]), family)
     facts = family.facts
@@ -122,11 +123,13 @@ def bytes_per_token(
         noisy = torch.empty(
             1, facts.latent_channels, *depth, height // facts.latent_factor, width // facts.latent_factor
         )
+        references = (torch.empty(1, facts.latent_channels, *noisy.shape[-2:]),) if facts.references else ()
         text = features() if features else text_features(model, flavour.text_tokens)
-        conditions = Conditions(text=text, sizes=torch.empty(1, 6))
+        conditions = Conditions(text=text, sizes=torch.empty(1, 6), references=references)
         time = torch.empty(1)
         total = saved_bytes(model, lambda: family.predict(model, noisy, time, conditions))
-    return total / flavour.layers / (facts.latent_tokens(width, height, frames) + flavour.text_tokens)
+    pictures = (1 + len(references)) * facts.latent_tokens(width, height, frames)
+    return total / flavour.layers / (pictures + flavour.text_tokens)
 
 
 def text_features(model: Any, tokens: int) -> dict[str, Tensor]:

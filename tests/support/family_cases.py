@@ -11,12 +11,16 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
+from atelier_runtime.data.buckets import place_whole
+from atelier_runtime.data.image import fit
 from atelier_runtime.families import FAMILIES
 from atelier_runtime.family import Conditions, Family, Frame, SampleRequest
 from family_models import FAMILY_OF, TINY, tiny_pipeline
 from family_models.kinds import Tiny
 
 GUIDANCE = 3.0
+RESOLUTION = 64
+"""Edge of the square whose area references have, in pixels."""
 PROMPTS = ("a fox", 'a lighthouse in the fog at dawn with the sign "keep off"')
 """Of unequal length, and one with words to be drawn, for which some families have an encoder of their own."""
 
@@ -58,17 +62,38 @@ class Case:
     def conditions(
         self, prompts: Sequence[str], guidance: float | None = None, samples: Sequence[int] | None = None
     ) -> Conditions:
-        """What the denoiser is told of these prompts, and shown of the clips of these numbers (0, 1, … unless told)."""
+        """What the denoiser is told of these prompts, and shown of the clips and references of these numbers (0, 1, … unless told)."""
         numbers = list(range(len(prompts)) if samples is None else samples)
+        references = [self.references(number) for number in numbers]
         frames = None
         with torch.no_grad():
-            features = self.family.encode_text(self.pipe, prompts)
+            if self.family.text_sees_references:
+                features = self.family.encode_instructions(self.pipe, prompts, references)
+            else:
+                features = self.family.encode_text(self.pipe, prompts)
             if self.given:
                 shown = self.pixels(max(numbers) + 1)[numbers]
                 frames = self.family.encode_frames(self.pipe, shown, self.given)
+            latents = tuple(self.reference_latents(column) for column in zip(*references, strict=True))
         height, width = self.tiny.height, self.tiny.width
-        sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(prompts))
-        return Conditions(text=self.family.collate_text(features), sizes=sizes, guidance=guidance, frames=frames)
+        return Conditions(
+            text=self.family.collate_text(features),
+            sizes=torch.tensor([[height, width, 0, 0, height, width]] * len(prompts)),
+            guidance=guidance,
+            frames=frames,
+            references=latents,
+        )
+
+    def references(self, number: int) -> tuple[Image.Image, ...]:
+        """A reference picture for families that take them: neither of the target's size nor of its aspect."""
+        if not self.family.facts.references:
+            return ()
+        return (photographs()[number % 2].crop((7 * number, 5 * number, 7 * number + 70, 5 * number + 48)),)
+
+    def reference_latents(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """[B, C, H, W] of pictures of one size, resized as in training."""
+        pixels = [fit(each, place_whole(*self.family.reference_size(*each.size, RESOLUTION))) for each in pictures]
+        return self.family.encode_reference(self.pipe, torch.stack(pixels)).float()
 
     def pixels(self, count: int) -> Tensor:
         clips = real_clips(count, self.tiny)
@@ -99,6 +124,8 @@ class Case:
             guidance=guidance,
             generator=torch.Generator().manual_seed(3),
             pictures=self.pictures(),
+            references=self.references(0),
+            resolution=RESOLUTION,
         )
 
     def pictures(self) -> tuple[Image.Image, ...]:
@@ -121,12 +148,17 @@ def make_case(name: str) -> Case:
 CASES = tuple(TINY)
 
 
+def photographs() -> list[Image.Image]:
+    """The two of scikit-learn, 160 x 106."""
+    return [Image.fromarray(image).resize((160, 106)) for image in load_sample_images().images]
+
+
 def real_clips(count: int, tiny: Tiny) -> Tensor:
     """[count, 3, frames, height, width] in [-1, 1]: a camera that pans over the two photographs of scikit-learn."""
-    photographs = [np.asarray(Image.fromarray(image).resize((160, 106))) for image in load_sample_images().images]
+    pictures = [np.asarray(photograph) for photograph in photographs()]
     clips = []
     for number in range(count):
-        picture, left, top = photographs[number % 2], 11 * number, 7 * number
+        picture, left, top = pictures[number % 2], 11 * number, 7 * number
         frames = [
             picture[top : top + tiny.height, left + 2 * shift : left + 2 * shift + tiny.width]
             for shift in range(tiny.frames)

@@ -1,6 +1,7 @@
 """TrainingRun documents for tests: a small valid one to change, and hypothesis strategies drawn from the API's own fields."""
 
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ SMALLEST: Document = {
 
 
 def document(**changes: Any) -> Document:
-    """The smallest document with values set below `spec`: `document(adapter__rank=0)`."""
+    """The smallest document with values set below `spec`: `document(adapter__rank=0)`. Its source has the references that it needs."""
     result = copy.deepcopy(SMALLEST)
     for path, value in changes.items():
         *blocks, field = path.split("__")
@@ -34,7 +35,16 @@ def document(**changes: Any) -> Document:
         for name in blocks:
             block = block.setdefault(name, {})
         block[field] = value
+    if _trains_on_pairs(result["spec"]["model"]):
+        for source in result["spec"]["data"]["sources"]:
+            if source == SMALLEST["spec"]["data"]["sources"][0]:
+                source["references"] = ["originals"]
     return result
+
+
+def _trains_on_pairs(model: Any) -> bool:
+    facts = FAMILIES.get(model["family"]) if isinstance(model, dict) and isinstance(model.get("family"), str) else None
+    return facts is not None and facts.references > 0
 
 
 PATTERN_EXAMPLES = {
@@ -64,6 +74,8 @@ EXAMPLES = {
     "spec.data.sources[].uri": ["pictures", "../more", "s3://bucket/prefix", "s3://B", "gs://x"],
     "spec.validation.prompts[].image": ["first.png", "s3://bucket/first.png", "s3://B", "gs://x"],
     "spec.validation.prompts[].lastImage": ["last.png", "hf://owner/name"],
+    "spec.data.sources[].references[]": ["originals", "s3://bucket/originals", "gs://x"],
+    "spec.validation.prompts[].references[]": ["a.png", "s3://bucket/a.png", "gs://x"],
     "spec.storage.uri": ["runs", "s3://bucket/prefix", "s3://b", "file:///tmp/x"],
     "spec.adapter.targets[]": ["attention", "mlp", "all", r".*\.to_q"],
 }
@@ -182,7 +194,10 @@ def _mend(sound: Document, path: str) -> None:
         processes = parallelism.get("gpusPerNode", 1) or parallelism.get("processesPerNode") or 1
         numbers["globalBatchSize"] = parallelism.get("nodes", 1) * processes * (numbers.get("microBatchSize") or 1)
     elif path.startswith("spec.data.sources"):
-        spec["data"]["sources"] = [{"uri": "pictures"}]
+        spec["data"]["sources"] = [{"uri": "pictures", "references": ["originals"][: _trains_on_pairs(spec["model"])]}]
+    elif re.fullmatch(r"spec\.validation\.prompts\[.*\.references(\[.*)?", path):
+        for prompt in spec["validation"]["prompts"]:
+            prompt["references"] = ["a.png"][: _trains_on_pairs(spec["model"])]
     elif path == "spec.publish.formats":
         spec.setdefault("publish", {})["formats"] = ["diffusers"]
     elif path == "spec.model.source":

@@ -15,6 +15,7 @@ NAMES = (
     "hunyuan_video15",
     "longcat_video",
     "wan_ti2v",
+    "flux_kontext",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}

@@ -51,7 +51,9 @@ class FamilyFacts:
     contrasts with the negative prompt. `backward_blocks` is how many average blocks' activations the backward pass holds with
     recompute: one and its gradients, but more in a UNet, whose widest level is many times the average. `lora_component` is the
     component that takes a LoRA where the stock pipeline has no loader for one. `kohya`: LoRA files of ComfyUI and kohya-ss have
-    names for its layers. `library` is the Python module that has the pipeline and the denoisers.
+    names for its layers. `library` is the Python module that has the pipeline and the denoisers. `references` is how many reference
+    pictures a sample may have beside its target: a family that takes some trains on pairs, and each sample needs at least one.
+    `reference_edge` is the edge of the square whose area they are scaled to, where that is not `data.resolution`.
     """
 
     name: str
@@ -72,8 +74,14 @@ class FamilyFacts:
     guidance_above: float = 1.0
     backward_blocks: int = 2
     kohya: bool = True
+    references: int = 0
+    reference_edge: int | None = None
     lora_component: str | None = None
     library: str = "diffusers"
+
+    def reference_resolution(self, resolution: int) -> int:
+        """Edge in pixels of the square whose area references have in a run of `resolution`."""
+        return self.reference_edge or resolution
 
     def latent_tokens(self, width: int, height: int, frames: int = 1) -> int:
         """Tokens of one sample of `width` x `height` pixels and `frames` frames."""

@@ -6,6 +6,11 @@ from pydantic import Field
 
 from atelier_api.v1alpha1.base import Block, Decimal
 
+MOST_REFERENCES = 4
+"""Reference pictures of a sample that the API has room for; a family may take fewer."""
+
+ReferencePlace = Annotated[str, Field(min_length=1, max_length=2048)]
+
 
 class DataSource(Block):
     """One folder or S3 prefix."""
@@ -14,6 +19,11 @@ class DataSource(Block):
         description="A folder (relative to the run's YAML) or `s3://bucket/prefix`.", min_length=1, max_length=2048
     )
     repeats: int = Field(default=0, ge=0, le=1000, description="Extra passes over this source in each epoch.")
+    references: list[ReferencePlace] = Field(
+        default=[],
+        max_length=MOST_REFERENCES,
+        description="Folders or prefixes of reference pictures, one picture per sample from each, under the sample's name with any ending. For families that train on pairs: there the captions are instructions.",
+    )
 
 
 class Captions(Block):

@@ -77,6 +77,7 @@ class DataStatus(Block):
     too_small: int = Field(default=0, ge=0, description="Smaller than allowed.")
     no_caption: int = Field(default=0, ge=0, description="Without caption.")
     too_short: int = Field(default=0, ge=0, description="Clips that are too short.")
+    no_reference: int = Field(default=0, ge=0, description="Without a reference picture that can be read.")
 
 
 class ArtifactStatus(Block):

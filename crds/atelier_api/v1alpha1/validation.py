@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from atelier_api.v1alpha1.base import Block, Decimal
+from atelier_api.v1alpha1.data import MOST_REFERENCES, ReferencePlace
 
 PICTURE_FIELDS = {"first": "image", "last": "lastImage"}
 """The field of a prompt that has the picture of a frame."""
@@ -28,11 +29,22 @@ class ValidationPrompt(Block):
         max_length=2048,
         description="Last frame, for checkpoints that draw between two pictures. A file or `s3://bucket/key`.",
     )
+    references: list[ReferencePlace] = Field(
+        default=[],
+        max_length=MOST_REFERENCES,
+        description="Reference pictures that are edited, for families that train on pairs: files, or `s3://bucket/key`.",
+    )
 
     @property
     def shown(self) -> dict[str, str | None]:
         """Where the picture of each frame is, by the frame's name."""
         return {"first": self.image, "last": self.last_image}
+
+    @property
+    def pictures(self) -> dict[str, str]:
+        """Where all its pictures are, by the field."""
+        frames = {PICTURE_FIELDS[frame]: uri for frame, uri in self.shown.items() if uri is not None}
+        return frames | {f"references[{number}]": uri for number, uri in enumerate(self.references)}
 
 
 class Validation(Block):
@@ -56,10 +68,9 @@ class Validation(Block):
     def pictures(self) -> dict[str, str]:
         """Where the pictures of all prompts are, by the path of the field."""
         return {
-            f"spec.validation.prompts[{index}].{PICTURE_FIELDS[frame]}": uri
+            f"spec.validation.prompts[{index}].{field}": uri
             for index, prompt in enumerate(self.prompts)
-            for frame, uri in prompt.shown.items()
-            if uri is not None
+            for field, uri in prompt.pictures.items()
         }
 
 

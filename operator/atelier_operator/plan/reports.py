@@ -84,6 +84,7 @@ def data_status(progress: Progress) -> DataStatus | None:
         too_small=_whole(funnel.too_small),
         no_caption=_whole(funnel.no_caption),
         too_short=_whole(funnel.too_short),
+        no_reference=_whole(funnel.no_reference),
     )
 
 

@@ -5,6 +5,7 @@ Paths are those of the pods: what the profile mounts, and their scratch volume.
 
 from atelier_api.errors import ConfigError
 from atelier_api.problem import choice, refused, shown
+from atelier_api.rules import picture_places
 from atelier_api.run_file import ExecutionPlan, RunFile
 from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
 from atelier_api.v1alpha1.profile import GpuClass, NetworkProfile, TrainingProfileSpec
@@ -127,7 +128,7 @@ def _check_paths(spec: TrainingRunSpec) -> None:
     """Raises ConfigError for paths that mean nothing in a pod."""
     places = [("spec.model.source", spec.model.source), ("spec.storage.uri", spec.storage.uri)]
     places += [(f"spec.data.sources[{index}].uri", source.uri) for index, source in enumerate(spec.data.sources)]
-    places += spec.validation.pictures.items()
+    places += picture_places(spec)
     if spec.storage.s3.ca_bundle is not None:
         places.append(("spec.storage.s3.caBundle", spec.storage.s3.ca_bundle))
     for path, uri in places:

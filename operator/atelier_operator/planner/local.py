@@ -7,16 +7,23 @@ nothing here looks at the network.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from atelier_api.errors import ConfigError, CredentialsError
 from atelier_api.model_files import current_copy, hub_name, hub_snapshot, objects_folder
 from atelier_api.problem import shown
+from atelier_api.rules import picture_places
 from atelier_api.run_file import RunFile
 from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
+from atelier_api.v1alpha1.data import DataSource
+from atelier_api.v1alpha1.validation import ValidationPrompt
 from atelier_operator.planner.checkpoint_facts import checkpoint_facts
 from atelier_operator.planner.execution import Paths, plan, resolve
 from atelier_operator.planner.memory import ModelFacts, table_facts
 from atelier_operator.planner.strategy import Machine
+
+Referring = TypeVar("Referring", DataSource, ValidationPrompt)
+"""Blocks that name places of reference pictures."""
 
 WEB_IDENTITY = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_ARN")
 """Credentials of a pod's service account."""
@@ -155,26 +162,37 @@ def resolve_local(run: TrainingRun, *, machine: Machine, around: Surroundings) -
 
 
 def _with_pictures_here(run: TrainingRun, around: Surroundings) -> TrainingRun:
-    """The run with absolute places of the pictures that its prompts show."""
+    """The run whose places of references and prompts' pictures do not depend on the folder of its YAML."""
+    data, validation = run.spec.data, run.spec.validation
+
+    def here(uri: str | None) -> str | None:
+        return None if uri is None else _absolute_uri(uri, around)
+
+    sources = [
+        source.model_copy(update={"references": [here(uri) for uri in source.references]}) for source in data.sources
+    ]
     prompts = [
         prompt.model_copy(
             update={
-                name: _absolute_uri(uri, around)
-                for name, uri in (("image", prompt.image), ("last_image", prompt.last_image))
-                if uri is not None
+                "image": here(prompt.image),
+                "last_image": here(prompt.last_image),
+                "references": [here(uri) for uri in prompt.references],
             }
         )
-        for prompt in run.spec.validation.prompts
+        for prompt in validation.prompts
     ]
-    validation = run.spec.validation.model_copy(update={"prompts": prompts})
-    return run.model_copy(update={"spec": run.spec.model_copy(update={"validation": validation})})
+    update = {
+        "data": data.model_copy(update={"sources": sources}),
+        "validation": validation.model_copy(update={"prompts": prompts}),
+    }
+    return run.model_copy(update={"spec": run.spec.model_copy(update=update)})
 
 
 def check_s3_credentials(spec: TrainingRunSpec, around: Surroundings) -> None:
     """Raises CredentialsError when the run uses S3 and nothing on this machine could give credentials for it."""
     uris = {"spec.model.source": spec.model.source, "spec.storage.uri": spec.storage.uri}
     uris |= {f"spec.data.sources[{index}].uri": source.uri for index, source in enumerate(spec.data.sources)}
-    uris |= spec.validation.pictures
+    uris |= dict(picture_places(spec))
     remote = {path: uri for path, uri in uris.items() if uri.startswith("s3://")}
     if not remote or _has_s3_credentials(around):
         return
@@ -211,9 +229,12 @@ def _missing(spec: TrainingRunSpec, around: Surroundings) -> Iterator[str]:
         if not source.uri.startswith("s3://") and not around.absolute(source.uri).is_dir():
             place = around.absolute(source.uri)
             yield f"spec.data.sources[{index}].uri is {shown(source.uri)}; there is no folder {place}"
-    for path, uri in spec.validation.pictures.items():
-        if not uri.startswith("s3://") and not around.absolute(uri).is_file():
-            yield f"{path} is {shown(uri)}; there is no file {around.absolute(uri)}"
+    for path, uri in picture_places(spec):
+        if uri.startswith("s3://"):
+            continue
+        place, is_folder = around.absolute(uri), path.startswith("spec.data.")
+        if not (place.is_dir() if is_folder else place.is_file()):
+            yield f"{path} is {shown(uri)}; there is no {'folder' if is_folder else 'file'} {place}"
     bundle = spec.storage.s3.ca_bundle
     if bundle is not None and not around.absolute(bundle).is_file():
         yield f"spec.storage.s3.caBundle is {shown(bundle)}; there is no file {around.absolute(bundle)}"

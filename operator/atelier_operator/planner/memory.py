@@ -143,6 +143,8 @@ def predict(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, device: Li
     frozen = (model.encoder_parameters + model.vae_parameters) * precision
     size = bucket_size(spec, model.family)
     # Batches of the encoding shrink by themselves to what fits: one sample has to.
+    if model.family.references:
+        size = max(size, model.family.reference_resolution(spec.data.resolution))
     encode = frozen + _autoencoder(model.family, size, size, precision) + train.overhead
     return Prediction(train, encode, _sample_phase(spec, model, train, frozen) if spec.validation.prompts else 0)
 
@@ -200,7 +202,9 @@ def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> in
     """What the forward pass keeps, and the largest block's temporaries in the backward pass."""
     size = bucket_size(spec, model.family)
     frames = spec.data.clip.frames if model.family.modality == "video" else 1
-    tokens = choice.micro_batch_size * (model.family.latent_tokens(size, size, frames) + model.text_tokens)
+    references = max(len(source.references) for source in spec.data.sources)
+    tokens = model.family.latent_tokens(size, size, frames) + model.text_tokens
+    tokens = choice.micro_batch_size * (tokens + _reference_tokens(spec, model.family, references))
     kept = model.activation_bytes_per_token * _precision_bytes(spec) // 2
     if isinstance(spec.adapter, FullAdapter) or not _only(spec.adapter, "attention"):
         kept = int(kept * WIDE_TARGETS)
@@ -210,13 +214,22 @@ def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> in
     return tokens * (block_input * model.layers + kept * model.family.backward_blocks)
 
 
+def _reference_tokens(spec: TrainingRunSpec, family: FamilyFacts, references: int) -> int:
+    """Tokens of the reference pictures of one sample: they are attended to like its own."""
+    edge = family.reference_resolution(spec.data.resolution)
+    edge = -(-edge // family.pixel_multiple) * family.pixel_multiple
+    return references * family.latent_tokens(edge, edge)
+
+
 def _sample_phase(spec: TrainingRunSpec, model: ModelFacts, train: Parts, frozen: int) -> int:
     """The state of training without its activations, the stock pipeline's other models, and the larger of its two steps."""
     validation, family = spec.validation, model.family
     width, height = validation.width or spec.data.resolution, validation.height or spec.data.resolution
     frames = (validation.frames or spec.data.clip.frames) if family.modality == "video" else 1
     precision = _precision_bytes(spec)
-    tokens = GUIDED_SAMPLES * (family.latent_tokens(width, height, frames) + model.text_tokens)
+    references = max(len(prompt.references) for prompt in validation.prompts)
+    tokens = family.latent_tokens(width, height, frames) + model.text_tokens
+    tokens = GUIDED_SAMPLES * (tokens + _reference_tokens(spec, family, references))
     denoise = tokens * model.activation_bytes_per_token * precision // 2
     working = max(denoise, _autoencoder(family, width, height, precision))
     # DDP keeps its gradient buckets; the averages are swapped in while sampling, and the weights kept aside.

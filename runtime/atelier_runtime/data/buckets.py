@@ -71,6 +71,11 @@ def place(width: int, height: int, bucket: Bucket, draw: tuple[float, float] | N
     return Placement((resized_height, resized_width), top, _offset(resized_width - bucket.width, right), bucket)
 
 
+def place_whole(width: int, height: int) -> Placement:
+    """Resizes a picture to this size as a whole: nothing is cut, and its aspect is given up."""
+    return Placement((height, width), 0, 0, Bucket(width, height))
+
+
 def _offset(spare: int, fraction: float | None) -> int:
     """Where to cut of `spare` pixels too many: 0 to `spare`, all equally likely for a uniform fraction."""
     return spare // 2 if fraction is None else int(fraction * (spare + 1))

@@ -14,7 +14,7 @@ import torch
 from atelier_api.errors import ConfigError, StoreError
 from atelier_api.run_file import RunFile
 from atelier_runtime import components
-from atelier_runtime.data.buckets import alignment
+from atelier_runtime.data.buckets import Bucket, alignment
 from atelier_runtime.data.cache import Cache, remove_leftovers
 from atelier_runtime.data.captions import EMPTY
 from atelier_runtime.data.collective import Announcer, Ranks, Report, Share, folder_share, on_rank_zero
@@ -45,29 +45,31 @@ def build_dataset(run_file: RunFile, family: Family, dist: Ranks, report: Report
     team = _Team(dist, folder_share(dist, folder), Announcer(dist, report))
     scanned = Scan(run_file, rule, ranks=dist, share=team.share, announcer=team.announcer).all_sources()
     funnel = Funnel(len(scanned))
-    chosen = select(scanned, run_file, family.facts, funnel)
+    chosen = select(scanned, run_file, family, funnel)
     kinds = ", ".join(extensions(rule))
     if not chosen:
         refuse_empty(funnel.report(), kinds)
     encoding = on_rank_zero(dist, partial(_encoding, run_file, family))
     cache = Cache(folder)
-    keyed = [(sample, encoding.latent_key(sample.content, sample.placement)) for sample in chosen]
-    rejected = _fill(run_file, family, team, _Work(keyed, encoding, cache))
-    for sample, key in keyed:
-        if key in rejected:
-            funnel.reject(sample.name, Fate.UNREADABLE, rejected[key])
-    kept = [(sample, key) for sample, key in keyed if key not in rejected]
+    keyed = _keyed(chosen, encoding, family)
+    rejected = _fill(run_file, family, team, _Work(keyed, cache))
+    for item in keyed:
+        if item.latents in rejected:
+            funnel.reject(item.sample.name, Fate.UNREADABLE, rejected[item.latents])
+        elif reasons := [rejected[key] for key in item.needed if key in rejected]:
+            funnel.reject(item.sample.name, Fate.NO_REFERENCE, f"of its reference: {reasons[0]}")
+    kept = [item for item in keyed if rejected.keys().isdisjoint(item.needed)]
     outcome = funnel.report()
     if not kept:
         refuse_empty(outcome, kinds)
     if dist.rank == 0:
         log.info("samples chosen", extra=outcome.model_dump(exclude={"rejected"}))
-    columns, fingerprint = _columns(kept, encoding, cache)
+    columns, fingerprint = _columns(kept, cache)
     cache.forget_keys()
     return Dataset(
         columns,
         cache,
-        _order([sample for sample, _ in kept], run_file, family),
+        _order([item.sample for item in kept], run_file, family),
         CaptionDraws(run_file.spec.data.captions.dropout, run_file.spec.hyperparameters.seed),
         funnel=outcome,
         fingerprint=fingerprint,
@@ -85,12 +87,26 @@ class _Team:
     announcer: Announcer
 
 
+@dataclass(frozen=True, slots=True)
+class _Keyed:
+    """A sample with the keys of what it needs in the cache."""
+
+    sample: Sample
+    latents: bytes
+    references: tuple[bytes, ...]
+    captions: tuple[bytes, ...]
+    empty: bytes
+
+    @property
+    def needed(self) -> tuple[bytes, ...]:
+        return (self.latents, *self.references, *self.captions, self.empty)
+
+
 @dataclass(frozen=True)
 class _Work:
-    """What is to be in the cache: samples with the keys of their latents."""
+    """What is to be in the cache, and where that is."""
 
-    keyed: Sequence[tuple[Sample, bytes]]
-    encoding: Encoding
+    keyed: Sequence[_Keyed]
     cache: Cache
 
 
@@ -126,8 +142,46 @@ def _encoding(run_file: RunFile, family: Family) -> Encoding:
     return encoding
 
 
+def _keyed(samples: Sequence[Sample], encoding: Encoding, family: Family) -> list[_Keyed]:
+    """The samples with their keys."""
+    known: dict[tuple[str, ...], bytes] = {}
+
+    def text_key(caption: str, sample: Sample) -> bytes:
+        seen = tuple(reference.content for reference in sample.references) if family.text_sees_references else ()
+        if (caption, *seen) not in known:
+            known[caption, *seen] = encoding.text_key(caption, seen)
+        return known[caption, *seen]
+
+    return [
+        _Keyed(
+            sample,
+            encoding.latent_key(sample.content, sample.placement),
+            tuple(encoding.reference_key(each.content, each.placement) for each in sample.references),
+            tuple(text_key(caption, sample) for caption in sample.captions),
+            text_key(EMPTY, sample),
+        )
+        for sample in samples
+    ]
+
+
+def _jobs(keyed: Sequence[_Keyed], family: Family) -> tuple[list[TextJob], list[LatentJob], list[LatentJob]]:
+    """What there is to encode, each thing once: captions, files, references."""
+    texts: dict[bytes, TextJob] = {}
+    files: dict[bytes, LatentJob] = {}
+    references: dict[bytes, LatentJob] = {}
+    for item in keyed:
+        sample, seen = item.sample, item.sample.references if family.text_sees_references else ()
+        for key, caption in ((item.empty, EMPTY), *zip(item.captions, sample.captions, strict=True)):
+            texts[key] = TextJob(key, caption, seen)
+        files[item.latents] = LatentJob(item.latents, sample.path, sample.content, sample.placement)
+        for key, each in zip(item.references, sample.references, strict=True):
+            references[key] = LatentJob(key, each.path, each.content, each.placement)
+    in_order = sorted(texts.values(), key=lambda job: (job.caption, job.key))
+    return in_order, list(files.values()), list(references.values())
+
+
 def _fill(run_file: RunFile, family: Family, team: _Team, work: _Work) -> dict[bytes, str]:
-    """Builds what is missing. Gives the latent keys that turned out unusable, with the reason."""
+    """Builds what is missing. Gives the keys that turned out unusable, with the reason."""
     dtype = DTYPES[run_file.spec.hyperparameters.precision]
     encoders = Encoders(partial(components.load_encoders, family, run_file.model_folder, dtype, team.ranks.device))
     builder = Builder(
@@ -142,18 +196,17 @@ def _fill(run_file: RunFile, family: Family, team: _Team, work: _Work) -> dict[b
         limits=Limits(),
         given=components.given_frames(family, run_file.model_folder),
     )
-    encoding = work.encoding
-    captions = sorted({EMPTY, *(caption for sample, _ in work.keyed for caption in sample.captions)})
-    texts = [TextJob(encoding.text_key(caption), caption) for caption in captions]
-    files = {key: LatentJob(key, sample.path, sample.content, sample.placement) for sample, key in work.keyed}
+    texts, files, references = _jobs(work.keyed, family)
     if team.share.index == 0:
         remove_leftovers(work.cache.folder)
     try:
-        builder.captions(texts)
-        rejected = builder.latents(list(files.values()), clip_rule(run_file.spec.data, family.facts))
+        rejected = builder.captions(texts)
+        rejected |= builder.latents(files, clip_rule(run_file.spec.data, family.facts))
+        rejected |= builder.references(references)
     finally:
         encoders.free()
-    _wait_for(work.cache, {job.key for job in texts} | (files.keys() - rejected.keys()))
+    keys = {job.key for job in texts} | {job.key for job in (*files, *references)}
+    _wait_for(work.cache, keys - rejected.keys())
     return rejected
 
 
@@ -173,24 +226,24 @@ def _wait_for(cache: Cache, keys: Set[bytes]) -> None:
         time.sleep(1.0)
 
 
-def _columns(keyed: Sequence[tuple[Sample, bytes]], encoding: Encoding, cache: Cache) -> tuple[Columns, str]:
+def _columns(keyed: Sequence[_Keyed], cache: Cache) -> tuple[Columns, str]:
     """The samples as rows of the cache, and a digest over all of them."""
     digest = hashlib.sha256()
-    text_keys = {caption: encoding.text_key(caption) for sample, _ in keyed for caption in sample.captions}
-    latents, captions, first = [], [], [0]
-    for sample, key in keyed:
-        keys = [key, *(text_keys[caption] for caption in sample.captions)]
-        digest.update(repr((keys, sample.repeats)).encode())
-        latents.append(_row(cache, keys[0]))
-        captions += [_row(cache, key) for key in keys[1:]]
+    captions, first = [], [0]
+    references = np.full((len(keyed), max(len(item.references) for item in keyed)), -1, np.int64)
+    for number, item in enumerate(keyed):
+        digest.update(repr(([item.latents, *item.references, *item.captions], item.sample.repeats)).encode())
+        references[number, : len(item.references)] = [_row(cache, key) for key in item.references]
+        captions += [_row(cache, key) for key in item.captions]
         first.append(len(captions))
     columns = Columns(
-        names=[sample.name for sample, _ in keyed],
-        latents=np.array(latents, np.int64),
-        sizes=np.array([sample.placement.sizes for sample, _ in keyed], np.int32),
+        names=[item.sample.name for item in keyed],
+        latents=np.array([_row(cache, item.latents) for item in keyed], np.int64),
+        sizes=np.array([item.sample.placement.sizes for item in keyed], np.int32),
         captions=np.array(captions, np.int64),
         first=np.array(first, np.int64),
-        empty_caption=_row(cache, encoding.text_key(EMPTY)),
+        empty=np.array([_row(cache, item.empty) for item in keyed], np.int64),
+        references=references,
     )
     return columns, digest.hexdigest()
 
@@ -201,14 +254,19 @@ def _row(cache: Cache, key: bytes) -> int:
     return row
 
 
+def _shapes(sample: Sample) -> tuple[Bucket, ...]:
+    """What samples of one batch have in common: the sizes of the target and of the references."""
+    return (sample.placement.bucket, *(reference.placement.bucket for reference in sample.references))
+
+
 def _order(samples: Sequence[Sample], run_file: RunFile, family: Family) -> SampleOrder:
     hyperparameters = run_file.spec.hyperparameters
-    buckets = sorted({sample.placement.bucket for sample in samples})
-    number = {bucket: i for i, bucket in enumerate(buckets)}
+    buckets = sorted({_shapes(sample) for sample in samples})
+    number = {shapes: i for i, shapes in enumerate(buckets)}
     order = SampleOrder(
-        np.array([number[sample.placement.bucket] for sample in samples], np.int32),
+        np.array([number[_shapes(sample)] for sample in samples], np.int32),
         np.array([sample.repeats for sample in samples], np.int32),
-        tokens=tuple(family.facts.latent_tokens(bucket.width, bucket.height, bucket.frames) for bucket in buckets),
+        tokens=tuple(family.facts.latent_tokens(own.width, own.height, own.frames) for own, *_ in buckets),
         global_batch_size=hyperparameters.global_batch_size,
         seed=hyperparameters.seed,
     )

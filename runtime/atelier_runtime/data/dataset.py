@@ -21,7 +21,8 @@ class MicroBatch:
 
     `latents` [B, C, H, W] or [B, C, F, H, W] (the posterior's mean where `std` is given), `text` per sample at true length,
     `sizes` [B, 6] in pixels (resized height and width, crop top and left, target height and width), `weights` [B] 0 or 1,
-    `slots` places in the global batch, `names` file names, `frames` [B, ...] what is known of the frames that the network is shown.
+    `slots` places in the global batch, `names` file names, `frames` [B, ...] what is known of the frames that the network is shown,
+    `references` clean latents [B, C, H, W] of the reference pictures.
     """
 
     latents: Tensor
@@ -32,6 +33,7 @@ class MicroBatch:
     slots: tuple[int, ...]
     names: tuple[str, ...]
     frames: Features | None = None
+    references: tuple[Tensor, ...] = ()
 
     def pinned(self) -> "MicroBatch":
         """The same in page-locked memory, from which copies to a GPU do not block."""
@@ -43,19 +45,24 @@ class MicroBatch:
             sizes=self.sizes.pin_memory(),
             weights=self.weights.pin_memory(),
             frames=self.frames and {name: tensor.pin_memory() for name, tensor in self.frames.items()},
+            references=tuple(tensor.pin_memory() for tensor in self.references),
         )
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The kept samples, one row each. Captions of sample i are the cache rows `captions[first[i]:first[i + 1]]`."""
+    """The kept samples, one row each. Captions of sample i are the cache rows `captions[first[i]:first[i + 1]]`.
+
+    `empty` [N] is the row of the empty caption. `references` [N, n] are rows of the reference pictures, -1 behind a sample's last.
+    """
 
     names: Sequence[str]
     latents: NDArray[np.int64]
     sizes: NDArray[np.int32]
     captions: NDArray[np.int64]
     first: NDArray[np.int64]
-    empty_caption: int
+    empty: NDArray[np.int64]
+    references: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -111,12 +118,19 @@ class Dataset:
             names=tuple(columns.names[slot.sample] for slot in slots),
             frames={name.removeprefix(FRAMES): torch.stack([entry[name] for entry in entries]) for name in frames}
             or None,
+            references=self._references(slots),
         )
+
+    def _references(self, slots: Sequence[Slot]) -> tuple[Tensor, ...]:
+        """Samples of one bucket have the same number of references, of the same sizes."""
+        rows = self._columns.references[[slot.sample for slot in slots]]
+        rows = rows[:, rows[0] >= 0]
+        return tuple(torch.stack([self._cache.read(int(row))["mean"] for row in column]) for column in rows.T)
 
     def _caption_row(self, slot: Slot, step: int, epoch: int) -> int:
         """Cache row of the caption that the slot trains on."""
         columns, draws = self._columns, self._draws
         if is_dropped(draws.dropout, draws.seed, step, slot.index):
-            return columns.empty_caption
+            return int(columns.empty[slot.sample])
         first, end = int(columns.first[slot.sample]), int(columns.first[slot.sample + 1])
         return int(columns.captions[first + chosen(end - first, draws.seed, epoch, slot.sample)])

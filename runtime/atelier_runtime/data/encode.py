@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from atelier_runtime.data.buckets import Bucket, Placement
@@ -23,11 +24,14 @@ from atelier_runtime.data.cache import FRAMES, Cache, ShardWriter
 from atelier_runtime.data.collective import Announcer, Ranks, Share, gather, in_rounds
 from atelier_runtime.data.image import fit, read_picture
 from atelier_runtime.data.keys import content_sha256, file_sha256
+from atelier_runtime.data.prepare import Reference
 from atelier_runtime.data.scan import ClipRule
 from atelier_runtime.data.video import read_clip
 from atelier_runtime.family import Family, Frame
 
 log = logging.getLogger(__name__)
+
+CHANGED = "it changed while the cache was built"
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -45,10 +49,11 @@ class LatentJob:
 
 @dataclass(frozen=True, slots=True)
 class TextJob:
-    """A caption to encode."""
+    """A caption to encode, with the references that its encoder looks at."""
 
     key: bytes
     caption: str
+    references: tuple[Reference, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,19 +125,35 @@ class Builder:
         self._writer = ShardWriter(cache.folder)
         self._committed_at = time.monotonic()
 
-    def captions(self, jobs: Sequence[TextJob]) -> None:
-        """Encode the captions that are not in the cache."""
+    def captions(self, jobs: Sequence[TextJob]) -> dict[bytes, str]:
+        """Encode the captions that are not in the cache. Gives keys whose references turned out unusable, with the reason."""
         budget = Budget(self._limits.batch_captions, self._limits.batch_captions)
 
         def work(chunk: Sequence[TextJob]) -> tuple[int, list[tuple[bytes, str]]]:
-            for job, features in zip(chunk, budget.run(chunk, 1, self._encode_captions), strict=True):
+            read = [(job, _read_references(job)) for job in chunk]
+            usable = [(job, pictures) for job, pictures in read if not isinstance(pictures, str)]
+            for (job, _), features in zip(usable, budget.run(usable, 1, self._encode_captions), strict=True):
                 self._writer.add(job.key, {name: self._stored(tensor) for name, tensor in features.items()})
-            return len(chunk), []
+            return len(chunk), [(job.key, pictures) for job, pictures in read if isinstance(pictures, str)]
 
-        self._run("encoding captions", self._missing(jobs), self._limits.batch_captions, work)
+        return self._run("encoding captions", self._missing(jobs), self._limits.batch_captions, work)
 
     def latents(self, jobs: Sequence[LatentJob], rule: ClipRule | None) -> dict[bytes, str]:
         """Encode the files that are not in the cache, bucket by bucket. Gives keys that turned out unusable, with the reason."""
+        stage = "encoding pictures" if rule is None else "encoding clips"
+        return self._files(stage, jobs, rule, self._encode_pixels)
+
+    def references(self, jobs: Sequence[LatentJob]) -> dict[bytes, str]:
+        """The same for reference pictures."""
+        return self._files("encoding references", jobs, None, self._encode_references)
+
+    def _files(
+        self,
+        stage: str,
+        jobs: Sequence[LatentJob],
+        rule: ClipRule | None,
+        encode: Callable[[Sequence[tuple[LatentJob, Tensor]]], list[dict[str, Tensor]]],
+    ) -> dict[bytes, str]:
         missing = self._missing(sorted(jobs, key=lambda job: (job.placement.bucket, job.key)))
         largest = max((_pixels(job.placement.bucket) for job in missing), default=1)
         size = max(1, min(self._limits.round_samples, self._limits.round_pixels // largest))
@@ -147,11 +168,11 @@ class Builder:
                     read = [(job, next(contents)) for job in group]
                     rejected += [(job.key, pixels) for job, pixels in read if isinstance(pixels, str)]
                     usable = [(job, pixels) for job, pixels in read if not isinstance(pixels, str)]
-                    entries = budget.run(usable, _pixels(bucket), self._encode_pixels)
+                    entries = budget.run(usable, _pixels(bucket), encode)
                     rejected += self._keep([job for job, _ in usable], entries)
                 return len(chunk), rejected
 
-            return self._run("encoding pictures" if rule is None else "encoding clips", missing, size, work)
+            return self._run(stage, missing, size, work)
 
     def _missing(self, jobs: Sequence[J]) -> list[J]:
         """What is missing of this rank's part of the jobs.
@@ -193,9 +214,13 @@ class Builder:
 
         return step
 
-    def _encode_captions(self, jobs: Sequence[TextJob]) -> list[dict[str, Tensor]]:
+    def _encode_captions(self, batch: Sequence[tuple[TextJob, tuple[Image.Image, ...]]]) -> list[dict[str, Tensor]]:
+        captions = [job.caption for job, _ in batch]
         with torch.no_grad():
-            return self._family.encode_text(self._encoders.pipe, [job.caption for job in jobs])
+            if self._family.text_sees_references:
+                pictures = [pictures for _, pictures in batch]
+                return self._family.encode_instructions(self._encoders.pipe, captions, pictures)
+            return self._family.encode_text(self._encoders.pipe, captions)
 
     def _encode_pixels(self, batch: Sequence[tuple[LatentJob, Tensor]]) -> list[dict[str, Tensor]]:
         pipe = self._encoders.pipe
@@ -206,6 +231,12 @@ class Builder:
         columns = {"mean": latents.mean} | ({} if latents.std is None else {"std": latents.std})
         columns |= {FRAMES + name: tensor for name, tensor in frames.items()}
         return [{name: self._stored(tensor[i]) for name, tensor in columns.items()} for i in range(len(batch))]
+
+    def _encode_references(self, batch: Sequence[tuple[LatentJob, Tensor]]) -> list[dict[str, Tensor]]:
+        pixels = torch.stack([pixels for _, pixels in batch]).to(self._ranks.device)
+        with torch.no_grad():
+            latents = self._family.encode_reference(self._encoders.pipe, pixels)
+        return [{"mean": self._stored(one)} for one in latents]
 
     def _keep(self, jobs: Sequence[LatentJob], entries: Sequence[dict[str, Tensor]]) -> list[tuple[bytes, str]]:
         rejected = []
@@ -263,16 +294,29 @@ def _read_ahead(
 
 def _read(job: LatentJob, rule: ClipRule | None) -> Tensor | str:
     """Pixels of a file, or why there are none: it was readable before, but may have changed since."""
-    changed = "it changed while the cache was built"
     try:
         if rule is None:
             data = Path(job.path).read_bytes()
-            return fit(read_picture(data), job.placement) if content_sha256(data) == job.content else changed
+            return fit(read_picture(data), job.placement) if content_sha256(data) == job.content else CHANGED
         if file_sha256(Path(job.path)) != job.content:
-            return changed
+            return CHANGED
         return read_clip(Path(job.path), rule.frames, rule.fps, job.placement)
     except Exception as error:  # whatever a decoder raises, one bad file must not end the run
         return str(error) or type(error).__name__
+
+
+def _read_references(job: TextJob) -> tuple[Image.Image, ...] | str:
+    """The reference pictures of a caption, or why one of them cannot be used."""
+    pictures = []
+    for reference in job.references:
+        try:
+            data = Path(reference.path).read_bytes()
+            if content_sha256(data) != reference.content:
+                return CHANGED
+            pictures.append(read_picture(data))
+        except Exception as error:  # as in `_read`
+            return str(error) or type(error).__name__
+    return tuple(pictures)
 
 
 def _pixels(bucket: Bucket) -> int:

@@ -17,6 +17,7 @@ class Fate(Enum):
     TOO_SMALL = "too_small"
     NO_CAPTION = "no_caption"
     TOO_SHORT = "too_short"
+    NO_REFERENCE = "no_reference"
 
 
 class Funnel:

@@ -36,9 +36,13 @@ class Encoding:
             "latents", self.family, self.autoencoder, self.precision, self.fps, content, placement.sizes, bucket.frames
         )
 
-    def text_key(self, caption: str) -> bytes:
-        """Key of the text features of a caption. 32 bytes."""
-        return _digest("text", self.family, self.text_encoders, self.precision, caption)
+    def reference_key(self, content: str, placement: Placement) -> bytes:
+        """Key of the latents of a reference picture with the SHA-256 `content`, placed so. 32 bytes."""
+        return _digest("reference", self.family, self.autoencoder, self.precision, content, placement.sizes)
+
+    def text_key(self, caption: str, references: Iterable[str] = ()) -> bytes:
+        """Key of the text features of a caption, and of the reference pictures (by SHA-256) that its encoder sees. 32 bytes."""
+        return _digest("text", self.family, self.text_encoders, self.precision, caption, *references)
 
 
 def crop_draw(seed: int, content: str) -> tuple[float, float]:

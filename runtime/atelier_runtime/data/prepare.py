@@ -11,14 +11,26 @@ from pathlib import Path, PurePosixPath
 from atelier_api.errors import ConfigError
 from atelier_api.families import FamilyFacts
 from atelier_api.run_file import RunFile
-from atelier_api.v1alpha1.data import Captions, Data
-from atelier_runtime.data.buckets import Placement, alignment, bucket_for, enlargement, place
+from atelier_api.v1alpha1.data import Captions, Data, DataSource
+from atelier_runtime.data.buckets import Placement, alignment, bucket_for, enlargement, place, place_whole
 from atelier_runtime.data.captions import alternatives
 from atelier_runtime.data.collective import Announcer, Ranks, Share, gather, in_rounds, on_rank_zero
 from atelier_runtime.data.funnel import Fate, Funnel
 from atelier_runtime.data.keys import crop_draw
 from atelier_runtime.data.scan import CaptionText, ClipRule, Probe, ScanMemory, in_threads, probe, read_caption
-from atelier_runtime.data.source import CLIPS, PICTURES, Found, RemoteCopy, is_remote, list_folder, list_objects
+from atelier_runtime.data.source import (
+    CLIPS,
+    PICTURES,
+    FileFacts,
+    Found,
+    RemoteCopy,
+    folder_paths,
+    is_remote,
+    list_folder,
+    list_objects,
+    with_references,
+)
+from atelier_runtime.family import Family
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +40,21 @@ _ROUND_FILES_PER_THREAD = 8
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
-    """A file and what is in it. `caption` is None without a caption file."""
+    """A file and what is in it. `caption` is None without a caption file. A reference that is not there is told like a broken one."""
 
     found: Found
     probe: Probe
     caption: CaptionText | None
+    references: tuple[Probe, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A reference picture: `content` is the file's SHA-256."""
+
+    path: str
+    content: str
+    placement: Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +67,7 @@ class Sample:
     placement: Placement
     captions: tuple[str, ...]
     repeats: int
+    references: tuple[Reference, ...] = ()
 
 
 def clip_rule(data: Data, facts: FamilyFacts) -> ClipRule | None:
@@ -73,27 +96,46 @@ def reading_threads(run_file: RunFile) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A file, and what an earlier scan saw in it and in its caption file."""
+    """A file, and what an earlier scan saw in it, in its caption file and in its references."""
 
     found: Found
     probe: Probe | None
     caption: CaptionText | None
+    references: tuple[Probe | None, ...]
+
+    @classmethod
+    def of(cls, found: Found, memory: ScanMemory) -> "_Known":
+        references = tuple(
+            _reference_probe(file) if isinstance(file, str) else memory.probe_of(file) for file in found.references
+        )
+        caption = memory.caption_of(found.caption) if found.caption else None
+        return cls(found, memory.probe_of(found.file), caption, references)
 
     @property
     def is_complete(self) -> bool:
-        return self.probe is not None and (self.caption is not None or self.found.caption is None)
+        is_captioned = self.caption is not None or self.found.caption is None
+        return self.probe is not None and is_captioned and None not in self.references
 
     def scanned(self) -> Scanned:
         """Only for a complete one."""
         assert self.probe is not None
-        return Scanned(self.found, self.probe, self.caption)
+        return Scanned(
+            self.found, self.probe, self.caption, tuple(each for each in self.references if each is not None)
+        )
 
     def looked_at(self, rule: ClipRule | None) -> Scanned:
         """Reads what is not known yet."""
         caption = self.caption
         if caption is None and self.found.caption is not None:
             caption = read_caption(self.found.caption)
-        return Scanned(self.found, self.probe or probe(self.found.file, rule), caption)
+        pairs = zip(self.found.references, self.references, strict=True)
+        references = tuple(known or _reference_probe(file) for file, known in pairs)
+        return Scanned(self.found, self.probe or probe(self.found.file, rule), caption, references)
+
+
+def _reference_probe(file: FileFacts | str) -> Probe:
+    """What is in a reference picture. One that is not there is like a broken one: its reason says so."""
+    return Probe("", 0, 0, 0, file) if isinstance(file, str) else probe(file, None)
 
 
 class Scan:
@@ -112,21 +154,23 @@ class Scan:
 
     def all_sources(self) -> list[Scanned]:
         """Every sample found, by source and name: the same list on every rank."""
-        uris = [source.uri for source in self._run_file.spec.data.sources]
-        return [scanned for number, uri in enumerate(uris) for scanned in self._source(number, uri)]
+        sources = self._run_file.spec.data.sources
+        return [scanned for number, source in enumerate(sources) for scanned in self._source(number, source)]
 
-    def _source(self, number: int, uri: str) -> list[Scanned]:
-        remote = self._fetched(uri) if is_remote(uri) else None
-        kinds = extensions(self._rule)
+    def _source(self, number: int, source: DataSource) -> list[Scanned]:
+        uri, kinds = source.uri, extensions(self._rule)
+        remote = self._fetched(uri, kinds) if is_remote(uri) else None
+        copies = [self._fetched(each, PICTURES) if is_remote(each) else None for each in source.references]
         memory = ScanMemory(self._cache, uri, self._rule) if self._ranks.rank == 0 else None
 
         def known_to_rank_zero() -> list[_Known]:
             assert memory is not None
             found = list_folder(number, uri, kinds) if remote is None else remote.found(number, kinds)
-            return [
-                _Known(item, memory.probe_of(item.file), memory.caption_of(item.caption) if item.caption else None)
-                for item in found
+            places = [
+                folder_paths(f"spec.data.sources[{number}].references[{index}]", each) if copy is None else copy.paths
+                for index, (each, copy) in enumerate(zip(source.references, copies, strict=True))
             ]
+            return [_Known.of(item, memory) for item in with_references(found, places)]
 
         known = on_rank_zero(self._ranks, known_to_rank_zero)
         scanned = {index: item.scanned() for index, item in enumerate(known) if item.is_complete}
@@ -145,9 +189,9 @@ class Scan:
             _remember(memory, scanned.values())
         return [scanned[index] for index in range(len(known))]
 
-    def _fetched(self, uri: str) -> RemoteCopy:
+    def _fetched(self, uri: str, kinds: Sequence[str]) -> RemoteCopy:
         s3 = self._run_file.spec.storage.s3
-        objects = on_rank_zero(self._ranks, lambda: list_objects(uri, s3, extensions(self._rule)))
+        objects = on_rank_zero(self._ranks, lambda: list_objects(uri, s3, kinds))
         copy = RemoteCopy(uri, s3, objects, self._cache)
         missing = copy.missing(self._share)
         total, done = sum(gather(self._ranks, len(missing))), 0
@@ -157,11 +201,11 @@ class Scan:
         return copy
 
 
-def select(scanned: Sequence[Scanned], run_file: RunFile, facts: FamilyFacts, funnel: Funnel) -> list[Sample]:
+def select(scanned: Sequence[Scanned], run_file: RunFile, family: Family, funnel: Funnel) -> list[Sample]:
     """The samples to train on, placed in their buckets; the others go to the funnel with a reason."""
     data, seed = run_file.spec.data, run_file.spec.hyperparameters.seed
-    rule = clip_rule(data, facts)
-    align = alignment(data, facts)
+    rule = clip_rule(data, family.facts)
+    align = alignment(data, family.facts)
     samples = []
     for item in scanned:
         name, seen = _display_name(item.found, data), item.probe
@@ -185,10 +229,15 @@ def select(scanned: Sequence[Scanned], run_file: RunFile, facts: FamilyFacts, fu
         if not captions:
             funnel.reject(name, Fate.NO_CAPTION, reason)
             continue
+        references, reason = _references(item, family, data)
+        if reason:
+            funnel.reject(name, Fate.NO_REFERENCE, reason)
+            continue
         draw = crop_draw(seed, seen.content) if data.crop == "random" else None
         placement = place(seen.width, seen.height, bucket, draw)
         repeats = data.sources[item.found.source].repeats
-        samples.append(Sample(name, item.found.file.path, seen.content, placement, captions, repeats))
+        path = item.found.file.path
+        samples.append(Sample(name, path, seen.content, placement, captions, repeats, references))
     return samples
 
 
@@ -200,6 +249,20 @@ def _captions(caption: CaptionText | None, spec: Captions) -> tuple[tuple[str, .
     return texts, "no caption file with text, and spec.data.captions.fallback is not set"
 
 
+def _references(item: Scanned, family: Family, data: Data) -> tuple[tuple[Reference, ...], str]:
+    """The reference pictures of a sample, and why one of them cannot be used; empty where all can."""
+    resolution = family.facts.reference_resolution(data.resolution)
+    references = []
+    for file, seen in zip(item.found.references, item.references, strict=True):
+        if isinstance(file, str):
+            return (), file
+        if seen.reason:
+            return (), f"its reference {PurePosixPath(file.path).name} cannot be read: {seen.reason}"
+        size = family.reference_size(seen.width, seen.height, resolution)
+        references.append(Reference(file.path, seen.content, place_whole(*size)))
+    return tuple(references), ""
+
+
 def _display_name(found: Found, data: Data) -> str:
     """How a file is called in messages: its name below the source, behind the source's own where there are several."""
     if len(data.sources) == 1:
@@ -209,6 +272,10 @@ def _display_name(found: Found, data: Data) -> str:
 
 def _remember(memory: ScanMemory, scanned: Collection[Scanned]) -> None:
     probes = {item.found.file: item.probe for item in scanned}
+    for item in scanned:
+        for file, seen in zip(item.found.references, item.references, strict=True):
+            if isinstance(file, FileFacts):
+                probes[file] = seen
     captions = {
         item.found.caption: item.caption
         for item in scanned

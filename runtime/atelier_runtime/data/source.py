@@ -7,9 +7,9 @@ replaced is fetched again and everything else is not.
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from atelier_api.errors import DataError, StoreError
@@ -43,12 +43,16 @@ class FileFacts:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A picture or clip of a source. `name` is its path below the source, with forward slashes."""
+    """A picture or clip of a source. `name` is its path below the source, with forward slashes.
+
+    `references` has an entry for each of the source's places of reference pictures: the file there, or why there is none.
+    """
 
     source: int
     name: str
     file: FileFacts
     caption: FileFacts | None
+    references: tuple[FileFacts | str, ...] = ()
 
 
 def is_remote(uri: str) -> bool:
@@ -61,12 +65,26 @@ def list_folder(source: int, uri: str, extensions: Sequence[str]) -> list[Found]
 
     Raises DataError where there is no such folder.
     """
+    return _paired(source, folder_paths(f"spec.data.sources[{source}].uri", uri), extensions)
+
+
+def folder_paths(field: str, uri: str) -> dict[str, Path]:
+    """The files below a folder by name. Raises DataError, about the `field` that names it, where there is no such folder."""
     root = Path(uri)
     if not root.is_dir():
         raise DataError(
-            f"spec.data.sources[{source}].uri is {uri!r}; no such folder is there; give a folder of pictures or clips, or s3://bucket/prefix"
+            f"{field} is {uri!r}; no such folder is there; give a folder of pictures or clips, or s3://bucket/prefix"
         )
-    return _paired(source, {name: root / name for name in _walk(root)}, extensions)
+    return {name: root / name for name in _walk(root)}
+
+
+def with_references(samples: Sequence[Found], places: Sequence[Mapping[str, Path]]) -> list[Found]:
+    """The samples with the picture of the same name, but for its ending, from each of the places (files by name)."""
+    tables = [_pictures_by_stem(paths) for paths in places]
+    return [
+        replace(sample, references=tuple(_reference(sample, table, number) for number, table in enumerate(tables)))
+        for sample in samples
+    ]
 
 
 def list_objects(uri: str, s3: S3Settings, extensions: Sequence[str]) -> list[ObjectInfo]:
@@ -87,6 +105,11 @@ class RemoteCopy:
         folder = cache / "downloads" / hashlib.sha256(uri.encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         self._paths = {info.key: folder / _local_name(info) for info in objects}
+
+    @property
+    def paths(self) -> Mapping[str, Path]:
+        """Where each object is or will be, by its key below the prefix."""
+        return self._paths
 
     def missing(self, share: Share) -> list[ObjectInfo]:
         """Objects that are not here and that this rank has to fetch."""
@@ -132,6 +155,30 @@ def _paired(source: int, paths: dict[str, Path], extensions: Sequence[str]) -> l
         for name, path in sorted(paths.items())
         if _extension(name) in extensions
     ]
+
+
+def _pictures_by_stem(paths: Mapping[str, Path]) -> dict[str, list[Path]]:
+    table: dict[str, list[Path]] = {}
+    for name, path in sorted(paths.items()):
+        if _extension(name) in PICTURES:
+            table.setdefault(_stem(name), []).append(path)
+    return table
+
+
+def _reference(sample: Found, table: Mapping[str, list[Path]], number: int) -> FileFacts | str:
+    """The one picture of the sample's name, or why there is not one."""
+    stem = _stem(sample.name)
+    found = table.get(stem, [])
+    if len(found) == 1:
+        return FileFacts.of(str(found[0]))
+    place = f"spec.data.sources[{sample.source}].references[{number}]"
+    if not found:
+        return f"no picture {stem}.* in {place}"
+    return f"{len(found)} pictures {stem}.* in {place}, where there must be one"
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
 
 
 def _facts(path: Path | None) -> FileFacts | None:

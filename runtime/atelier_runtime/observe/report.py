@@ -115,6 +115,7 @@ def _funnel(funnel: FunnelReport) -> str:
         ("too small", funnel.too_small),
         ("too short", funnel.too_short),
         ("no caption", funnel.no_caption),
+        ("no reference", funnel.no_reference),
         ("kept", funnel.kept),
     ]
     body = _table(("Files", "Count"), rows)

@@ -112,6 +112,13 @@ def test_what_the_profile_does_not_allow_is_said_in_sentences(
 PATHS = {
     "a relative model": ({"model": {"source": "base"}}, "spec.model.source is 'base'"),
     "relative data": ({"data": {"sources": [{"uri": "pictures"}]}}, "spec.data.sources\\[0\\].uri is 'pictures'"),
+    "relative references": (
+        {
+            "model": {"family": "flux_kontext", "flavour": None},
+            "data": {"sources": [{"uri": "s3://bucket/a", "references": ["originals"]}]},
+        },
+        "spec.data.sources\\[0\\].references\\[0\\] is 'originals'",
+    ),
     "the default store": ({"storage": {"uri": "runs"}}, "spec.storage.uri is 'runs'"),
     "a relative picture": (
         {

@@ -121,6 +121,36 @@ def test_everything_that_is_not_there_is_told_at_once(place: Path) -> None:
     ]
 
 
+def test_reference_pictures_get_absolute_places(place: Path) -> None:
+    prompts = [{"text": "make it red", "references": ["a.png"]}, {"text": "blue", "references": ["s3://data/b.png"]}]
+    sources = [{"uri": "pictures", "references": ["originals"]}, {"uri": "more", "references": ["s3://data/originals"]}]
+    pairs = run("flux_kontext", parallelism=ON_CPU, data__sources=sources, validation={"prompts": prompts})
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    with pytest.raises(ConfigError) as refused:
+        check_places(pairs.spec, around(place, **keys))
+    assert str(refused.value).splitlines() == [
+        f"spec.data.sources[1].uri is 'more'; there is no folder {place / 'more'}",
+        f"spec.data.sources[0].references[0] is 'originals'; there is no folder {place / 'originals'}",
+        f"spec.validation.prompts[0].references[0] is 'a.png'; there is no file {place / 'a.png'}",
+    ]
+    for name in ("more", "originals"):
+        (place / name).mkdir()
+    (place / "a.png").write_text("x")
+    with pytest.raises(CredentialsError, match=r"sources\[1\]\.references\[0\] is 's3://data/originals'"):
+        check_places(pairs.spec, around(place))
+    check_places(pairs.spec, around(place, **keys))
+    write_checkpoint(place / "base", SD3_INDEX | {"_class_name": "FluxKontextPipeline"})
+    file = resolve_local(pairs, machine=cpu(64), around=around(place, **keys))
+    assert [source.references for source in file.spec.data.sources] == [
+        [str(place / "originals")],
+        ["s3://data/originals"],
+    ]
+    assert [prompt.references for prompt in file.spec.validation.prompts] == [
+        [str(place / "a.png")],
+        ["s3://data/b.png"],
+    ]
+
+
 def test_a_run_that_does_not_fit_is_refused_before_anything_starts(place: Path) -> None:
     with pytest.raises(ConfigError, match=r"the checkpoint in .* does not fit: needs .* a process has"):
         resolve_local(local(), machine=Machine("cpu", 0, GIB // 2, 2), around=around(place))

@@ -160,6 +160,38 @@ def test_activations_grow_with_samples_pixels_frames_and_precision() -> None:
     assert kept(run(), gradient_checkpointing=True) < kept(run()) / 5
 
 
+def test_references_are_paid_for_like_the_target() -> None:
+    alone, pairs = predicted(run(model__flavour="dev")), predicted(run("flux_kontext"))
+    edge = FAMILIES["flux"].latent_tokens(1024, 1024)
+    text = table_facts(run().spec.model).text_tokens
+    assert pairs.train.activations == pytest.approx(alone.train.activations * (2 * edge + text) / (edge + text))
+    half = predicted(run("flux_kontext", data__resolution=512))
+    assert half.train.activations == pytest.approx(alone.train.activations * (edge / 2 + text) / (edge + text))
+
+
+def test_references_of_a_fixed_size_do_not_shrink_with_the_target() -> None:
+    pairs = run("flux_kontext", data__resolution=512)
+    facts = table_facts(pairs.spec.model)
+    fixed = replace(facts, family=replace(facts.family, reference_edge=1024))
+    scaled = predicted(pairs, facts).train.activations
+    tokens = facts.family.latent_tokens(512, 512)
+    expected = (5 * tokens + facts.text_tokens) / (2 * tokens + facts.text_tokens)
+    assert predicted(pairs, fixed).train.activations == pytest.approx(scaled * expected)
+    assert predicted(pairs, fixed).encode > predicted(pairs, facts).encode
+
+
+def test_a_sample_drawn_from_a_reference_needs_more() -> None:
+    pairs = run("flux_kontext", validation={"prompts": [{"text": "make it red", "references": ["a.png"]}]})
+    bare = pairs.spec.validation.model_copy(
+        update={"prompts": run(validation={"prompts": [{"text": "a"}]}).spec.validation.prompts}
+    )
+    alone = pairs.model_copy(update={"spec": pairs.spec.model_copy(update={"validation": bare})})
+    # So much that denoising needs more than decoding.
+    facts = replace(table_facts(pairs.spec.model), activation_bytes_per_token=10**6)
+    more = predicted(pairs, facts).sample - predicted(alone, facts).sample
+    assert more == 2 * facts.family.latent_tokens(1024, 1024) * 10**6
+
+
 def test_samples_load_the_encoders_beside_the_training_state() -> None:
     quiet, drawn = run("wan"), run("wan", validation={"prompts": [{"text": "a cat"}]})
     assert predicted(quiet).sample == 0

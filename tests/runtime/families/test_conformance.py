@@ -250,6 +250,7 @@ def test_blocks_are_lists_of_modules_that_return_the_streams_they_claim(case: Ca
     clean = case.latents(2)
     grid, patch = clean.shape[2:], case.family.facts.patch
     tokens = (grid[0] if len(grid) == 3 else 1) * (grid[-2] // patch) * (grid[-1] // patch)
+    tokens += sum(each[0, 0].numel() // patch**2 for each in case.conditions(PROMPTS).references)
     for part in case.family.blocks:
         blocks = denoiser.get_submodule(part.attribute)
         assert isinstance(blocks, nn.ModuleList)

@@ -16,7 +16,8 @@ from atelier_runtime.data import MicroBatch, build_dataset
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Conditions, Stage
 from atelier_runtime.parallel import Distributed
-from atelier_runtime.sampling import draw_samples, start_pictures
+from atelier_runtime.prompt_pictures import prompt_pictures
+from atelier_runtime.sampling import draw_samples
 from family_cases import make_case
 from family_models import save_tiny, tiny_pipeline
 from tiny_data import OneRank, all_samples, grey_frames, no_report, picture, training_run_file, write_clip
@@ -201,7 +202,8 @@ def prompted(folder: Path, checkpoint: str, **prompt: Any) -> RunFile:
 def test_a_sample_begins_with_its_picture_fitted_to_its_size(tmp_path: Path) -> None:
     picture(96, 96).save(tmp_path / "start.png")
     file = prompted(tmp_path, "wan_i2v", image=str(tmp_path / "start.png"))
-    [[start]] = start_pictures(file, FAMILY)
+    [given] = prompt_pictures(file, FAMILY)
+    [start] = given.frames
     assert start.size == (48, 32)
     assert np.array_equal(np.array(start), np.array(picture(96, 96).resize((48, 48), Image.Resampling.LANCZOS))[8:40])
     case, here = make_case("wan_i2v"), Distributed(0, 0, 1, torch.device("cpu"))
@@ -217,7 +219,7 @@ def test_a_sample_begins_with_its_picture_fitted_to_its_size(tmp_path: Path) -> 
         ("wan_flf2v", {"image": "start.png"}, r"prompts\[0\]\.lastImage is empty; .* its last frame"),
         ("wan_i2v", {"image": "start.png", "last_image": "start.png"}, r"lastImage is .*start\.png'; .* remove it"),
         ("wan", {"image": "start.png"}, r"image is .*start\.png'; .* is not shown the first frame"),
-        ("wan_i2v", {"image": "other.png"}, r"image is .*other\.png', which cannot be read"),
+        ("wan_i2v", {"image": "other.png"}, r"image is .*other\.png', which is not there"),
         ("wan_i2v", {"image": "text.png"}, r"image is .*text\.png', which cannot be read"),
     ],
     ids=["none", "no last one", "a last one too many", "one for text to video", "no file", "no picture"],
@@ -229,7 +231,7 @@ def test_prompts_that_cannot_be_drawn_are_refused(
     (tmp_path / "text.png").write_text("no picture")
     file = prompted(tmp_path, checkpoint, **{name: str(tmp_path / file) for name, file in prompt.items()})
     with pytest.raises(ConfigError, match=expected):
-        start_pictures(file, FAMILY)
+        prompt_pictures(file, FAMILY)
 
 
 def shown_to(folder: Path, checkpoint: str, clips: Path) -> MicroBatch:

@@ -1,0 +1,57 @@
+"""Whole runs on pairs, by the command that users type: a tiny Kontext checkpoint, real digits, each with its negative as reference."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageOps
+
+from runs import LocalRun, history, tiny_run, write_digits, write_run
+
+pytestmark = pytest.mark.processes
+
+
+def pairs(folder: Path, name: str, originals: str = "originals", **spec: Any) -> LocalRun:
+    """Digits as targets; `originals` are their negatives, `blank` white sheets. The last sample lacks its reference."""
+    if not (folder / "pictures").exists():
+        write_digits(folder / "pictures", 9)
+        for place in ("originals", "blank"):
+            (folder / place).mkdir()
+        for path in sorted((folder / "pictures").glob("*.png"))[:-1]:
+            ImageOps.invert(Image.open(path)).save(folder / "originals" / path.with_suffix(".jpg").name)
+            Image.new("RGB", (32, 32), "white").save(folder / "blank" / path.name)
+    data = {"sources": [{"uri": "pictures", "references": [originals]}]}
+    document = tiny_run(folder, "flux_kontext", name=name, data=data, **{"hyperparameters": {"steps": 4}, **spec})
+    return write_run(folder / f"{name}.yaml", document.document)
+
+
+def test_a_run_on_pairs_trains_resumes_draws_and_publishes(tmp_path: Path) -> None:
+    prompts = [
+        {"text": "a handwritten three", "references": [f"{place}/0000.{kind}"]}
+        for place, kind in (("originals", "jpg"), ("blank", "png"))
+    ]
+    broken = pairs(tmp_path, "broken", hyperparameters={"steps": 2}, validation={"prompts": prompts, "steps": 2})
+    output = broken.train()
+    assert "no reference 1, kept 8" in output
+    assert "no picture 0008.*" in output
+    broken.changed(hyperparameters={"steps": 4}).train()
+    straight = pairs(tmp_path, "straight")
+    straight.train()
+    assert history(broken) == history(straight)
+    drawn = [(broken.folder / "samples" / "00000004" / f"{index}.png").read_bytes() for index in (0, 1)]
+    assert drawn[0] != drawn[1]
+    assert (broken.folder / "exports/diffusers/pytorch_lora_weights.safetensors").exists()
+    assert (broken.folder / "exports/kohya/broken.safetensors").exists()
+
+    blank = pairs(tmp_path, "blank", originals="blank")
+    blank.train()
+    assert history(blank)[0] != history(straight)[0]  # the references reach the network in training
+
+
+def test_a_prompt_whose_reference_is_no_picture_stops_the_run_before_anything_is_encoded(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    prompts = [{"text": "a handwritten three", "references": ["text.png"]}]
+    output = pairs(tmp_path, "bad", validation={"prompts": prompts, "steps": 2}).train(expect=65)
+    assert "spec.validation.prompts[0].references[0] is" in output
+    assert "encoding" not in output
+    assert "Traceback" not in output
