@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from atelier_api.families import FAMILIES
 from atelier_api.fields import MISSING, Node, tree
+from atelier_api.layouts import LAYOUTS
 from atelier_api.read import problems
 from atelier_api.v1alpha1.base import format_decimal
 
@@ -182,7 +183,7 @@ def _mend(sound: Document, path: str) -> None:
     elif path.startswith("spec.data.sources"):
         spec["data"]["sources"] = [{"uri": "pictures"}]
     elif path == "spec.publish.formats":
-        spec.setdefault("publish", {})["formats"] = ["diffusers"]
+        spec.setdefault("publish", {})["formats"] = [LAYOUTS[spec.get("adapter", {}).get("type", "lora")][0]]
     elif path == "spec.model.source":
         spec["model"]["source"] = "base"
     else:
