@@ -135,9 +135,10 @@ def test_a_lokr_leaves_the_prediction_as_it_is_and_trains_on_every_target(fresh:
     for denoiser in fresh.denoisers.values():
         with torch.no_grad():
             base, _ = predicted(fresh, denoiser, conditions)
-        adapters.install(denoiser, LokrAdapter(type="lokr", factor=4, targets=["all"]), fresh.family)
+        adapters.install(denoiser, LokrAdapter(type="lokr", factor=2, targets=["all"]), fresh.family)
         prediction, target = predicted(fresh, denoiser, conditions)
-        assert torch.equal(prediction, base)
+        # A convolution rounds differently where gradients are wanted.
+        torch.testing.assert_close(prediction, base, atol=1e-5, rtol=1e-5)
         (prediction - target).square().mean().backward()
         trained = adapters.trainable(denoiser)
         # The whole second factor starts at zero: it gets the gradient, the first one follows once it has moved.
