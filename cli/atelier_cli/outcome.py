@@ -7,11 +7,12 @@ from pathlib import Path
 from atelier_api.errors import RunError
 from atelier_api.exit_codes import ExitCode
 from atelier_api.families import FAMILIES
-from atelier_api.model_files import base_arguments, lora_loading
+from atelier_api.model_files import base_arguments, lora_loading, lycoris_loading
 from atelier_api.result import AgentResult
 from atelier_api.run_file import RunFile
 from atelier_cli import terminal
 from atelier_cli.follow import last_lines
+from atelier_operator.planner.checkpoint_facts import DENOISERS
 from atelier_runtime.observe.failure import Failure, read_failures
 from atelier_runtime.observe.scratch import Scratch
 from atelier_runtime.store import open_store
@@ -70,6 +71,14 @@ def loading(run_file: RunFile, exports: list[str]) -> Iterator[str]:
         yield f"from {facts.library} import {pipeline}"
         yield f"pipe = {pipeline}.from_pretrained({base})"
         yield from lora_loading(facts, f"{root}/{folder}", name)
+        return
+    if lycoris := [key for key in exports if key.startswith("exports/lycoris/")]:
+        yield f"from {facts.library} import {pipeline}"
+        yield f"pipe = {pipeline}.from_pretrained({base})"
+        # Of two experts, `_high_noise` is the first, also by the alphabet.
+        denoisers = [name for name in DENOISERS if name in _classes(Path(run_file.model_folder))]
+        for key, component in zip(sorted(lycoris), denoisers, strict=False):
+            yield from lycoris_loading(component, f"{root}/{key}")
         return
     components = sorted(
         {key.split("/")[2] for key in exports if key.startswith("exports/diffusers/") and key.count("/") > 2}

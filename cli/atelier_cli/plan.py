@@ -12,10 +12,20 @@ from atelier_cli import terminal
 
 if TYPE_CHECKING:
     from atelier_api.v1alpha1 import TrainingRun
+    from atelier_api.v1alpha1.adapter import Adapter
     from atelier_operator.planner.memory import ModelFacts
     from atelier_operator.planner.strategy import Fit, Machine
 
 STRATEGIES = {"single": "one process", "ddp": "DDP", "fsdp2": "FSDP2"}
+ADAPTERS = {
+    "lora": "LoRA",
+    "lokr": "LoKr",
+    "loha": "LoHa",
+    "locon": "LoCon",
+    "diag-oft": "Diag-OFT",
+    "boft": "BOFT",
+}
+"""Types of adapter as people write them."""
 
 
 def plan(
@@ -65,12 +75,15 @@ def plan(
 def _document(run: TrainingRun, model: ModelFacts, machine: Machine, fit: Fit) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from atelier_operator.planner.memory import trained_parameters
     from atelier_operator.planner.strategy import learning_rate
 
     choice = fit.choice
     return {
         "run": run.metadata.name,
         "model": model.origin,
+        "adapter": run.spec.adapter.type,
+        "trainedParameters": trained_parameters(run.spec, model),
         "device": machine.device,
         "strategy": choice.strategy,
         "nodes": run.spec.parallelism.nodes,
@@ -96,6 +109,9 @@ def _accumulation(run: TrainingRun, fit: Fit) -> int:
 def _table(run: TrainingRun, model: ModelFacts, machine: Machine, fit: Fit) -> None:
     from dataclasses import asdict
 
+    from atelier_operator.planner.memory import trained_parameters
+
+    trained = f"about {trained_parameters(run.spec, model) / 1e6:,.1f} million parameters"
     choice, prediction = fit.choice, fit.prediction
     per_process = f"micro-batch {choice.micro_batch_size}, {_accumulation(run, fit)} accumulated"
     batch = f"{run.spec.hyperparameters.global_batch_size}: {processes(choice.processes)}, {per_process}"
@@ -104,6 +120,7 @@ def _table(run: TrainingRun, model: ModelFacts, machine: Machine, fit: Fit) -> N
     terminal.facts(
         [
             ("model", model.origin),
+            ("adapter", f"{adapter_text(run.spec.adapter)}, {trained}"),
             ("strategy", f"{STRATEGIES[choice.strategy]}, {processes(choice.processes)} on the {device}"),
             ("batch", batch),
             ("recompute", "gradient checkpointing" if choice.gradient_checkpointing else "none"),
@@ -124,3 +141,17 @@ def _table(run: TrainingRun, model: ModelFacts, machine: Machine, fit: Fit) -> N
 def processes(count: int) -> str:
     """`1 process`, `2 processes`."""
     return f"{count} process{'' if count == 1 else 'es'}"
+
+
+def adapter_text(adapter: Adapter) -> str:
+    """`LoRA of rank 16, alpha 16, on attention`."""
+    from atelier_api.v1alpha1.adapter import BoftAdapter, DiagOftAdapter, FullAdapter, LokrAdapter, alpha_of
+
+    if isinstance(adapter, FullAdapter):
+        return "none, full rank"
+    name, on = ADAPTERS[adapter.type], f"on {', '.join(adapter.targets)}"
+    if isinstance(adapter, DiagOftAdapter | BoftAdapter):
+        return f"{name} of blocks up to {adapter.block_size}, {on}"
+    factor = f"factor {adapter.factor}, " if isinstance(adapter, LokrAdapter) else ""
+    dora = ", weight-decomposed" if adapter.dora else ""
+    return f"{name} of {factor}rank {adapter.rank}, alpha {alpha_of(adapter):g}{dora}, {on}"

@@ -12,13 +12,12 @@ from atelier_api.errors import ConfigError
 from atelier_api.exit_codes import MEANINGS, ExitCode
 from atelier_api.result import AgentResult
 from atelier_api.run_file import RunFile
-from atelier_api.v1alpha1.adapter import Adapter, FullAdapter
 from atelier_cli import terminal
 from atelier_cli.changes import refused_changes
 from atelier_cli.follow import Display, Watch, display_for, fetch
 from atelier_cli.gang import Gang, decisive
 from atelier_cli.outcome import tell, tell_failure
-from atelier_cli.plan import STRATEGIES, processes
+from atelier_cli.plan import STRATEGIES, adapter_text, processes
 from atelier_runtime.node import hold_lock, holder, in_use
 from atelier_runtime.observe.progress import read_progress
 from atelier_runtime.observe.scratch import Scratch
@@ -153,7 +152,7 @@ class Session:
         terminal.facts(
             [
                 ("model", f"{spec.model.family} from {spec.model.source}"),
-                ("adapter", _trained(spec.adapter)),
+                ("adapter", adapter_text(spec.adapter)),
                 (
                     "strategy",
                     f"{STRATEGIES[plan.strategy]}, {nodes}{processes(plan.processes_per_node)} on the {where}{recompute}",
@@ -198,12 +197,6 @@ class Session:
         if interrupts.killed:
             return result.model_copy(update={"message": f"killed by the second Ctrl-C; {result.message}"})
         return result
-
-
-def _trained(adapter: Adapter) -> str:
-    if isinstance(adapter, FullAdapter):
-        return "none, full rank"
-    return f"LoRA of rank {adapter.rank}, alpha {adapter.alpha or adapter.rank:g}, on {', '.join(adapter.targets)}"
 
 
 def _slept(seconds: float, interrupts: Interrupts) -> bool:

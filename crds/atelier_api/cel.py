@@ -13,6 +13,7 @@ from typing import Any
 
 from atelier_api.families import FAMILIES
 from atelier_api.fields import MISSING
+from atelier_api.layouts import LAYOUTS, LYCORIS
 from atelier_api.options import ONLY, Only, node_at
 from atelier_api.rules import COARSE_ALIGNMENT, FINE_BELOW, HUB_URI, S3_URI, SCHEME
 from atelier_api.v1alpha1.profile import EQUAL, NFS_PATH, ONE_KIND, VOLUME_KINDS
@@ -58,12 +59,7 @@ def _plain_rules() -> Iterator[CelRule]:
         f"{checkpoint}.everySteps > 0 || {checkpoint}.everySeconds > 0",
         "everySteps and everySeconds are both 0; at least one must be positive",
     )
-    lora = [name for name in node_at("adapter").variants["lora"] if name != "type"]
-    yield CelRule(
-        "adapter",
-        "self.adapter.type == 'lora' || !(" + " || ".join(f"has(self.adapter.{name})" for name in lora) + ")",
-        f"{', '.join(lora)} belong to type lora",
-    )
+    yield from _adapter_rules()
     yield CelRule(
         "parallelism.processesPerNode",
         "!has(self.parallelism.processesPerNode) || self.parallelism.gpusPerNode == 0",
@@ -95,16 +91,45 @@ def _plain_rules() -> Iterator[CelRule]:
         "self.hyperparameters.precision != 'fp32'",
         "with adapter type full, adamw-bf16 needs precision bf16",
     )
-    yield CelRule(
-        "publish.formats",
-        "self.adapter.type != 'full' || self.publish.formats.exists(format, format != 'kohya')",
-        "kohya is for LoRA; with adapter type full it must hold diffusers",
-    )
+    for layouts in dict.fromkeys(LAYOUTS.values()):
+        kinds = [kind for kind, held in LAYOUTS.items() if held == layouts]
+        yield CelRule(
+            "publish.formats",
+            f"!(self.adapter.type in {_literal(kinds)}) || "
+            f"self.publish.formats.exists(format, format in {_literal(list(layouts))})",
+            f"none of these holds an adapter of type {' or '.join(kinds)}; must hold {' or '.join(layouts)}",
+        )
     yield CelRule(
         "publish.formats",
         "self.adapter.type != 'lora' || !has(self.adapter.dora) || !self.adapter.dora || "
         "!self.publish.formats.exists(format, format == 'kohya')",
         "readers of kohya drop or misread the magnitudes of spec.adapter.dora; must be [diffusers]",
+    )
+
+
+def _adapter_rules() -> Iterator[CelRule]:
+    """Which type has which field, and what the types of lycoris-lora need."""
+    variants = node_at("adapter").variants
+    owners = {
+        name: tuple(kind for kind, names in variants.items() if name in names)
+        for name in node_at("adapter").fields
+        if name != "type"
+    }
+    for kinds in dict.fromkeys(owners.values()):
+        names = [name for name, owning in owners.items() if owning == kinds]
+        given = " || ".join(f"has(self.adapter.{name})" for name in names)
+        yield CelRule(
+            "adapter",
+            f"self.adapter.type in {_literal(list(kinds))} || !({given})",
+            f"{', '.join(names)} {'belong' if len(names) > 1 else 'belongs'} to type {' or '.join(kinds)}",
+        )
+    scaled = [kind for kind in LYCORIS if "dora" in variants[kind]]
+    rotating = [kind for kind in LYCORIS if kind not in scaled]
+    dora = f"(self.adapter.type in {_literal(scaled)} && has(self.adapter.dora) && self.adapter.dora)"
+    yield CelRule(
+        "hyperparameters.optimizer.type",
+        f"self.hyperparameters.optimizer.type != 'adamw-bf16' || !(self.adapter.type in {_literal(rotating)} || {dora})",
+        f"with {', '.join(rotating)} and dora of {', '.join(scaled)}, adamw-bf16 would round the changed weights to bf16",
     )
 
 
@@ -159,7 +184,7 @@ def _family_rules() -> Iterator[CelRule]:
     yield CelRule(
         "publish.formats",
         f"self.adapter.type != 'lora' || self.model.family in {named} || "
-        "self.publish.formats.exists(format, format != 'kohya')",
+        "self.publish.formats.exists(format, format == 'diffusers')",
         "kohya has no names for the layers of this family; must hold diffusers",
     )
     yield from _negative_prompt_rules()

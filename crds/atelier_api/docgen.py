@@ -110,6 +110,8 @@ def _type(node: Node) -> str:
 def _default(node: Node) -> str:
     if node.required:
         return "required"
+    if node.defaults:
+        return ", ".join(f"`{_inline(default)}` ({kind})" for kind, default in node.defaults.items())
     if node.default is MISSING:
         return ""
     if node.default is None:

@@ -59,7 +59,7 @@ class Node:
     """One field, list item or map value. `default` is in wire form; `{}` for a block that is filled from its own defaults.
 
     A `variants` node is a block whose fields depend on its `type`: `fields` holds those of all variants, `variants` says which
-    names each has, in order.
+    names each has, in order. A field of several variants whose default differs between them has them all in `defaults`.
     """
 
     kind: Kind
@@ -73,6 +73,7 @@ class Node:
     choices: tuple[str, ...] = ()
     fields: Mapping[str, "Node"] = field(default_factory=dict)
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     item: "Node | None" = None
 
 
@@ -157,12 +158,25 @@ def _variants_node(members: list[Any]) -> Node:
     fields: dict[str, Node] = {}
     for block in blocks:
         fields = {**block.fields, **fields}
+    fields = {name: _shared(name, node, dict(zip(variants, blocks, strict=True))) for name, node in fields.items()}
     tag = replace(
         fields["type"], choices=tuple(variants), description="Kind, which decides the other fields of this block."
     )
     first = list(blocks[0].fields)
     order = ["type", *(name for name in (*first, *fields) if name != "type")]
     return Node(kind="variants", fields={name: {**fields, "type": tag}[name] for name in order}, variants=variants)
+
+
+def _shared(name: str, first: Node, blocks: Mapping[str, Node]) -> Node:
+    """The one node of a field that several variants have: all but the default has to be the same in them."""
+    nodes = {kind: block.fields[name] for kind, block in blocks.items() if name in block.fields}
+    if name == "type":
+        return first
+    if any(replace(node, default=first.default) != first for node in nodes.values()):
+        raise TypeError(f"the field {name} of {', '.join(nodes)} may differ in its default alone")
+    if all(node.default == first.default for node in nodes.values()):
+        return first
+    return replace(first, defaults={kind: node.default for kind, node in nodes.items()})
 
 
 def _constrained(node: Node, annotation: Any, metadata: list[Any]) -> Node:

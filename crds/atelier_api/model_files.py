@@ -97,6 +97,15 @@ def lora_loading(facts: FamilyFacts, folder: str, name: str, options: str = "") 
     ]
 
 
+def lycoris_loading(component: str, path: str) -> list[str]:
+    """Lines of Python that merge a file of lycoris-lora into the denoiser `component` of `pipe`, the family's stock pipeline."""
+    return [
+        "from lycoris import create_lycoris_from_weights",
+        f'network, _ = create_lycoris_from_weights(1.0, "{path}", pipe.{component})',
+        "network.merge_to(1.0)",
+    ]
+
+
 def hub_snapshot(cache: Path, repository: str, revision: str) -> Path | None:
     """The whole snapshot of a revision (branch, tag or commit) in the hub library's cache; None where there is none yet."""
     base = hub_folder(cache, repository)

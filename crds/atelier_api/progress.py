@@ -35,7 +35,7 @@ class CheckpointReport(Block):
 class ArtifactReport(Block):
     """A published file."""
 
-    format: str = Field(description="Layout: `diffusers` or `kohya`.")
+    format: str = Field(description="Layout: `diffusers`, `kohya` or `lycoris`.")
     key: str = Field(description="Its key in the store, below the run's folder.")
     size_bytes: int
     sha256: str

@@ -8,10 +8,11 @@ import re
 from collections.abc import Callable, Iterator
 
 from atelier_api.families import FAMILIES, FamilyFacts
+from atelier_api.layouts import LAYOUTS, written
 from atelier_api.options import unused
 from atelier_api.problem import Problem, choice, refused, shown
 from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
-from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter
+from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter, rebuilds_weights
 from atelier_api.v1alpha1.data import Data
 from atelier_api.v1alpha1.validation import PICTURE_FIELDS
 
@@ -43,13 +44,14 @@ def broken(run: TrainingRun) -> list[Problem]:
 
 def notes(run: TrainingRun) -> list[str]:
     """What the run asks for and will not get, without being wrong: one sentence each."""
-    facts, left_out = FAMILIES.get(run.spec.model.family), "spec.publish.formats: kohya is left out; that layout"
-    if "kohya" not in run.spec.publish.formats:
-        return []
-    if isinstance(run.spec.adapter, FullAdapter):
-        return [f"{left_out} is for LoRA, and spec.adapter.type is full"]
-    if facts is not None and not facts.kohya:
-        return [f"{left_out} has no names for the layers of {facts.name}"]
+    facts, kind, formats = FAMILIES.get(run.spec.model.family), run.spec.adapter.type, run.spec.publish.formats
+    # Of a LoRA, `lycoris` goes without saying: it is in the default, and nobody waits for it.
+    left_out = [layout for layout in formats if layout not in written(kind, formats) and layout != "lycoris"]
+    if left_out and kind != "lora":
+        is_out = "is left out; that layout does" if len(left_out) == 1 else "are left out; these layouts do"
+        return [f"spec.publish.formats: {' and '.join(left_out)} {is_out} not hold an adapter of type {kind}"]
+    if kind == "lora" and "kohya" in formats and facts is not None and not facts.kohya:
+        return [f"spec.publish.formats: kohya is left out; that layout has no names for the layers of {facts.name}"]
     return []
 
 
@@ -139,7 +141,7 @@ def _sources_once(spec: TrainingRunSpec) -> Iterator[Problem]:
 
 
 def _targets(spec: TrainingRunSpec) -> Iterator[Problem]:
-    if not isinstance(spec.adapter, LoraAdapter):
+    if isinstance(spec.adapter, FullAdapter):
         return
     for index, target in enumerate(spec.adapter.targets):
         try:
@@ -182,6 +184,12 @@ def _precision(spec: TrainingRunSpec) -> Iterator[Problem]:
             "with adapter type full it would round the whole fp32 model to bf16; set precision bf16, or type adamw"
         )
         yield refused("spec.hyperparameters.optimizer.type", numbers.optimizer.type, allowed)
+    if rebuilds_weights(spec.adapter) and numbers.optimizer.type == "adamw-bf16":
+        how = " with dora" if hasattr(spec.adapter, "dora") else ""
+        allowed = (
+            f"with adapter type {spec.adapter.type}{how} it would round the changed weights to bf16; set type adamw"
+        )
+        yield refused("spec.hyperparameters.optimizer.type", numbers.optimizer.type, allowed)
 
 
 def _processes(spec: TrainingRunSpec) -> Iterator[Problem]:
@@ -202,10 +210,10 @@ def _publish(spec: TrainingRunSpec) -> Iterator[Problem]:
     formats = spec.publish.formats
     if len(set(formats)) < len(formats):
         yield refused("spec.publish.formats", formats, "must name each format once")
-    elif isinstance(spec.adapter, FullAdapter) and formats == ["kohya"]:
-        yield refused(
-            "spec.publish.formats", formats, "kohya is for LoRA; with adapter type full it must hold diffusers"
-        )
+    elif not written(spec.adapter.type, formats):
+        needed = " or ".join(LAYOUTS[spec.adapter.type])
+        allowed = f"none of these holds an adapter of type {spec.adapter.type}; must hold {needed}"
+        yield refused("spec.publish.formats", formats, allowed)
     elif isinstance(spec.adapter, LoraAdapter) and spec.adapter.dora and "kohya" in formats:
         # diffusers drops the magnitudes of such a file, ComfyUI divides by another norm than DoRA does.
         allowed = "readers of kohya drop or misread the magnitudes of spec.adapter.dora; must be [diffusers]"
@@ -304,7 +312,7 @@ def _pictures(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
 
 def _kohya(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
     formats = spec.publish.formats
-    if isinstance(spec.adapter, LoraAdapter) and not facts.kohya and set(formats) == {"kohya"}:
+    if isinstance(spec.adapter, LoraAdapter) and not facts.kohya and written("lora", formats) == ["kohya"]:
         allowed = f"kohya has no names for the layers of {facts.name}; must hold diffusers"
         yield refused("spec.publish.formats", formats, allowed)
 

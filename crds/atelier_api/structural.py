@@ -5,6 +5,7 @@ CEL rule. The variants of the adapter become one object, whose `type` decides by
 default here (a default would put LoRA's rank into every full-rank run).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -67,17 +68,22 @@ def _object(node: Node, path: str) -> dict[str, Any]:
     if node.kind == "variants":
         for name in node.fields:
             if name != "type":
-                _belongs_to(properties[name], [kind for kind, names in node.variants.items() if name in names])
+                kinds = [kind for kind, names in node.variants.items() if name in names]
+                _belongs_to(properties[name], kinds, node.fields[name].defaults)
     required = [name for name, child in node.fields.items() if child.required]
     return {"properties": properties} | ({"required": required} if required else {})
 
 
-def _belongs_to(field: dict[str, Any], kinds: list[str]) -> None:
+def _belongs_to(field: dict[str, Any], kinds: list[str], defaults: Mapping[str, Any]) -> None:
     """Say which types have the field, and move its default from the schema to the description."""
     default = field.pop("default", None)
     text = f"{field.get('description', '')} Only for type {' and '.join(kinds)}".strip()
-    shown = yaml.safe_dump(default, default_flow_style=True).removesuffix("\n...\n").strip()
+    shown = ", ".join(f"{_inline(other)} for {kind}" for kind, other in defaults.items()) or _inline(default)
     field["description"] = f"{text}." if default is None else f"{text}; default {shown}."
+
+
+def _inline(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
 
 
 def _text(node: Node, path: str) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Which of torch's kernels may run, where its own choice is known to fail."""
 
+import os
+
 import torch
 
 
@@ -10,3 +12,12 @@ def choose_attention() -> None:
     memory access, which no restart cures (decision 0015).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def choose_adapters() -> None:
+    """Let lycoris-lora compute with torch's own operations, unless the environment names others.
+
+    By itself it takes Triton kernels of its own on a GPU, and `torch.compile`, which needs a C compiler, for what they cannot do. Of
+    neither is known here that two runs give the same bits, or that they are faster.
+    """
+    os.environ.setdefault("LYCORIS_KERNEL_BACKEND", "torch")

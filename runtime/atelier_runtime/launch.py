@@ -28,7 +28,7 @@ from atelier_runtime.data import build_dataset
 from atelier_runtime.denoisers import Denoisers
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Family
-from atelier_runtime.kernels import choose_attention
+from atelier_runtime.kernels import choose_adapters, choose_attention
 from atelier_runtime.observe.failure import record_failure
 from atelier_runtime.observe.metrics import TrainMetrics
 from atelier_runtime.observe.progress import ProgressWriter
@@ -101,6 +101,7 @@ def main() -> int:
     setup_logging(rank=rank)
     quiet_libraries()
     choose_attention()
+    choose_adapters()
     if run_file.plan.threads_per_process:
         torch.set_num_threads(run_file.plan.threads_per_process)
     session: Session | None = None

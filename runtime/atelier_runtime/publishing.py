@@ -13,17 +13,16 @@ import yaml
 from PIL import Image
 
 from atelier_api.errors import RunError
-from atelier_api.families import FAMILIES
-from atelier_api.model_files import base_arguments, lora_loading
 from atelier_api.progress import ArtifactReport
-from atelier_api.run_file import RunFile
-from atelier_runtime import components
-from atelier_runtime.checkpoint.export import ExportedFile, Provenance, export_full, export_lora
+from atelier_runtime.checkpoint.export import export_full, export_lora
+from atelier_runtime.checkpoint.export_lycoris import export_lycoris
+from atelier_runtime.checkpoint.exported_file import ExportedFile, Provenance
 from atelier_runtime.denoisers import gathered_weights
 from atelier_runtime.observe.report import Picture, ReportData, render_report
 from atelier_runtime.reporter import History, peak_memory_bytes
 from atelier_runtime.store import Store
 from atelier_runtime.trainer import Parts
+from atelier_runtime.usage import usage
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def publish(parts: Parts, store: Store) -> list[PublishedFile]:
         return []
     folder = Path(parts.run_file.scratch) / "exports"
     provenance = Provenance(step=parts.state.step, date=datetime.now(UTC))
-    export = export_lora if parts.run_file.spec.adapter.type == "lora" else export_full
+    export = {"lora": export_lora, "full": export_full}.get(parts.run_file.spec.adapter.type, export_lycoris)
     files = export(weights, parts.run_file, parts.family, folder, provenance=provenance)
     return [_store(store, folder, file) for file in files]
 
@@ -123,7 +122,7 @@ def _report_data(parts: Parts, store: Store, exports: Sequence[PublishedFile]) -
             ("observed peak memory, rank 0", f"{memory / 2**30:.2f} GiB"),
         ],
         exports=[(file.format, file.key, file.sha256) for file in exports],
-        usage=usage(run_file, components.pipeline_name(parts.family, run_file.model_folder), exports),
+        usage=usage(run_file, parts.family, [file.key for file in exports]),
         events=history.events,
     )
 
@@ -138,24 +137,3 @@ def _picture(store: Store, key: str) -> Picture | None:
     except (OSError, RunError):
         return None
     return Picture(data, MEDIA_TYPES[key.rsplit(".", 1)[1]], Image.open(io.BytesIO(data)).width)
-
-
-def usage(run_file: RunFile, pipeline: str, exports: Sequence[PublishedFile]) -> str:
-    """Lines of Python that use the result."""
-    base = base_arguments(run_file.spec.model, run_file.model_folder)
-    lines = [f"from {FAMILIES[run_file.spec.model.family].library} import {pipeline}", ""]
-    if run_file.spec.adapter.type == "lora":
-        lines.append(f"pipe = {pipeline}.from_pretrained({base})")
-        for file in exports:
-            if file.format == "diffusers":
-                folder, name = file.key.rsplit("/", 1)
-                second = ", load_into_transformer_2=True" if name.endswith("_low_noise.safetensors") else ""
-                lines += lora_loading(FAMILIES[run_file.spec.model.family], folder, name, second)
-    else:
-        for component in sorted({file.key.split("/")[2] for file in exports}):
-            lines.append(
-                f'# replace the pipeline\'s {component} by the folder "exports/diffusers/{component}" (from_pretrained)'
-            )
-        lines.append(f"pipe = {pipeline}.from_pretrained({base})")
-    lines.append('pipe("your prompt").images[0].save("picture.png")')
-    return "\n".join(lines)

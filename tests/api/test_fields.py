@@ -1,11 +1,13 @@
 """The list of fields is frozen: a field, kind or default that changes is seen in a review, not by a user."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from pydantic import BaseModel, Field
 
 from atelier_api.fields import MISSING, Bounds, Node, block_node, tree, walk
+from atelier_api.layouts import LYCORIS
 from atelier_api.v1alpha1.base import Block
 from atelier_api.v1alpha1.profile import TrainingProfileSpec
 from atelier_api.v1alpha1.status import RunStatus
@@ -21,6 +23,8 @@ FROZEN = {
 def described(path: str, node: Node) -> str:
     """One line of the frozen list."""
     default = "required" if node.required else "" if node.default is MISSING else f"= {node.default!r}"
+    if node.defaults:
+        default = f"= {dict(node.defaults)!r}"
     return f"{path} {node.kind}{' or null' if node.nullable else ''} {default}".rstrip()
 
 
@@ -74,8 +78,35 @@ def test_a_variant_block_holds_the_fields_of_all_its_types() -> None:
     adapter = tree().fields["spec"].fields["adapter"]
     assert adapter.variants["full"] == ("type",)
     assert next(iter(adapter.fields)) == "type"
-    assert adapter.fields["type"].choices == ("lora", "full")
-    assert set(adapter.fields) == set(adapter.variants["lora"])
+    assert adapter.fields["type"].choices == ("lora", *LYCORIS, "full")
+    assert set(adapter.fields) == {name for names in adapter.variants.values() for name in names}
+
+
+def test_a_field_of_several_types_has_the_default_of_each() -> None:
+    adapter = tree().fields["spec"].fields["adapter"]
+    assert adapter.fields["rank"].defaults == {"lora": 16, "lokr": 1024, "loha": 32, "locon": 64}
+    assert adapter.fields["dora"].defaults == {}
+    assert adapter.fields["dora"].default is False
+
+
+def test_a_field_that_differs_between_types_in_more_than_its_default_is_refused() -> None:
+    class One(Block):
+        """One."""
+
+        type: Literal["one"]
+        size: int = Field(default=1, ge=1, description="Size.")
+
+    class Other(Block):
+        """Another."""
+
+        type: Literal["other"]
+        size: int = Field(default=2, ge=2, description="Size.")
+
+    class Both(Block):
+        either: One | Other = Field(discriminator="type", description="Either.")
+
+    with pytest.raises(TypeError, match="the field size of one, other may differ in its default alone"):
+        block_node(Both)
 
 
 def test_a_float_that_is_no_decimal_is_refused() -> None:

@@ -110,7 +110,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no memory": ({"parallelism__deviceMemory": "0Gi"}, "spec.parallelism.deviceMemory is '0Gi'; must be more than 0"),
     "kohya of a whole model": (
         {"adapter": {"type": "full"}, "publish__formats": ["kohya"]},
-        "spec.publish.formats is ['kohya']; kohya is for LoRA; with adapter type full it must hold diffusers",
+        "spec.publish.formats is ['kohya']; none of these holds an adapter of type full; must hold diffusers",
     ),
     "kohya alone of a family without it": (
         {"model": {"family": "sana", "source": "m"}, "publish__formats": ["kohya"]},
@@ -118,7 +118,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "kohya of DoRA": (
         {"adapter": {"type": "lora", "dora": True}},
-        "spec.publish.formats is ['diffusers', 'kohya']; readers of kohya drop or misread the magnitudes of spec.adapter.dora; "
+        "spec.publish.formats is ['diffusers', 'kohya', 'lycoris']; readers of kohya drop or misread the magnitudes of "
+        "spec.adapter.dora; "
         "must be [diffusers]",
     ),
     "a picture for a family that draws from text": (
@@ -148,6 +149,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a picture at a place that nothing can read": (
         {"model": WAN, "validation__prompts": [SHOWN[0] | {"image": "gs://x/y"}]},
         "spec.validation.prompts[0].image is 'gs://x/y'; must be a file or s3://bucket/key",
+    ),
+    "a LoRA in the layout of lycoris-lora alone": (
+        {"publish__formats": ["lycoris"]},
+        "spec.publish.formats is ['lycoris']; none of these holds an adapter of type lora; must hold diffusers or kohya",
+    ),
+    "a type of lycoris-lora without its layout": (
+        {"adapter": {"type": "lokr"}, "publish__formats": ["diffusers", "kohya"]},
+        "spec.publish.formats is ['diffusers', 'kohya']; none of these holds an adapter of type lokr; must hold lycoris",
+    ),
+    "a rotation in bf16": (
+        {"adapter": {"type": "boft"}, "hyperparameters__optimizer__type": "adamw-bf16"},
+        "spec.hyperparameters.optimizer.type is 'adamw-bf16'; with adapter type boft it would round the changed weights to bf16; "
+        "set type adamw",
+    ),
+    "weight decomposition of lycoris-lora in bf16": (
+        {"adapter": {"type": "loha", "dora": True}, "hyperparameters__optimizer__type": "adamw-bf16"},
+        "spec.hyperparameters.optimizer.type is 'adamw-bf16'; with adapter type loha with dora it would round the changed weights",
+    ),
+    "a broken target of a type of lycoris-lora": (
+        {"adapter": {"type": "locon", "targets": ["(to_q"]}},
+        "spec.adapter.targets[0] is '(to_q'; must be a preset (attention, mlp, all) or a regular expression: missing )",
     ),
     "a negative prompt of a distilled flavour": (
         {"validation__prompts": [{"text": "a"}, {"text": "a", "negative": "b"}]},
@@ -267,6 +289,12 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "storage__uri": "s3://runs",
     },
     "a hub source": {"model__source": "hf://black-forest-labs/FLUX.1-dev@refs/pr/1"},
+    "a rotation with every default": {"adapter": {"type": "diag-oft"}},
+    "a type of lycoris-lora in its layout": {
+        "adapter": {"type": "lokr", "dora": True},
+        "publish__formats": ["lycoris"],
+    },
+    "LoKr in bf16": {"adapter": {"type": "lokr"}, "hyperparameters__optimizer__type": "adamw-bf16"},
     "DoRA for diffusers": {"adapter": {"type": "lora", "dora": True}, "publish__formats": ["diffusers"]},
     "a picture, without a flavour": {"model": WAN, "validation__prompts": SHOWN},
     "no picture, without a flavour": {"model": WAN, "validation__prompts": PROMPTS},
@@ -309,10 +337,15 @@ def test_a_rule_with_two_reasons_names_the_field_once() -> None:
 
 def test_kohya_of_a_whole_model_is_noted_where_something_else_is_published() -> None:
     run = TrainingRun.model_validate(document(adapter={"type": "full"}))
-    assert notes(run) == [
-        "spec.publish.formats: kohya is left out; that layout is for LoRA, and spec.adapter.type is full"
-    ]
+    assert notes(run) == ["spec.publish.formats: kohya is left out; that layout does not hold an adapter of type full"]
     assert notes(TrainingRun.model_validate(document())) == []
+
+
+def test_layouts_that_cannot_hold_a_type_of_lycoris_lora_are_noted() -> None:
+    run = TrainingRun.model_validate(document(adapter={"type": "lokr"}))
+    assert notes(run) == [
+        "spec.publish.formats: diffusers and kohya are left out; these layouts do not hold an adapter of type lokr"
+    ]
 
 
 def test_kohya_of_a_family_without_it_is_noted_where_something_else_is_published() -> None:

@@ -119,6 +119,7 @@ def test_plan_shows_the_strategy_and_the_memory_by_part(local_run: LocalRun) -> 
     result = invoke("plan", str(local_run.path))
     assert result.exit_code == 0
     for text in (
+        "LoRA of rank 4, alpha 8, on attention, about 0.0 million parameters",
         "DDP, 2 processes on the CPU",
         "base weights",
         "optimizer",
@@ -127,6 +128,19 @@ def test_plan_shows_the_strategy_and_the_memory_by_part(local_run: LocalRun) -> 
         "\nfits\n",
     ):
         assert text in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("adapter", "text"),
+    [
+        ('{"type": "lokr", "rank": 4}', "LoKr of factor 16, rank 4, alpha 4, on attention, about"),
+        ('{"type": "loha", "dora": true}', "LoHa of rank 32, alpha 16, weight-decomposed, on attention, about"),
+        ('{"type": "boft"}', "BOFT of blocks up to 64, on attention, about"),
+        ('{"type": "full"}', "none, full rank, about"),
+    ],
+)
+def test_plan_shows_the_adapter(local_run: LocalRun, adapter: str, text: str) -> None:
+    assert text in invoke("plan", str(local_run.path), "--set", f"adapter={adapter}").stdout
 
 
 def _plan(local_run: LocalRun, *changes: str) -> dict[str, Any]:
@@ -140,6 +154,8 @@ def _plan(local_run: LocalRun, *changes: str) -> dict[str, Any]:
 def test_plan_as_json_adds_up(local_run: LocalRun) -> None:
     plan = _plan(local_run)
     assert (plan["strategy"], plan["processes"]) == ("ddp", 2)
+    assert plan["adapter"] == "lora"
+    assert plan["trainedParameters"] > 0
     assert plan["microBatchSize"] * plan["gradientAccumulation"] * plan["processes"] == 4
     train = plan["memory"]["train"]
     assert sum(size for part, size in train.items() if part != "total") == train["total"]

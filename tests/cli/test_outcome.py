@@ -36,6 +36,26 @@ def test_a_result_in_a_bucket_is_fetched_first(tmp_path: Path) -> None:
     assert lines[-1].startswith('pipe.load_lora_weights("./exports/diffusers"')
 
 
+def test_files_of_lycoris_lora_are_merged_into_the_denoisers_they_belong_to(tmp_path: Path) -> None:
+    transformer = ["diffusers", "WanTransformer3DModel"]
+    index = {"_class_name": "WanPipeline", "transformer": transformer, "transformer_2": transformer}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    run = run_file(tmp_path)
+    files = [f"exports/lycoris/demo_{noise}_noise.safetensors" for noise in ("low", "high")]
+    lines = list(loading(run, files))
+    assert lines[:2] == [
+        "from diffusers import DiffusionPipeline",
+        f'pipe = DiffusionPipeline.from_pretrained("{tmp_path}")',
+    ]
+    for place, noise, component in ((2, "high", "transformer"), (5, "low", "transformer_2")):
+        assert lines[place : place + 3] == [
+            "from lycoris import create_lycoris_from_weights",
+            f'network, _ = create_lycoris_from_weights(1.0, "{run.store_uri}/exports/lycoris/demo_{noise}_noise.safetensors", '
+            f"pipe.{component})",
+            "network.merge_to(1.0)",
+        ]
+
+
 def test_trained_components_are_put_into_the_pipeline(tmp_path: Path) -> None:
     index = {
         "_class_name": "WanPipeline",

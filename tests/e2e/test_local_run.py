@@ -112,14 +112,18 @@ def test_a_finished_run_is_not_trained_again_and_can_be_made_longer(finished: tu
     assert sorted(history(longer)) == list(range(14))
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("adapter", ["lora", "lokr", "full"])
 def test_twenty_steps_a_kill_and_twenty_more_equal_forty(adapter: str, tmp_path: Path) -> None:
-    lora = {"type": "lora", "rank": 4, "alpha": 8, "dropout": "0.1"}
+    adapters = {
+        "lora": {"type": "lora", "rank": 4, "alpha": 8, "dropout": "0.1"},
+        "lokr": {"type": "lokr", "factor": 4, "rank": 2},
+        "full": {"type": "full"},
+    }
     broken = tiny_run(
         tmp_path,
         name="broken",
         pictures=48,
-        adapter=lora if adapter == "lora" else {"type": "full"},
+        adapter=adapters[adapter],
         hyperparameters={
             "steps": 40,
             "globalBatchSize": 48,
@@ -145,6 +149,8 @@ def test_twenty_steps_a_kill_and_twenty_more_equal_forty(adapter: str, tmp_path:
     different = [key for key in expected if not expected[key].equal(got[key])]
     assert different == []
     assert history(broken) == history(straight)
+    assert (straight.folder / "exports/lycoris/straight.safetensors").exists() is (adapter == "lokr")
+    assert ("create_lycoris_from_weights" in (straight.folder / "report.html").read_text()) is (adapter == "lokr")
 
 
 def test_two_then_one_then_two_processes_train_the_same_samples(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Kernels that are known to fail are not chosen."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from atelier_api.exit_codes import ExitCode
 from atelier_api.run_file import ExecutionPlan
 from atelier_runtime import launch
-from atelier_runtime.kernels import choose_attention
+from atelier_runtime.kernels import choose_adapters, choose_attention
 from run_files import run_file
 
 
@@ -28,6 +29,17 @@ def test_attention_is_kept_from_cudnn_and_not_from_flash() -> None:
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "torch"), ("triton", "triton")])
+def test_adapters_compute_with_torchs_own_operations_unless_others_are_named(
+    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LYCORIS_KERNEL_BACKEND", raising=False)
+    if given is not None:
+        monkeypatch.setenv("LYCORIS_KERNEL_BACKEND", given)
+    choose_adapters()
+    assert os.environ["LYCORIS_KERNEL_BACKEND"] == expected
+
+
 def test_a_rank_has_chosen_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[bool] = []
 
@@ -42,5 +54,7 @@ def test_a_rank_has_chosen_before_it_begins(tmp_path: Path, monkeypatch: pytest.
     for process_wide in ("setup_logging", "quiet_libraries"):
         monkeypatch.setattr(launch, process_wide, lambda **_: None)
     monkeypatch.setattr(launch.torch, "set_num_threads", lambda _: None)
+    monkeypatch.delenv("LYCORIS_KERNEL_BACKEND", raising=False)
+    monkeypatch.setenv("LYCORIS_KERNEL_BACKEND", "torch")  # so that what the rank sets is undone
     assert launch.main() == ExitCode.STOPPED
     assert chosen == [True]

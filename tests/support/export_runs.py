@@ -15,7 +15,7 @@ from atelier_api.run_file import ExecutionPlan, RunFile, RunIdentity
 from atelier_api.v1alpha1.training_run import TrainingRunSpec
 from atelier_runtime import components
 from atelier_runtime.adapters import install, trainable
-from atelier_runtime.checkpoint.export import Provenance
+from atelier_runtime.checkpoint.exported_file import Provenance
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Family, SampleRequest
 from family_models import save_tiny

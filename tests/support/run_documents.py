@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from atelier_api.families import FAMILIES
 from atelier_api.fields import MISSING, Node, tree
+from atelier_api.layouts import LAYOUTS
 from atelier_api.read import problems
 from atelier_api.v1alpha1.base import format_decimal
 
@@ -199,7 +200,7 @@ def _mend(sound: Document, path: str) -> None:
         for prompt in spec["validation"]["prompts"]:
             prompt["references"] = ["a.png"][: _trains_on_pairs(spec["model"])]
     elif path == "spec.publish.formats":
-        spec.setdefault("publish", {})["formats"] = ["diffusers"]
+        spec.setdefault("publish", {})["formats"] = [LAYOUTS[spec.get("adapter", {}).get("type", "lora")][0]]
     elif path == "spec.model.source":
         spec["model"]["source"] = "base"
     else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from atelier_api.run_file import ExecutionPlan
-from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter
+from atelier_api.v1alpha1.adapter import BoftAdapter, FullAdapter, LokrAdapter, LoraAdapter
 from atelier_api.v1alpha1.hyperparameters import Hyperparameters, Optimizer
 from atelier_api.v1alpha1.objective import Objective
 from atelier_runtime import adapters, components, parallel
@@ -23,6 +23,12 @@ from atelier_runtime.parallel.wrap import blocks_of
 
 STEPS = 3
 GLOBAL_BATCH = 4
+ADAPTERS: dict[str, Any] = {
+    "lora": LoraAdapter(rank=4, targets=["all"]),
+    "full": FullAdapter(type="full"),
+    "lokr": LokrAdapter(type="lokr", factor=4, targets=["all"]),
+    "boft": BoftAdapter(type="boft", block_size=16, targets=["all"]),
+}
 
 
 @dataclass(frozen=True)
@@ -142,8 +148,7 @@ def _build(
     base_dtype = trained_dtype if case.adapter == "full" else frozen_dtype
     model = components.load_denoiser(case.folder, family.denoisers[0], base_dtype, distributed.device)
     torch.manual_seed(3 + distributed.rank)  # ranks draw different adapters: those of rank 0 must win
-    adapter = FullAdapter(type="full") if case.adapter == "full" else LoraAdapter(rank=4, targets=["all"])
-    adapters.install(model, adapter, family, dtype=trained_dtype)
+    adapters.install(model, ADAPTERS[case.adapter], family, dtype=trained_dtype)
     compute = torch.bfloat16 if case.precision == "bf16" else None
     return model, parallel.wrap(model, plan, family, distributed, compute_dtype=compute)
 

@@ -6,15 +6,46 @@ from pydantic import Field
 
 from atelier_api.v1alpha1.base import Block, Decimal
 
+# A field that several types have is the same in all of them, but for its default: the CRD has one schema for it.
+Rank = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=1024,
+        description="Rank of the trained matrices. Of `lokr` that of the second factor, which is a whole matrix where the rank is at least half its longer side: by default everywhere.",
+    ),
+]
+Alpha = Annotated[
+    Annotated[Decimal, Field(gt=0, le=65536)] | None,
+    Field(
+        description="Scale numerator: the update is multiplied by alpha / rank. Default: the rank; for `loha` and `locon` half the rank."
+    ),
+]
+Dora = Annotated[bool, Field(description="Weight decomposition (DoRA, arXiv:2402.09353).")]
+Targets = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=512)]],
+    Field(
+        min_length=1,
+        max_length=32,
+        description="Presets of the family (`attention`, `mlp`, `all`) or regular expressions that match whole module names.",
+    ),
+]
+BlockSize = Annotated[
+    int,
+    Field(
+        ge=2,
+        le=1024,
+        description="Largest side of the rotated blocks; each layer takes the nearest one below that divides its outputs.",
+    ),
+]
+
 
 class LoraAdapter(Block):
     """Low-rank adaptation (arXiv:2106.09685) through peft."""
 
     type: Literal["lora"] = "lora"
-    rank: int = Field(default=16, ge=1, le=1024, description="Rank of the two matrices.")
-    alpha: Annotated[Decimal, Field(gt=0, le=65536)] | None = Field(
-        default=None, description="Scale numerator: the update is multiplied by alpha / rank. Default: the rank."
-    )
+    rank: Rank = 16
+    alpha: Alpha = None
     dropout: Annotated[Decimal, Field(ge=0, lt=1)] = Field(
         default=0.0, description="Dropout in front of the first matrix."
     )
@@ -22,14 +53,65 @@ class LoraAdapter(Block):
         default="default",
         description="Start values of the first matrix: `default` is Kaiming-uniform, `gaussian` is N(0, 1/rank). The second matrix starts at zero.",
     )
-    dora: bool = Field(default=False, description="Weight-decomposed LoRA (arXiv:2402.09353).")
+    dora: Dora = False
     rslora: bool = Field(default=False, description="Rank-stabilised scale alpha / sqrt(rank) (arXiv:2312.03732).")
-    targets: list[Annotated[str, Field(min_length=1, max_length=512)]] = Field(
-        default=["attention"],
-        min_length=1,
-        max_length=32,
-        description="Presets of the family (`attention`, `mlp`, `all`) or regular expressions that match whole module names.",
+    targets: Targets = Field(default=["attention"])
+
+
+class LokrAdapter(Block):
+    """Kronecker product of a small matrix and a large or low-rank one (LoKr, arXiv:2309.14859) through lycoris-lora."""
+
+    type: Literal["lokr"]
+    rank: Rank = 1024
+    alpha: Alpha = None
+    factor: int = Field(
+        default=16,
+        ge=2,
+        le=1024,
+        description="Side of the first factor; a layer that it does not divide takes the nearest divisor below. Larger: fewer parameters.",
     )
+    decompose_both: bool = Field(
+        default=False,
+        description="Make the first factor low-rank as well, where the rank is below half its longer side.",
+    )
+    dora: Dora = False
+    targets: Targets = Field(default=["attention"])
+
+
+class LohaAdapter(Block):
+    """Element-wise product of two low-rank updates (LoHa, arXiv:2108.06098) through lycoris-lora."""
+
+    type: Literal["loha"]
+    rank: Rank = 32
+    alpha: Alpha = None
+    dora: Dora = False
+    targets: Targets = Field(default=["attention"])
+
+
+class LoconAdapter(Block):
+    """Low-rank adaptation in the layout of lycoris-lora (LoCon)."""
+
+    type: Literal["locon"]
+    rank: Rank = 64
+    alpha: Alpha = None
+    dora: Dora = False
+    targets: Targets = Field(default=["attention"])
+
+
+class DiagOftAdapter(Block):
+    """Rotation of blocks of outputs (orthogonal fine-tuning, arXiv:2306.07280) through lycoris-lora."""
+
+    type: Literal["diag-oft"]
+    block_size: BlockSize = 64
+    targets: Targets = Field(default=["attention"])
+
+
+class BoftAdapter(Block):
+    """Rotation by a butterfly of blocks (BOFT, arXiv:2311.06243) through lycoris-lora."""
+
+    type: Literal["boft"]
+    block_size: BlockSize = 64
+    targets: Targets = Field(default=["attention"])
 
 
 class FullAdapter(Block):
@@ -38,4 +120,24 @@ class FullAdapter(Block):
     type: Literal["full"]
 
 
-Adapter = Annotated[LoraAdapter | FullAdapter, Field(discriminator="type")]
+ScaledLycorisAdapter = LokrAdapter | LohaAdapter | LoconAdapter
+"""The types of lycoris-lora whose update is scaled by alpha / rank."""
+
+LycorisAdapter = ScaledLycorisAdapter | DiagOftAdapter | BoftAdapter
+"""The types of lycoris-lora."""
+
+Adapter = Annotated[LoraAdapter | LycorisAdapter | FullAdapter, Field(discriminator="type")]
+
+
+def alpha_of(adapter: LoraAdapter | ScaledLycorisAdapter) -> float:
+    """The scale numerator, its default filled in."""
+    if adapter.alpha is not None:
+        return adapter.alpha
+    return adapter.rank / 2 if isinstance(adapter, LohaAdapter | LoconAdapter) else float(adapter.rank)
+
+
+def rebuilds_weights(adapter: Adapter) -> bool:
+    """Whether lycoris-lora computes the whole changed weight, in the precision of the trained ones, at every forward pass."""
+    if isinstance(adapter, DiagOftAdapter | BoftAdapter):
+        return True
+    return isinstance(adapter, ScaledLycorisAdapter) and adapter.dora

@@ -53,7 +53,7 @@ class Hyperparameters(Block):
         default=None, ge=1, le=4096, description="Samples per forward pass and process. Default: the planner's choice."
     )
     learning_rate: Annotated[Decimal, Field(gt=0, le=1)] | None = Field(
-        default=None, description="Peak learning rate. Default: 1e-4 for LoRA, 1e-5 for full-rank."
+        default=None, description="Peak learning rate. Default: 1e-4 for adapters, 1e-5 for full-rank."
     )
     schedule: LearningRateSchedule = Field(default_factory=LearningRateSchedule, description="Learning-rate schedule.")
     optimizer: Optimizer = Field(default_factory=Optimizer, description="Optimizer.")

@@ -77,9 +77,9 @@ class Validation(Block):
 class Publish(Block):
     """What is exported at the end, below `exports/` of the run's folder."""
 
-    formats: list[Literal["diffusers", "kohya"]] = Field(
-        default=["diffusers", "kohya"],
+    formats: list[Literal["diffusers", "kohya", "lycoris"]] = Field(
+        default=["diffusers", "kohya", "lycoris"],
         min_length=1,
-        max_length=2,
-        description="`diffusers`: `pytorch_lora_weights.safetensors` (LoRA) or a model folder (full-rank). `kohya`: the layout of ComfyUI and kohya-ss, LoRA only.",
+        max_length=3,
+        description="`diffusers`: `pytorch_lora_weights.safetensors` (LoRA) or a model folder (full-rank). `kohya`: the layout of ComfyUI and kohya-ss, LoRA only. `lycoris`: that of lycoris-lora, for its types of adapter. What cannot hold the run's adapter is left out.",
     )

@@ -8,7 +8,7 @@ from typing import Any
 from atelier_api.read import problems, validated
 from atelier_api.rules import bucket_alignment, processes_per_node
 from atelier_api.v1alpha1 import TrainingRun
-from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter
+from atelier_api.v1alpha1.adapter import LoconAdapter, LohaAdapter, LoraAdapter
 from atelier_operator.planner.memory import GIB, ModelFacts
 from atelier_operator.planner.strategy import USABLE, Fit, Machine, best_fit, device_memory
 
@@ -111,9 +111,9 @@ def _levers(run: TrainingRun, model: ModelFacts, machine: Machine) -> Iterator[l
         yield [{"spec.hyperparameters.optimizer.type": "adamw-bf16"}]
     if numbers.ema is not None:
         yield [{"spec.hyperparameters.ema": None}]
-    if isinstance(spec.adapter, LoraAdapter):
+    if isinstance(spec.adapter, LoraAdapter | LohaAdapter | LoconAdapter):
         yield [{"spec.adapter.rank": rank} for rank in _halvings(spec.adapter.rank) if rank >= SMALLEST_RANK]
-    if isinstance(spec.adapter, FullAdapter):
+    if not isinstance(spec.adapter, LoraAdapter):
         yield [{"spec.adapter": {"type": "lora"}}]
     if model.family.modality == "video":
         yield list(_fewer_frames(run, model))

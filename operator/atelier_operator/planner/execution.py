@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from atelier_api.errors import ConfigError
 from atelier_api.families import FAMILIES
+from atelier_api.layouts import written
 from atelier_api.rules import bucket_alignment, processes_per_node, world_size
 from atelier_api.run_file import ExecutionPlan, RunFile, RunIdentity
 from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
-from atelier_api.v1alpha1.adapter import FullAdapter
 from atelier_operator.planner.advice import refusal
 from atelier_operator.planner.memory import ModelFacts
 from atelier_operator.planner.strategy import Fit, Machine, best_fit, device_memory, fits_of, learning_rate
@@ -87,7 +87,7 @@ def _resolved(spec: TrainingRunSpec, paths: Paths) -> TrainingRunSpec:
         data["clip"] = spec.data.clip.model_copy(update={"fps": spec.data.clip.fps or family.frame_rate})
         validation["frames"] = spec.validation.frames or spec.data.clip.frames
     s3 = spec.storage.s3.model_copy(update={"ca_bundle": paths.ca_bundle})
-    formats = [each for each in spec.publish.formats if each != "kohya" or not isinstance(spec.adapter, FullAdapter)]
+    formats = written(spec.adapter.type, spec.publish.formats)
     return spec.model_copy(
         update={
             "data": spec.data.model_copy(update=data),

@@ -7,14 +7,16 @@ Bytes per trained weight are those of the runtime: `adamw` keeps weight, gradien
 a bf16 copy of full-rank weights (2 more); `adamw-bf16` keeps all four in bf16 (8). The moving average is fp32 (4).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from atelier_api.families import FAMILIES, FamilyFacts, Flavour
 from atelier_api.rules import bucket_alignment
 from atelier_api.v1alpha1 import TrainingRunSpec
-from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter
+from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter, LycorisAdapter
 from atelier_api.v1alpha1.model import ModelSpec
+from atelier_operator.planner.adapter_sizes import Linear, kept_bytes, parameters
 
 GIB = 1 << 30
 
@@ -22,7 +24,7 @@ FIXED_OVERHEAD = {"cuda": GIB, "cpu": GIB * 3 // 4}
 """Bytes of a process before it holds a model: CUDA context, cuBLAS and NCCL buffers; on the CPU the libraries themselves."""
 
 ATTENTION_LAYERS = 2
-"""Attention layers of a block that LoRA reaches: self and cross, or picture and text. Blocks of one stream have fewer."""
+"""Attention layers of a block that an adapter reaches: self and cross, or picture and text. Blocks of one stream have fewer."""
 
 WIDE_TARGETS = 1.25
 """Linears of the feed-forward keep their inputs too once they carry an adapter (measured 1.09 to 1.33 times as many bytes)."""
@@ -150,17 +152,21 @@ def predict(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, device: Li
 
 
 def trained_parameters(spec: TrainingRunSpec, model: ModelFacts) -> int:
-    """Parameters that are trained in one denoiser. For LoRA an estimate from the sizes of the blocks, rather too high."""
-    if isinstance(spec.adapter, FullAdapter):
+    """Parameters that are trained in one denoiser. For adapters an estimate from the sizes of the blocks, rather too high."""
+    adapter = spec.adapter
+    if isinstance(adapter, FullAdapter):
         return model.parameters
-    attention = ATTENTION_LAYERS * 4 * 2 * model.width
-    mlp = ATTENTION_LAYERS * 2 * (model.width + model.mlp_width)
-    per_rank = 0
-    if not _only(spec.adapter, "mlp"):
-        per_rank += attention
-    if not _only(spec.adapter, "attention"):
-        per_rank += mlp
-    return model.layers * spec.adapter.rank * per_rank
+    return model.layers * sum(parameters(adapter, layer) for layer in _adapted_layers(adapter, model))
+
+
+def _adapted_layers(adapter: LoraAdapter | LycorisAdapter, model: ModelFacts) -> Iterator[Linear]:
+    """The layers of a block that the adapter is put on, rather too many."""
+    for _ in range(ATTENTION_LAYERS):
+        if not _only(adapter, "mlp"):
+            yield from [Linear(model.width, model.width)] * 4
+        if not _only(adapter, "attention"):
+            yield Linear(model.mlp_width, model.width)
+            yield Linear(model.width, model.mlp_width)
 
 
 def bucket_size(spec: TrainingRunSpec, family: FamilyFacts) -> int:
@@ -208,10 +214,19 @@ def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> in
     kept = model.activation_bytes_per_token * _precision_bytes(spec) // 2
     if isinstance(spec.adapter, FullAdapter) or not _only(spec.adapter, "attention"):
         kept = int(kept * WIDE_TARGETS)
+    block = tokens * kept + _kept_by_adapter(spec, model, tokens)
     if not choice.gradient_checkpointing:
-        return tokens * kept * (model.layers + 1)
+        return block * (model.layers + 1)
     block_input = min(model.width * _precision_bytes(spec), kept // LARGEST_INPUT)
-    return tokens * (block_input * model.layers + kept * model.family.backward_blocks)
+    return tokens * block_input * model.layers + block * model.family.backward_blocks
+
+
+def _kept_by_adapter(spec: TrainingRunSpec, model: ModelFacts, tokens: int) -> int:
+    """What the adapter keeps in a block, beside what LoRA would."""
+    adapter = spec.adapter
+    if isinstance(adapter, FullAdapter):
+        return 0
+    return sum(kept_bytes(adapter, layer, tokens, _precision_bytes(spec)) for layer in _adapted_layers(adapter, model))
 
 
 def _reference_tokens(spec: TrainingRunSpec, family: FamilyFacts, references: int) -> int:
@@ -243,7 +258,7 @@ def _autoencoder(family: FamilyFacts, width: int, height: int, precision_bytes: 
     return width * height * frames * AUTOENCODER_VALUES_PER_PIXEL * precision_bytes
 
 
-def _only(adapter: LoraAdapter, preset: str) -> bool:
+def _only(adapter: LoraAdapter | LycorisAdapter, preset: str) -> bool:
     """Whether the preset is all that is targeted. Regular expressions count as everything: they may match any module."""
     return set(adapter.targets) == {preset}
 

@@ -23,7 +23,11 @@ def install(
     """
     if adapter.type == "full":
         return install_full(denoiser, family)
-    return install_lora(denoiser, adapter, family, dtype=dtype)
+    if adapter.type == "lora":
+        return install_lora(denoiser, adapter, family, dtype=dtype)
+    from atelier_runtime.adapters.lycoris import install_lycoris  # its library is read only where it is used
+
+    return install_lycoris(denoiser, adapter, family, dtype=dtype)
 
 
 def trainable(denoiser: nn.Module) -> dict[str, Parameter]:

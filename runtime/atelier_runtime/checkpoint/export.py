@@ -14,51 +14,38 @@ as well, so that alpha / rank stays. DoRA is not written in that layout: diffuse
 norm of the base weight where DoRA divides by that of the sum.
 """
 
-import hashlib
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from atelier_api.errors import ConfigError, StoreError
+from atelier_api.errors import ConfigError
 from atelier_api.run_file import RunFile
-from atelier_api.v1alpha1.adapter import LoraAdapter
+from atelier_api.v1alpha1.adapter import LoraAdapter, alpha_of
 from atelier_runtime import components
+from atelier_runtime.checkpoint.exported_file import (
+    ExportedFile,
+    Provenance,
+    State,
+    as_exported,
+    compare,
+    complete,
+    details_of,
+    noise_range,
+)
 from atelier_runtime.family import Family
 from atelier_runtime.lora_layout import LoraKey, LoraLayout
 from atelier_runtime.module_names import matching_expression
 
 _PARAMETER = re.compile(r"(?P<module>.+)\.(?P<matrix>lora_A|lora_B|lora_magnitude_vector)\.[^.]+\.weight")
-State = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class ExportedFile:
-    """One file of a result, read back and found equal. `format` is `diffusers` or `kohya`."""
-
-    path: Path
-    format: str
-    sha256: str
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What is written into the files besides the weights: where they come from. `date` is that of the export."""
-
-    step: int
-    date: datetime
 
 
 @dataclass(frozen=True)
@@ -110,18 +97,18 @@ def export_lora(
         check_formats(run_file, family, modules)
     exported = []
     for index, (component, modules) in enumerate(loras.items()):
-        noise = _noise_range(run_file, family, list(loras), component)
-        details = _details(run_file, family, component, provenance)
+        noise = noise_range(run_file, family, list(loras), component)
+        details = details_of(run_file, family, component, provenance)
         if "diffusers" in run_file.spec.publish.formats:
             ending = "" if index == 0 else f"_{noise}"
             path = folder / "diffusers" / f"pytorch_lora_weights{ending}.safetensors"
             _write_diffusers(path, modules, family, adapter)
-            exported.append(_complete(path, "diffusers", details))
+            exported.append(complete(path, "diffusers", details))
         if "kohya" in run_file.spec.publish.formats and family.lora_layout is not None:  # or it was refused above
             path = folder / "kohya" / f"{run_file.identity.name}{f'_{noise}' if noise else ''}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(kohya_tensors(modules, family.lora_layout, _reader_alpha(adapter)), path)
-            exported.append(_complete(path, "kohya", details))
+            exported.append(complete(path, "kohya", details))
     return exported
 
 
@@ -142,10 +129,10 @@ def export_full(
             raise ValueError(f"the base checkpoint's {component} has no parameters {', '.join(unexpected[:5])}")
         target = folder / "diffusers" / component
         model.save_pretrained(target)
-        details = _details(run_file, family, component, provenance)
+        details = details_of(run_file, family, component, provenance)
         (target / "atelier.json").write_text(json.dumps(details, indent=2) + "\n")
-        _compare(target, sorted(target.glob("*.safetensors")), model.state_dict())
-        exported += [_exported(path, "diffusers") for path in sorted(target.iterdir())]
+        compare(target, sorted(target.glob("*.safetensors")), model.state_dict())
+        exported += [as_exported(path, "diffusers") for path in sorted(target.iterdir())]
     return exported
 
 
@@ -199,7 +186,7 @@ def _fused(parts: Sequence[tuple[LoraKey, LoraWeights]]) -> tuple[Tensor, Tensor
 
 def _reader_alpha(adapter: LoraAdapter) -> float:
     """The alpha with which alpha / rank is the scale of training, also for rank-stabilised LoRA, which readers do not know."""
-    alpha = float(adapter.rank if adapter.alpha is None else adapter.alpha)
+    alpha = alpha_of(adapter)
     return alpha * math.sqrt(adapter.rank) if adapter.rslora else alpha
 
 
@@ -224,78 +211,3 @@ def _write_diffusers(path: Path, modules: Mapping[str, LoraWeights], family: Fam
     }
     component = family.denoisers[0]
     LoraBaseMixin._save_lora_weights(path.parent, {component: layers}, {component: config}, weight_name=path.name)
-
-
-def _complete(path: Path, layout: str, details: Mapping[str, str]) -> ExportedFile:
-    """Add `details` and the hash of the tensors to the header of a file, and read it back."""
-    with safe_open(path, framework="pt") as file:
-        header = dict(file.metadata() or {})
-    tensors = load_file(path)
-    header |= {**details, "format": "pt", "modelspec.hash_sha256": f"0x{_tensors_sha256(path)}"}
-    save_file(tensors, path, metadata=header)
-    _compare(path, [path], tensors)
-    return _exported(path, layout)
-
-
-def _tensors_sha256(path: Path) -> str:
-    """SHA-256 of a safetensors file without its header, so that it does not depend on the metadata (modelspec 1.0.0)."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        file.seek(8 + length)
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _compare(what: Path, paths: Sequence[Path], expected: State) -> None:
-    found = {name: tensor for path in paths for name, tensor in load_file(path).items()}
-    different = [name for name, tensor in expected.items() if name not in found or not torch.equal(found[name], tensor)]
-    if different or len(found) != len(expected):
-        raise StoreError(
-            f"{what} reads back different from what was written, at {', '.join(different[:3]) or 'extra names'}"
-        )
-
-
-def _exported(path: Path, layout: str) -> ExportedFile:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return ExportedFile(path, layout, digest, path.stat().st_size)
-
-
-def _noise_range(run_file: RunFile, family: Family, names: Sequence[str], component: str) -> str:
-    """`high_noise` or `low_noise` where experts share the range of sigma; empty where there is one denoiser."""
-    if len(names) == 1:
-        return ""
-    stages = family.stages(components.read_pipeline_config(run_file.model_folder), names)
-    return "high_noise" if next(stage for stage in stages if stage.denoiser == component).high >= 1 else "low_noise"
-
-
-def _details(run_file: RunFile, family: Family, component: str, provenance: Provenance) -> dict[str, str]:
-    """The `modelspec.*` header (sai_model_spec 1.0.0) and where the weights come from."""
-    spec, adapter = run_file.spec, run_file.spec.adapter
-    layout = family.lora_layout
-    architecture = family.name if layout is None else layout.architecture
-    details: dict[str, str | int | float | bool | None] = {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": architecture if adapter.type == "full" else f"{architecture}/lora",
-        "modelspec.implementation": "https://github.com/huggingface/diffusers",
-        "modelspec.title": run_file.identity.name,
-        "modelspec.date": provenance.date.isoformat(timespec="seconds"),
-        "modelspec.resolution": f"{spec.data.resolution}x{spec.data.resolution}",
-        "modelspec.trigger_phrase": spec.data.captions.trigger,
-        "atelier.version": version("atelier-training"),
-        "atelier.family": family.name,
-        "atelier.component": component,
-        "atelier.base_model": spec.model.source,
-        "atelier.base_revision": spec.model.revision,
-        "atelier.step": provenance.step,
-        "atelier.precision": spec.hyperparameters.precision,
-        "atelier.trigger": spec.data.captions.trigger,
-        "atelier.adapter": adapter.type,
-    }
-    if adapter.type == "lora":
-        details |= {
-            "atelier.rank": adapter.rank,
-            "atelier.alpha": adapter.rank if adapter.alpha is None else adapter.alpha,
-            "atelier.dora": adapter.dora,
-            "atelier.rslora": adapter.rslora,
-        }
-    return {key: str(value) for key, value in details.items() if value is not None}

@@ -86,7 +86,8 @@ def test_the_plan_names_what_the_runtime_needs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("adapter", "given_rate", "expected"), [("lora", None, 1e-4), ("full", None, 1e-5), ("lora", "3e-4", 3e-4)]
+    ("adapter", "given_rate", "expected"),
+    [("lora", None, 1e-4), ("boft", None, 1e-4), ("full", None, 1e-5), ("lora", "3e-4", 3e-4)],
 )
 def test_the_learning_rate_is_the_users_or_the_adapters(adapter: str, given_rate: str | None, expected: float) -> None:
     of = run("sdxl", adapter={"type": adapter}, hyperparameters__learningRate=given_rate)
@@ -200,6 +201,10 @@ def test_what_the_user_says_stays_in_the_run_file() -> None:
 def test_kohya_is_left_out_for_a_whole_model_and_kept_for_lora() -> None:
     assert resolved(run("sdxl", adapter={"type": "full"})).spec.publish.formats == ["diffusers"]
     assert resolved(run("sdxl")).spec.publish.formats == ["diffusers", "kohya"]
+
+
+def test_a_type_of_lycoris_lora_is_published_in_its_layout_alone() -> None:
+    assert resolved(run("sdxl", adapter={"type": "lokr"})).spec.publish.formats == ["lycoris"]
 
 
 def test_the_planner_imports_neither_torch_nor_a_client() -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from atelier_api.errors import ConfigError, StoreError
-from atelier_runtime.checkpoint import export
+from atelier_runtime.checkpoint import exported_file
 from atelier_runtime.checkpoint.export import check_formats, export_full, export_lora, kohya_tensors, lora_weights
 from atelier_runtime.families import get_family
 from atelier_runtime.lora_layout import LoraLayout
@@ -237,19 +237,18 @@ def test_a_file_that_reads_back_different_is_noticed(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = make("wan", tmp_path)
-    original, written = export.save_file, []
+    original, written = exported_file.save_file, []
 
     def save_damaged(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
         tensors, name = dict(tensors), next(iter(tensors))
-        if metadata is not None:
-            written.append(path)
-            if damage == "changed":
-                tensors[name] = tensors[name] + 1
-            else:
-                del tensors[name]
+        written.append(path)
+        if damage == "changed":
+            tensors[name] = tensors[name] + 1
+        else:
+            del tensors[name]
         original(tensors, path, metadata)
 
-    monkeypatch.setattr(export, "save_file", save_damaged)
+    monkeypatch.setattr(exported_file, "save_file", save_damaged)
     with pytest.raises(StoreError, match="reads back different"):
         write(result, tmp_path / "out")
     assert len(written) == 1

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter
+from atelier_api.v1alpha1.adapter import FullAdapter, LokrAdapter, LoraAdapter
 from atelier_runtime import adapters, components
 from atelier_runtime.family import Blocks, Conditions
 from family_cases import CASES, PROMPTS, Case, make_case, record, sampling_arguments, walk
@@ -146,6 +146,23 @@ def test_every_lora_matrix_gets_a_gradient_and_nothing_else(fresh: Case) -> None
             for name, parameter in denoiser.named_parameters()
             if parameter.grad is not None and name not in trained
         ] == []
+
+
+def test_a_lokr_leaves_the_prediction_as_it_is_and_trains_on_every_target(fresh: Case) -> None:
+    conditions = fresh.conditions(PROMPTS)
+    for denoiser in fresh.denoisers.values():
+        with torch.no_grad():
+            base, _ = predicted(fresh, denoiser, conditions)
+        adapters.install(denoiser, LokrAdapter(type="lokr", factor=2, targets=["all"]), fresh.family)
+        prediction, target = predicted(fresh, denoiser, conditions)
+        # A convolution rounds differently where gradients are wanted.
+        torch.testing.assert_close(prediction, base, atol=1e-5, rtol=1e-5)
+        (prediction - target).square().mean().backward()
+        trained = adapters.trainable(denoiser)
+        # The whole second factor starts at zero: it gets the gradient, the first one follows once it has moved.
+        assert [name for name, p in trained.items() if name.endswith("lokr_w2") and not p.grad.any()] == []  # type: ignore[union-attr]
+        others = [p for name, p in denoiser.named_parameters() if name not in trained]
+        assert all(parameter.grad is None for parameter in others)
 
 
 def test_full_rank_reaches_every_parameter_but_the_frozen_ones(fresh: Case) -> None:

@@ -1,4 +1,4 @@
-"""Two processes train what one does: every family, LoRA and full-rank, DDP and FSDP2, with and without recomputation.
+"""Two processes train what one does: every family, LoRA, LoKr, BOFT and full-rank, DDP and FSDP2, with and without recomputation.
 
 Everything is trained once, in one pair of processes, and looked at by many tests.
 """
@@ -30,6 +30,11 @@ def fp32_cases(folder: Path, text: tuple[()] = ()) -> Iterator[Case]:
         if family == "sd3":
             yield case
             yield replace(case, adapter="full", checkpointing=True)
+            yield replace(case, adapter="lokr")  # beside the layers' output
+            yield replace(case, adapter="lokr", checkpointing=True)
+            yield replace(
+                case, adapter="boft", checkpointing=True
+            )  # computes with the base's weights, which are sharded
             yield replace(case, accumulation=2)
             yield replace(case, adapter="full", accumulation=2)
 
@@ -39,6 +44,7 @@ def bf16_cases(folder: Path) -> Iterator[Case]:
     for optimizer in ("adamw", "adamw-bf16"):
         yield replace(case, optimizer=optimizer, checkpointing=True)
         yield replace(case, adapter="full", optimizer=optimizer)
+        yield replace(case, adapter="lokr", optimizer=optimizer)
 
 
 def names(cases: Iterator[Case]) -> list[str]:
@@ -137,8 +143,8 @@ def test_fsdp_leaves_half_of_what_it_shards_on_each_rank(trained, case: str) -> 
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("case", [case for case in FP32 if "lora" in case])
-def test_a_lora_reduces_the_gradients_of_the_adapter_and_no_more(trained, strategy: str, case: str) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("case", [case for case in FP32 if " full " not in case])
+def test_an_adapter_reduces_the_gradients_of_the_adapter_and_no_more(trained, strategy: str, case: str) -> None:  # type: ignore[no-untyped-def]
     together = pair(trained, strategy, case)[1]
     assert together.reduced_elements == sum(weight.numel() for weight in together.weights.values())
 

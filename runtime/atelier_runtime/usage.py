@@ -1,0 +1,48 @@
+"""Lines of Python that use what a run has made, for its report."""
+
+from collections.abc import Iterator, Sequence
+
+from atelier_api.layouts import LYCORIS
+from atelier_api.model_files import base_arguments, lora_loading, lycoris_loading
+from atelier_api.run_file import RunFile
+from atelier_runtime import components
+from atelier_runtime.family import Family
+
+
+def usage(run_file: RunFile, family: Family, keys: Sequence[str]) -> str:
+    """A program that draws with the result. `keys` are the exported files, relative to the run's root, the first denoiser's first."""
+    pipeline, library = components.pipeline_name(family, run_file.model_folder), family.facts.library
+    given = ["image", "last_image"][: len(components.given_frames(family, run_file.model_folder))]
+    pictures = given or (["image"] if family.facts.references else [])
+    tools = [*(["load_image"] if pictures else []), *(["export_to_video"] if family.facts.modality == "video" else [])]
+    lines = [f"from {library} import {pipeline}"]
+    if tools:
+        lines.append(f"from diffusers.utils import {', '.join(sorted(tools))}")
+    lines.append("")
+    return "\n".join([*lines, *_loading(run_file, family, pipeline, keys), *_drawing(family, pictures)])
+
+
+def _loading(run_file: RunFile, family: Family, pipeline: str, keys: Sequence[str]) -> Iterator[str]:
+    base, adapter = base_arguments(run_file.spec.model, run_file.model_folder), run_file.spec.adapter.type
+    if adapter == "full":
+        for component in sorted({key.split("/")[2] for key in keys}):
+            yield f'# replace the pipeline\'s {component} by the folder "exports/diffusers/{component}" (from_pretrained)'
+    yield f"pipe = {pipeline}.from_pretrained({base})"
+    if adapter == "lora":
+        for key in (key for key in keys if key.startswith("exports/diffusers/")):
+            folder, name = key.rsplit("/", 1)
+            second = ", load_into_transformer_2=True" if name.endswith("_low_noise.safetensors") else ""
+            yield from lora_loading(family.facts, folder, name, second)
+    elif adapter in LYCORIS:
+        for key, component in zip(keys, family.denoisers, strict=False):
+            yield from lycoris_loading(component, key)
+
+
+def _drawing(family: Family, pictures: Sequence[str]) -> Iterator[str]:
+    """The call. `pictures` are the arguments that want one."""
+    arguments = ['"your prompt"', *(f'{name}=load_image("{name}.png")' for name in pictures)]
+    output = f"pipe({', '.join(arguments)})[0][0]"  # the first of the first field, which has many names
+    if family.facts.modality == "image":
+        yield f'{output}.save("picture.png")'
+    else:
+        yield f'export_to_video({output}, "clip.mp4", fps={family.facts.frame_rate or 16.0:g})'

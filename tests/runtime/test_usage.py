@@ -1,0 +1,63 @@
+"""The program in a report that draws with the result."""
+
+import ast
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atelier_runtime.components import class_named
+from atelier_runtime.families import FAMILIES
+from atelier_runtime.usage import usage
+from export_runs import run_file
+from family_models import FAMILY_OF, TINY, save_tiny
+
+LORA = "exports/diffusers/pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize("checkpoint", TINY)
+def test_it_is_a_program_that_calls_the_pipeline_with_what_it_takes(checkpoint: str, tmp_path: Path) -> None:
+    family = FAMILIES[FAMILY_OF[checkpoint]]
+    save_tiny(checkpoint, tmp_path)
+    text = usage(run_file(family.name, tmp_path, {"type": "lora"}), family, [LORA])
+    program = ast.parse(text)
+    imports = [node for node in program.body if isinstance(node, ast.ImportFrom)]
+    names: dict[str, Any] = {}
+    exec(compile(ast.Module(imports, []), "usage", "exec"), names)
+    [call] = [node for node in ast.walk(program) if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipe"]
+    pipeline = names[imports[0].names[0].name]
+    assert pipeline is class_named(pipeline.__name__)
+    assert {keyword.arg for keyword in call.keywords} <= set(inspect.signature(pipeline.__call__).parameters)
+    assert all(node.id in names for node in ast.walk(call) if isinstance(node, ast.Name) and node.id != "pipe")
+
+
+def test_pictures_and_clips_are_loaded_and_saved_by_their_kind(tmp_path: Path) -> None:
+    last = {}
+    for checkpoint in ("sd3", "wan", "wan_flf2v", "flux_kontext"):
+        family = FAMILIES[FAMILY_OF[checkpoint]]
+        save_tiny(checkpoint, tmp_path / checkpoint)
+        made = usage(run_file(family.name, tmp_path / checkpoint, {"type": "lora"}), family, [LORA])
+        last[checkpoint] = made.splitlines()[-1]
+    shown = 'image=load_image("image.png"), last_image=load_image("last_image.png")'
+    assert last == {
+        "sd3": 'pipe("your prompt")[0][0].save("picture.png")',
+        "wan": 'export_to_video(pipe("your prompt")[0][0], "clip.mp4", fps=16)',
+        "wan_flf2v": f'export_to_video(pipe("your prompt", {shown})[0][0], "clip.mp4", fps=16)',
+        "flux_kontext": 'pipe("your prompt", image=load_image("image.png"))[0][0].save("picture.png")',
+    }
+
+
+def test_each_kind_of_adapter_is_loaded_in_its_way(tmp_path: Path) -> None:
+    family = FAMILIES["wan"]
+    save_tiny("wan22", tmp_path)
+    two = [LORA, LORA.replace(".safetensors", "_low_noise.safetensors"), "exports/kohya/fox_low_noise.safetensors"]
+    lines = usage(run_file("wan", tmp_path, {"type": "lora"}), family, two).splitlines()
+    assert [line.startswith("pipe.load_lora_weights") for line in lines].count(True) == 2
+    assert lines[-2].endswith('_low_noise.safetensors", load_into_transformer_2=True)')
+    keys = [f"exports/lycoris/fox_{noise}_noise.safetensors" for noise in ("high", "low")]
+    merged = usage(run_file("wan", tmp_path, {"type": "lokr"}), family, keys)
+    assert [f'"{keys[0]}", pipe.transformer)' in merged, f'"{keys[1]}", pipe.transformer_2)' in merged] == [True, True]
+    whole = ["exports/diffusers/transformer/config.json", "exports/diffusers/transformer/model.safetensors"]
+    full = usage(run_file("wan", tmp_path, {"type": "full"}), family, whole)
+    assert full.count("exports/diffusers/transformer") == 1
