@@ -18,7 +18,7 @@ def predicted(case: Case, pictures: list[int], levels: tuple[float, ...] = (0.3,
     """For real samples with the same two prompts and these references."""
     noisy, time, _ = case.noised(case.latents(len(levels)), levels)
     denoiser = next(iter(case.denoisers.values()))
-    return case.family.predict(denoiser, noisy, time, case.conditions(PROMPTS[: len(levels)], pictures=pictures))
+    return case.family.predict(denoiser, noisy, time, case.conditions(PROMPTS[: len(levels)], samples=pictures))
 
 
 @torch.no_grad()
