@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 GIB = 1 << 30
-PIPE_WIDTH = 160
-"""Columns of tables where nobody's window is: wide enough to cut nothing that matters."""
+PIPE_WIDTH = 400
+"""Columns of tables where nobody's window is: wide enough that a row is one line, which scripts count on."""
 
 
 def console(*, stderr: bool = False) -> Console:
