@@ -1,7 +1,7 @@
 """What a training step keeps for its backward pass, measured at full size without a device: on the meta device nothing is allocated.
 
 Two things are imitated, since they happen on a GPU only: autocast to bf16 with CUDA's lists of operations, and flash attention, which
-keeps queries, keys, values, output and one fp32 number per query.
+keeps queries, keys, values, output, a mask where there is one, and one fp32 number per query.
 """
 
 from collections.abc import Callable
@@ -40,16 +40,17 @@ IN_FP32 |= {
     torch.norm,
     Tensor.norm,
 }
+ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask")
 
 
 class FlashAttention(torch.autograd.Function):
     """Saves what the fused kernels save; computes nothing."""
 
     @staticmethod
-    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         log_sum = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        context.save_for_backward(query, key, value, output, log_sum)
+        context.save_for_backward(query, key, value, mask, output, log_sum)
         return output
 
 
@@ -62,7 +63,8 @@ class CudaAutocast(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             query, key, value = (cast(tensor, torch.bfloat16) for tensor in (*args, *kwargs.values())[:3])
-            return FlashAttention.apply(query, key, value)
+            mask = cast((dict(zip(ATTENTION_ARGUMENTS, args, strict=False)) | kwargs).get("attn_mask"), torch.bfloat16)
+            return FlashAttention.apply(query, key, value, mask)
         dtype = torch.bfloat16 if function in IN_BF16 else torch.float32 if function in IN_FP32 else None
         if dtype is not None:
             args = tuple(cast(argument, dtype) for argument in args)
