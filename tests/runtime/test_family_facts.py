@@ -54,7 +54,7 @@ def width_of(config: Any) -> int:
 
 def mlp_widths_of(model: nn.Module) -> set[int]:
     """Inputs of the layers that feed-forwards and Flux's fused single blocks end with."""
-    ends = (".net.2", ".w2", ".feed_forward.out_layer", ".conv_point")
+    ends = (".net.2", ".w2", ".feed_forward.out_layer", ".conv_point", ".out_projection")
     return {
         module.weight.shape[1]
         for name, module in model.named_modules()

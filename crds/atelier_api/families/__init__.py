@@ -16,6 +16,8 @@ NAMES = (
     "longcat_video",
     "wan_ti2v",
     "flux_kontext",
+    "chroma",
+    "auraflow",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}
