@@ -1,6 +1,8 @@
-"""Settings of the whole suite: one thread per process, no network, no chatter of the libraries."""
+"""Settings of the whole suite: one thread per process, no network, no chatter of the libraries, the long files first."""
 
 import os
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -15,3 +17,8 @@ except ImportError:  # the API, planner and command line are tested without torc
     pass
 else:
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes goes first: a file of it that is left for the end keeps one worker busy and the other idle."""
+    items.sort(key=lambda item: not {"processes", "sweep"} & {mark.name for mark in item.iter_markers()})
