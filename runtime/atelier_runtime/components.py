@@ -90,7 +90,9 @@ def _load_around(
     given |= {name: None for name, entry in config.items() if entry == [None, None]}
     given |= denoisers
     with _whole(folder):
-        pipe = _pipeline_class(family).from_pretrained(str(folder), dtype=dtype, local_files_only=True, **given)
+        pipe = getattr(diffusers, config["_class_name"]).from_pretrained(
+            str(folder), dtype=dtype, local_files_only=True, **given
+        )
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module) and name not in denoisers:
             _placed(component, name, folder, device)
@@ -137,10 +139,6 @@ def _class_of(config: Mapping[str, Any], name: str) -> str | None:
     """Class of a component in `model_index.json`, where it is [library, class]; None where the checkpoint goes without."""
     _, class_name = config.get(name) or (None, None)
     return class_name
-
-
-def _pipeline_class(family: Family) -> Any:
-    return getattr(diffusers, family.pipeline)
 
 
 def _read_json(folder: str | Path, name: str) -> dict[str, Any]:

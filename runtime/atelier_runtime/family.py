@@ -94,7 +94,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     pipeline: ClassVar[str]
-    """Class in diffusers that samples the result."""
+    """Class in diffusers that samples the result; where a family has several, the first: a checkpoint names its own."""
     denoisers: ClassVar[tuple[str, ...]] = ("transformer",)
     """Pipeline components that are trained; a checkpoint may lack all but the first."""
     lora_targets: ClassVar[Mapping[str, tuple[str, ...]]]

@@ -18,6 +18,7 @@ from atelier_api.model_files import base_arguments, lora_loading
 from atelier_api.progress import ArtifactReport
 from atelier_api.run_file import RunFile
 from atelier_runtime.checkpoint.export import ExportedFile, Provenance, export_full, export_lora
+from atelier_runtime.components import read_pipeline_config
 from atelier_runtime.denoisers import gathered_weights
 from atelier_runtime.observe.report import Picture, ReportData, render_report
 from atelier_runtime.reporter import History, peak_memory_bytes
@@ -122,7 +123,7 @@ def _report_data(parts: Parts, store: Store, exports: Sequence[PublishedFile]) -
             ("observed peak memory, rank 0", f"{memory / 2**30:.2f} GiB"),
         ],
         exports=[(file.format, file.key, file.sha256) for file in exports],
-        usage=usage(run_file, parts.family.pipeline, exports),
+        usage=usage(run_file, read_pipeline_config(run_file.model_folder)["_class_name"], exports),
         events=history.events,
     )
 

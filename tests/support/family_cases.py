@@ -162,7 +162,9 @@ def sampling_arguments(case: Case, *, guided: bool) -> dict[str, Any]:
 
 
 def guide(case: Case, positive: Tensor, negative: Tensor) -> Tensor:
-    """The pipeline's classifier-free guidance of 3."""
+    """The pipeline's classifier-free guidance of 3; where it has none, the guidance was embedded."""
+    if case.tiny.counts_from == "nothing":
+        return positive
     base = positive if case.tiny.counts_from == "positive" else negative
     return base + GUIDANCE * (positive - negative)
 
@@ -175,7 +177,8 @@ def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Te
     args, kwargs = recording.set_timesteps
     scheduler.set_timesteps(*args, **kwargs)
     prompts = [PROMPTS[0], ""] if guided else [PROMPTS[0]]
-    conditions = case.conditions(prompts, guidance=case.tiny.embedded)
+    embedded = GUIDANCE if guided and case.tiny.counts_from == "nothing" else case.tiny.embedded
+    conditions = case.conditions(prompts, guidance=embedded)
     assert recording.start is not None
     latents = to_grid(pipe, recording.start)
     for t, theirs in zip(scheduler.timesteps, recording.after, strict=True):

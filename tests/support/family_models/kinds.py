@@ -22,7 +22,8 @@ class Tiny:
 
     `to_grid` and `from_grid` lead from its own layout of latents to ours and back. `guidance_off` is the `guidance_scale` without
     classifier-free guidance, `guided` are arguments that switch real guidance of 3 on where that is not `guidance_scale`.
-    `counts_from` is the prediction to which the pipeline adds the difference. `embedded` is the guidance that the denoiser is told.
+    `counts_from` is the prediction to which the pipeline adds the difference; `nothing` where the guidance is embedded only and there
+    is no second prediction. `embedded` is the guidance that the denoiser is told.
     `width`, `height` and `frames` are those of its samples, larger where its autoencoder would leave nothing of the usual scene.
     """
 
@@ -31,7 +32,7 @@ class Tiny:
     from_grid: Grid = as_they_are
     guidance_off: float = 1.0
     guided: Mapping[str, Any] = field(default_factory=dict)
-    counts_from: Literal["negative", "positive"] = "negative"
+    counts_from: Literal["negative", "positive", "nothing"] = "negative"
     embedded: float | None = None
     width: int = WIDTH
     height: int = HEIGHT
@@ -44,8 +45,12 @@ Config = tuple[type[nn.Module], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Published:
-    """`denoisers` by flavour, in the order of the API's table; `encoders` and `autoencoder` build theirs."""
+    """`denoisers` by flavour, in the order of the API's table; `encoders` and `autoencoder` build theirs.
+
+    `encoders_of` has the flavours whose encoders are others.
+    """
 
     denoisers: Mapping[str, Config]
     encoders: Callable[[], list[nn.Module]]
     autoencoder: Callable[[], nn.Module]
+    encoders_of: Mapping[str, Callable[[], list[nn.Module]]] = field(default_factory=dict)
