@@ -10,6 +10,7 @@ NAMES = (
     *("sd3", "flux", "sdxl", "z_image", "wan"),
     *("pixart_sigma", "sana", "ltx", "kandinsky5_video", "kandinsky5_image"),
     "flux2",
+    "lumina2",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}
