@@ -112,7 +112,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     pipeline: ClassVar[str]
-    """Class in diffusers that samples the result."""
+    """Class in diffusers that samples the result; where a family has several, the first: a checkpoint names its own."""
     denoisers: ClassVar[tuple[str, ...]] = ("transformer",)
     """Pipeline components that are trained; a checkpoint may lack all but the first."""
     left_out: ClassVar[tuple[str, ...]] = ()
@@ -167,8 +167,8 @@ class Family(ABC):
         return Latents(mean=(posterior.mean - shift) * scale, std=posterior.std * scale)
 
     def pipeline_of(self, pipeline_config: Mapping[str, Any]) -> str:
-        """Class in diffusers that samples the checkpoint with this `model_index.json`."""
-        return self.pipeline
+        """Class that samples the checkpoint with this `model_index.json`: by default the one that it names."""
+        return str(pipeline_config["_class_name"])
 
     def given_frames(self, pipeline_config: Mapping[str, Any], denoiser_config: Mapping[str, Any]) -> tuple[Frame, ...]:
         """The frames of a clip that this checkpoint is shown. `denoiser_config` is the `config.json` of its first denoiser."""

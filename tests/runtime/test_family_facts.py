@@ -1,5 +1,6 @@
 """The API's table against the real classes, built from the published configs without memory."""
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -35,6 +36,10 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def count_built(build: Callable[[], list[nn.Module]]) -> int:
+    return count(without_memory(lambda: nn.ModuleList(build())))
+
+
 def blocks_of(family: Family, model: nn.Module) -> list[nn.Module]:
     return [block for part in family.blocks for block in model.get_submodule(part.attribute).children()]
 
@@ -48,13 +53,16 @@ def layers_of(family: Family, model: nn.Module) -> int:
 def width_of(config: Any) -> int:
     if "block_out_channels" in config:
         return config.block_out_channels[-1]
-    named = config.get("dim") or config.get("model_dim") or config.get("hidden_size")
-    return named or config.num_attention_heads * config.attention_head_dim
+    own = next((config[name] for name in ("dim", "model_dim", "hidden_size") if config.get(name)), None)
+    return own or config.num_attention_heads * config.attention_head_dim
 
 
 def mlp_widths_of(model: nn.Module) -> set[int]:
     """Inputs of the layers that feed-forwards and Flux's fused single blocks end with."""
-    ends = (".net.2", ".w2", ".feed_forward.out_layer", ".conv_point", ".out_projection")
+    ends = (
+        *(".net.2", ".w2", ".feed_forward.out_layer", ".conv_point", ".out_projection"),
+        *(".linear_out", ".feed_forward.linear_2"),
+    )
     return {
         module.weight.shape[1]
         for name, module in model.named_modules()
@@ -83,12 +91,11 @@ def test_sizes_of_the_denoiser_are_those_of_the_published_config(facts: FamilyFa
 @pytest.mark.parametrize("facts", TABLE.values(), ids=lambda facts: facts.name)
 def test_sizes_of_encoders_and_autoencoder_are_those_of_the_published_configs(facts: FamilyFacts) -> None:
     published = PUBLISHED[facts.name]
-    encoders = count(without_memory(lambda: nn.ModuleList(published.encoders())))
     autoencoder = without_memory(published.autoencoder)
+    sizes = {build: count_built(build) for build in (published.encoders, *published.encoders_of.values())}
     for flavour in facts.flavours:
-        beside = published.picture_encoders.get(flavour.name)
-        expected = encoders + (count(without_memory(beside)) if beside else 0)
-        assert flavour.encoder_parameters == pytest.approx(expected, rel=0.01)
+        build = published.encoders_of.get(flavour.name, published.encoders)
+        assert flavour.encoder_parameters == pytest.approx(sizes[build], rel=0.01)
         assert flavour.vae_parameters == pytest.approx(count(autoencoder), rel=0.01)
 
 

@@ -233,8 +233,8 @@ def sampling_arguments(case: Case, *, guided: bool) -> dict[str, Any]:
 
 
 def guide(case: Case, positive: Tensor, negative: Tensor) -> Tensor:
-    """The pipeline's classifier-free guidance of 3."""
-    return case.tiny.combine(positive, negative, GUIDANCE)
+    """The pipeline's classifier-free guidance of 3; where it has none, the guidance was embedded."""
+    return positive if case.tiny.combine is None else case.tiny.combine(positive, negative, GUIDANCE)
 
 
 def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -245,7 +245,8 @@ def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Te
     args, kwargs = recording.set_timesteps
     scheduler.set_timesteps(*args, **kwargs)
     prompts = [PROMPTS[0], ""] if guided else [PROMPTS[0]]
-    conditions = case.conditions(prompts, guidance=case.tiny.embedded, samples=[0] * len(prompts))
+    embedded = GUIDANCE if guided and case.tiny.combine is None else case.tiny.embedded
+    conditions = case.conditions(prompts, guidance=embedded, samples=[0] * len(prompts))
     assert recording.start is not None
     latents = to_grid(pipe, recording.start)
     for t, theirs in zip(scheduler.timesteps, recording.after, strict=True):

@@ -18,6 +18,8 @@ NAMES = (
     "flux_kontext",
     "chroma",
     "auraflow",
+    "flux2",
+    "lumina2",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}

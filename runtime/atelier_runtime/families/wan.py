@@ -28,9 +28,6 @@ class Wan(WanNetwork):
     pipeline = "WanPipeline"
     denoisers = ("transformer", "transformer_2")
 
-    def pipeline_of(self, pipeline_config: Mapping[str, Any]) -> str:
-        return str(pipeline_config["_class_name"])
-
     def given_frames(self, pipeline_config: Mapping[str, Any], denoiser_config: Mapping[str, Any]) -> tuple[Frame, ...]:
         """Raises ConfigError for TI2V-5B, as `stages` does."""
         _refuse_a_time_per_token(pipeline_config)

@@ -29,8 +29,9 @@ class Tiny:
 
     `to_grid` and `from_grid` lead from its own layout of latents to ours and back. `guidance_off` is the `guidance_scale` without
     classifier-free guidance, `guided` are arguments that switch real guidance of 3 on where that is not `guidance_scale`.
-    `combine` is the pipeline's guidance where it is another. `embedded` is the guidance that the denoiser is told. `clips`: the
-    autoencoder of a family of pictures takes clips, here of one frame.
+    `combine` is the pipeline's guidance where it is another; None where the guidance is embedded only and there is no second
+    prediction. `embedded` is the guidance that the denoiser is told. `clips`: the autoencoder of a family of pictures takes clips,
+    here of one frame.
     `width`, `height` and `frames` are those of its samples, larger where its autoencoder would leave nothing of the usual scene.
     """
 
@@ -39,7 +40,7 @@ class Tiny:
     from_grid: Grid = as_they_are
     guidance_off: float = 1.0
     guided: Mapping[str, Any] = field(default_factory=dict)
-    combine: Combine = from_the_negative
+    combine: Combine | None = from_the_negative
     embedded: float | None = None
     clips: bool = False
     width: int = WIDTH
@@ -55,12 +56,12 @@ Config = tuple[type[nn.Module], Mapping[str, Any]]
 class Published:
     """`denoisers` by flavour, in the order of the API's table; `encoders` and `autoencoder` build theirs.
 
-    `features` are those of a caption of full length, where they have other names than most. `picture_encoders` by flavour, where one
-    has encoders beside those of all.
+    `features` are those of a caption of full length, where they have other names than most. `encoders_of` has the flavours whose
+    encoders are others.
     """
 
     denoisers: Mapping[str, Config]
     encoders: Callable[[], list[nn.Module]]
     autoencoder: Callable[[], nn.Module]
     features: Callable[[], dict[str, Tensor]] | None = None
-    picture_encoders: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    encoders_of: Mapping[str, Callable[[], list[nn.Module]]] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -121,6 +122,12 @@ def clip_vision_huge() -> CLIPVisionModel:
 
 WAN_14B: dict[str, Any] = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
 I2V_14B = WAN_14B | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+
+
+def umt5_xxl() -> list[nn.Module]:
+    return [UMT5EncoderModel(UMT5Config(vocab_size=256384, **XXL))]
+
+
 PUBLISHED = Published(
     denoisers={
         "2.1-t2v-1.3b": (WanTransformer3DModel, {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}),
@@ -131,7 +138,9 @@ PUBLISHED = Published(
         "2.1-flf2v-14b-720p": (WanTransformer3DModel, I2V_14B | {"pos_embed_seq_len": 514}),
         "2.2-i2v-a14b": (WanTransformer3DModel, WAN_14B | {"in_channels": 36}),
     },
-    encoders=lambda: [UMT5EncoderModel(UMT5Config(vocab_size=256384, **XXL))],
+    encoders=umt5_xxl,
     autoencoder=AutoencoderKLWan,
-    picture_encoders=dict.fromkeys(("2.1-i2v-14b-480p", "2.1-i2v-14b-720p", "2.1-flf2v-14b-720p"), clip_vision_huge),
+    encoders_of=dict.fromkeys(
+        ("2.1-i2v-14b-480p", "2.1-i2v-14b-720p", "2.1-flf2v-14b-720p"), lambda: [*umt5_xxl(), clip_vision_huge()]
+    ),
 )
