@@ -115,6 +115,11 @@ def record(pipe: Any, arguments: dict[str, Any]) -> Recording:
     """Runs the pipeline and keeps what is needed to walk the same path."""
     recording = Recording()
     scheduler = pipe.scheduler
+
+    def on_latents(latents: Tensor) -> None:
+        recording.after.append(latents.clone())
+
+    callback = step_callback(pipe, on_latents)
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
 
     def spy_set(*args: Any, **kwargs: Any) -> Any:
@@ -124,32 +129,33 @@ def record(pipe: Any, arguments: dict[str, Any]) -> Recording:
     def spy_step(output: Tensor, t: Tensor, sample: Tensor, **kwargs: Any) -> Any:
         if recording.start is None:
             recording.start = sample.clone()
-        return step(output, t, sample, **kwargs)
-
-    def on_latents(latents: Tensor) -> None:
-        recording.after.append(latents.clone())
+        result = step(output, t, sample, **kwargs)
+        if not callback:
+            on_latents(result[0])
+        return result
 
     # The pipelines look at the signatures to decide what to pass.
     spy_set.__wrapped__, spy_step.__wrapped__ = set_timesteps, step  # type: ignore[attr-defined]
 
     scheduler.set_timesteps, scheduler.step = spy_set, spy_step
     try:
-        pipe(**arguments, output_type="latent", **step_callback(pipe, on_latents))
+        pipe(**arguments, output_type="latent", **callback)
     finally:
         del scheduler.set_timesteps, scheduler.step
     return recording
 
 
 def step_callback(pipe: Any, on_latents: Callable[[Tensor], None]) -> dict[str, Any]:
-    """The argument that hands the latents over after every step: older pipelines know the deprecated one only."""
+    """The argument that hands the latents over after every step: older pipelines know the deprecated one only, some know none."""
 
     def on_step_end(_: Any, number: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         on_latents(tensors["latents"])
         return {}
 
-    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+    known = inspect.signature(pipe.__call__).parameters
+    if "callback_on_step_end" in known:
         return {"callback_on_step_end": on_step_end}
-    return {"callback": lambda number, t, latents: on_latents(latents)}
+    return {"callback": lambda number, t, latents: on_latents(latents)} if "callback" in known else {}
 
 
 def sampling_arguments(case: Case, *, guided: bool) -> dict[str, Any]:
@@ -164,7 +170,7 @@ def sampling_arguments(case: Case, *, guided: bool) -> dict[str, Any]:
 def guide(case: Case, positive: Tensor, negative: Tensor) -> Tensor:
     """The pipeline's classifier-free guidance of 3."""
     base = positive if case.tiny.counts_from == "positive" else negative
-    return base + GUIDANCE * (positive - negative)
+    return case.tiny.rescaled(positive, base + GUIDANCE * (positive - negative))
 
 
 def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Tensor, Tensor]]:

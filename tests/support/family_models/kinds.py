@@ -16,13 +16,19 @@ def as_they_are(_: Any, latents: Tensor) -> Tensor:
     return latents
 
 
+def unscaled(_: Tensor, guided: Tensor) -> Tensor:
+    return guided
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A stock pipeline of real classes with random weights: no download, under a second, and what is particular of it.
 
     `to_grid` and `from_grid` lead from its own layout of latents to ours and back. `guidance_off` is the `guidance_scale` without
     classifier-free guidance, `guided` are arguments that switch real guidance of 3 on where that is not `guidance_scale`.
-    `counts_from` is the prediction to which the pipeline adds the difference. `embedded` is the guidance that the denoiser is told.
+    `counts_from` is the prediction to which the pipeline adds the difference, `rescaled` what it makes of (the conditional prediction,
+    the guided one) afterwards. `embedded` is the guidance that the denoiser is told. `clips`: the autoencoder of a family of pictures
+    takes clips, here of one frame.
     `width`, `height` and `frames` are those of its samples, larger where its autoencoder would leave nothing of the usual scene.
     """
 
@@ -32,7 +38,9 @@ class Tiny:
     guidance_off: float = 1.0
     guided: Mapping[str, Any] = field(default_factory=dict)
     counts_from: Literal["negative", "positive"] = "negative"
+    rescaled: Callable[[Tensor, Tensor], Tensor] = unscaled
     embedded: float | None = None
+    clips: bool = False
     width: int = WIDTH
     height: int = HEIGHT
     frames: int = FRAMES
