@@ -89,7 +89,8 @@ def test_sizes_of_encoders_and_autoencoder_are_those_of_the_published_configs(fa
 
 @pytest.mark.parametrize(("facts", "flavour"), DISTINCT_FLAVOURS)
 def test_activation_bytes_are_what_a_forward_pass_keeps(facts: FamilyFacts, flavour: Flavour) -> None:
-    measured = bytes_per_token(FAMILIES[facts.name], flavour, published_denoiser(facts.name, flavour.name))
+    model, features = published_denoiser(facts.name, flavour.name), PUBLISHED[facts.name].features
+    measured = bytes_per_token(FAMILIES[facts.name], flavour, model, features)
     assert flavour.activation_bytes_per_token == pytest.approx(measured, rel=0.03)
 
 

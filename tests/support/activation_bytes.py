@@ -93,7 +93,9 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def bytes_per_token(family: Family, flavour: Flavour, model: nn.Module) -> float:
+def bytes_per_token(
+    family: Family, flavour: Flavour, model: nn.Module, features: Callable[[], dict[str, Tensor]] | None = None
+) -> float:
     """Bytes that a block keeps per token of a sample, on the average of the blocks, for LoRA on `attention` over weights in bf16.
 
     `model` is a published denoiser on the meta device. One sample of 1024 x 1024 pixels, or 81 frames of 832 x 480.
@@ -106,7 +108,8 @@ def bytes_per_token(family: Family, flavour: Flavour, model: nn.Module) -> float
         noisy = torch.empty(
             1, facts.latent_channels, *depth, height // facts.latent_factor, width // facts.latent_factor
         )
-        conditions = Conditions(text=text_features(model, flavour.text_tokens), sizes=torch.empty(1, 6))
+        text = features() if features else text_features(model, flavour.text_tokens)
+        conditions = Conditions(text=text, sizes=torch.empty(1, 6))
         time = torch.empty(1)
         total = saved_bytes(model, lambda: family.predict(model, noisy, time, conditions))
     return total / flavour.layers / (facts.latent_tokens(width, height, frames) + flavour.text_tokens)

@@ -52,8 +52,12 @@ Config = tuple[type[nn.Module], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Published:
-    """`denoisers` by flavour, in the order of the API's table; `encoders` and `autoencoder` build theirs."""
+    """`denoisers` by flavour, in the order of the API's table; `encoders` and `autoencoder` build theirs.
+
+    `features` are those of a caption of full length, where they have other names than most.
+    """
 
     denoisers: Mapping[str, Config]
     encoders: Callable[[], list[nn.Module]]
     autoencoder: Callable[[], nn.Module]
+    features: Callable[[], dict[str, Tensor]] | None = None
