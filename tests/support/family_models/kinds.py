@@ -28,7 +28,9 @@ class Tiny:
     classifier-free guidance, `guided` are arguments that switch real guidance of 3 on where that is not `guidance_scale`.
     `counts_from` is the prediction to which the pipeline adds the difference, `rescaled` what it makes of (the conditional prediction,
     the guided one) afterwards. `embedded` is the guidance that the denoiser is told. `clips`: the autoencoder of a family of pictures
-    takes clips, here of one frame.
+    takes clips, here of one frame. `noise`: how its scheduler counts noise, as `flow` does times 1000, `inverted` by the share of
+    the clean picture, or as `edm`, whose latents are clean + sigma * noise. `negative` is the prompt that it contrasts with.
+    `picture_step` is what the pipeline rounds its pictures to, of a range from 0 to 1; 0 if it does not round.
     `width`, `height` and `frames` are those of its samples, larger where its autoencoder would leave nothing of the usual scene.
     """
 
@@ -41,6 +43,9 @@ class Tiny:
     rescaled: Callable[[Tensor, Tensor], Tensor] = unscaled
     embedded: float | None = None
     clips: bool = False
+    noise: Literal["flow", "inverted", "edm"] = "flow"
+    negative: str = ""
+    picture_step: float = 0.0
     width: int = WIDTH
     height: int = HEIGHT
     frames: int = FRAMES
