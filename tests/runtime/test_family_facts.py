@@ -47,12 +47,13 @@ def layers_of(family: Family, model: nn.Module) -> int:
 def width_of(config: Any) -> int:
     if "block_out_channels" in config:
         return config.block_out_channels[-1]
-    return config.get("dim") or config.get("model_dim") or config.num_attention_heads * config.attention_head_dim
+    named = config.get("dim") or config.get("model_dim") or config.get("hidden_size")
+    return named or config.num_attention_heads * config.attention_head_dim
 
 
 def mlp_widths_of(model: nn.Module) -> set[int]:
     """Inputs of the layers that feed-forwards and Flux's fused single blocks end with."""
-    ends = (".net.2", ".w2", ".feed_forward.out_layer", ".conv_point")
+    ends = (".net.2", ".w2", ".feed_forward.out_layer", ".conv_point", ".down_proj")
     return {
         module.weight.shape[1]
         for name, module in model.named_modules()

@@ -5,7 +5,9 @@ keeps queries, keys, values, output and one fp32 number per query.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,8 @@ class CudaAutocast(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if function is Tensor.__bool__ and args[0].is_meta:
+            return True  # a choice by a length, which has no value here: that of long sequences
         if function is F.scaled_dot_product_attention:
             query, key, value = (cast(tensor, torch.bfloat16) for tensor in (*args, *kwargs.values())[:3])
             return FlashAttention.apply(query, key, value)
@@ -87,7 +91,9 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
             kept[storage._cdata] = storage  # held on to, so that no later storage gets its number
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), CudaAutocast():
+    # Layers that switch autocast off for a few lines ask torch for that of their device, and there is none for meta.
+    no_autocast = mock.patch.object(torch, "autocast", return_value=nullcontext())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), CudaAutocast(), no_autocast:
         output = forward()
     assert output.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
