@@ -9,6 +9,7 @@ __all__ = ["FAMILIES", "NAMES", "FamilyFacts", "Flavour"]
 NAMES = (
     *("sd3", "flux", "sdxl", "z_image", "wan"),
     *("pixart_sigma", "sana", "ltx", "kandinsky5_video", "kandinsky5_image"),
+    "cosmos2",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}
