@@ -106,9 +106,10 @@ def _load_around(
     denoisers: Mapping[str, nn.Module], family: Family, folder: str | Path, *, dtype: torch.dtype, device: torch.device
 ) -> Any:
     config = _checked_config(family, folder)
-    given: dict[str, nn.Module | None] = dict.fromkeys((*family.denoisers, *family.left_out))
+    given: dict[str, Any] = dict.fromkeys((*family.denoisers, *family.left_out))
     # diffusers wants to be told of what the checkpoint goes without, although the index says so.
     given |= {name: None for name, entry in config.items() if entry == [None, None]}
+    given |= family.provided_components()
     given |= denoisers
     pipeline = class_named(family.pipeline_of(config))
     _check_whole(pipeline, {*config, *given}, folder)

@@ -141,6 +141,10 @@ class Family(ABC):
         """
         return ()
 
+    def provided_components(self) -> dict[str, Any]:
+        """Components that the stock pipeline is given beside those of the checkpoint. Asked each time before it is built."""
+        return {}
+
     @abstractmethod
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """Features of each prompt exactly as the stock pipeline makes them, on the encoders' device, at true length."""

@@ -61,7 +61,7 @@ def mlp_widths_of(model: nn.Module) -> set[int]:
     """Inputs of the layers that feed-forwards and Flux's fused single blocks end with."""
     ends = (
         *(".net.2", ".w2", ".feed_forward.out_layer", ".conv_point", ".out_projection"),
-        *(".linear_out", ".feed_forward.linear_2"),
+        *(".linear_out", ".feed_forward.linear_2", ".down_proj"),
     )
     return {
         module.weight.shape[1]

@@ -5,7 +5,9 @@ keeps queries, keys, values, output and one fp32 number per query; the kernels t
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +70,8 @@ class CudaAutocast(TorchFunctionMode):
             return torch.ones((), dtype=torch.bool, device="cpu")
         if function is not Tensor.__getitem__ and (function is F.pad or any(is_valueless(each) for each in args)):
             args = tuple(each.to("meta") if isinstance(each, Tensor) and each.ndim else each for each in args)
+        if function is Tensor.__bool__ and args[0].is_meta:
+            return True  # a choice by a length, which has no value here: that of long sequences
         if function is F.scaled_dot_product_attention:
             inputs = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
             query, key, value = (cast(inputs[name], torch.bfloat16) for name in ("query", "key", "value"))
@@ -101,7 +105,9 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
             kept[storage._cdata] = storage  # held on to, so that no later storage gets its number
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), CudaAutocast():
+    # Layers that switch autocast off for a few lines ask torch for that of their device, and there is none for meta.
+    no_autocast = mock.patch.object(torch, "autocast", return_value=nullcontext())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), CudaAutocast(), no_autocast:
         output = forward()
     assert output.requires_grad
     return sum(storage.nbytes() for storage in kept.values())

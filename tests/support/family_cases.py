@@ -237,6 +237,14 @@ def guide(case: Case, positive: Tensor, negative: Tensor) -> Tensor:
     return positive if case.tiny.combine is None else case.tiny.combine(positive, negative, GUIDANCE)
 
 
+def flow_input(tiny: Tiny, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Noisy latents and sigma of flow matching, of the latents and the time of the pipeline's scheduler."""
+    if tiny.noise == "inverted":
+        return latents, (1 - t).float()
+    sigma = (t / 1000).float()
+    return (latents / (1 + sigma), sigma / (1 + sigma)) if tiny.noise == "edm" else (latents, sigma)
+
+
 def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """(our latents, the pipeline's) after every step of its schedule, ours made with the family's text and prediction alone."""
     pipe, family = case.pipe, case.family
@@ -244,20 +252,26 @@ def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Te
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     args, kwargs = recording.set_timesteps
     scheduler.set_timesteps(*args, **kwargs)
-    prompts = [PROMPTS[0], ""] if guided else [PROMPTS[0]]
+    if case.tiny.noise == "edm":
+        scheduler.sigmas = pipe.scheduler.sigmas  # of which the pipeline has changed the last
+    prompts = [PROMPTS[0], case.tiny.negative] if guided else [PROMPTS[0]]
     embedded = GUIDANCE if guided and case.tiny.combine is None else case.tiny.embedded
     conditions = case.conditions(prompts, guidance=embedded, samples=[0] * len(prompts))
     assert recording.start is not None
     latents = to_grid(pipe, recording.start)
     for t, theirs in zip(scheduler.timesteps, recording.after, strict=True):
         if family.facts.objective == "flow":
-            model_input, time = latents, (t / 1000).float()
+            model_input, time = flow_input(case.tiny, latents, t)
         else:
             model_input, time = scheduler.scale_model_input(latents, t), t.long()
-        denoiser = case.denoiser_at(float(t) / 1000)
+        denoiser = case.denoiser_at(float(t) / 1000 if case.tiny.noise == "flow" else float(time))
         prediction = family.predict(
             denoiser, model_input.expand(len(prompts), *latents.shape[1:]), time.expand(len(prompts)), conditions
         )
         output = guide(case, prediction[:1], prediction[1:]) if guided else prediction
+        if case.tiny.noise == "inverted":
+            output = -output
+        elif case.tiny.noise == "edm":  # its scheduler steps along (latents - clean) / sigma
+            output = (latents - (model_input - time * output)) / (t / 1000)
         latents = scheduler.step(output, t, latents, return_dict=False)[0]
         yield latents, to_grid(pipe, theirs)

@@ -20,6 +20,7 @@ NAMES = (
     "auraflow",
     "flux2",
     "lumina2",
+    "cosmos2",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}

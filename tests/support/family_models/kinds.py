@@ -23,6 +23,11 @@ def from_the_negative(positive: Tensor, negative: Tensor, guidance: float) -> Te
     return negative + guidance * (positive - negative)
 
 
+def from_the_positive(positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
+    """Guidance whose 0 is the positive prediction alone."""
+    return positive + guidance * (positive - negative)
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A stock pipeline of real classes with random weights: no download, under a second, and what is particular of it.
@@ -31,7 +36,9 @@ class Tiny:
     classifier-free guidance, `guided` are arguments that switch real guidance of 3 on where that is not `guidance_scale`.
     `combine` is the pipeline's guidance where it is another; None where the guidance is embedded only and there is no second
     prediction. `embedded` is the guidance that the denoiser is told. `clips`: the autoencoder of a family of pictures takes clips,
-    here of one frame.
+    here of one frame. `noise`: how its scheduler counts noise, as `flow` does times 1000, `inverted` by the share of the clean
+    picture, or as `edm`, whose latents are clean + sigma * noise. `negative` is the prompt that it contrasts with. `picture_step` is
+    what the pipeline rounds its pictures to, of a range from 0 to 1; 0 if it does not round.
     `width`, `height` and `frames` are those of its samples, larger where its autoencoder would leave nothing of the usual scene.
     """
 
@@ -43,6 +50,9 @@ class Tiny:
     combine: Combine | None = from_the_negative
     embedded: float | None = None
     clips: bool = False
+    noise: Literal["flow", "inverted", "edm"] = "flow"
+    negative: str = ""
+    picture_step: float = 0.0
     width: int = WIDTH
     height: int = HEIGHT
     frames: int = FRAMES

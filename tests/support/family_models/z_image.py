@@ -1,10 +1,9 @@
 """Z-Image."""
 
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
-from family_models.kinds import Published, Tiny
+from family_models.kinds import Published, Tiny, from_the_positive
 from family_models.parts import chat_tokenizer, kl_autoencoder, seeded
 from family_models.published_parts import kl_16
 
@@ -41,10 +40,6 @@ def tiny() -> ZImagePipeline:
             )
         ),
     )
-
-
-def from_the_positive(positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
-    return positive + guidance * (positive - negative)
 
 
 TINY = {"z_image": Tiny(tiny, guidance_off=0.0, combine=from_the_positive)}
