@@ -19,7 +19,7 @@ from atelier_runtime.lora_layout import ADDED_QUERY_KEY_VALUE, QUERY_KEY_VALUE, 
 
 TRAINING_GUIDANCE = 1.0
 """A distilled checkpoint is trained as if it were asked for no guidance: the data holds none."""
-# Single blocks have one layer into attention and feed-forward and one out of both: either preset trains them.
+# Single blocks have one layer into attention and feed-forward and one out of both: they count as attention.
 SINGLE = ("to_qkv_mlp_proj", "attn.to_out")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 MLP = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
@@ -57,7 +57,7 @@ class Flux2(Family):
     pipeline = "Flux2Pipeline"
     lora_targets = {  # noqa: RUF012
         "attention": ATTENTION + SINGLE,
-        "mlp": MLP + SINGLE,
+        "mlp": MLP,
         "all": ATTENTION + MLP + SINGLE,
     }
     lora_layout = LAYOUT

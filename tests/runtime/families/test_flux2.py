@@ -161,10 +161,9 @@ def test_a_checkpoint_is_loaded_by_the_pipeline_that_it_names(name: str, tmp_pat
     assert made.__name__ in FAMILY.facts.pipelines
 
 
-@pytest.mark.parametrize("preset", ["attention", "mlp"])
-def test_either_preset_trains_single_blocks_whose_layers_are_both(preset: str) -> None:
+def test_the_attention_preset_trains_single_blocks_whose_layers_are_fused_with_the_feed_forward() -> None:
     transformer = tiny_pipeline("flux2").transformer
-    found = resolve_targets(transformer, [preset], FAMILY)
+    found = resolve_targets(transformer, ["attention"], FAMILY)
     assert {"single_transformer_blocks.0.attn.to_qkv_mlp_proj", "single_transformer_blocks.0.attn.to_out"} <= set(found)
     # `to_out` is a layer there and a list in a block of two streams.
     assert all(isinstance(transformer.get_submodule(module), nn.Linear) for module in found)
