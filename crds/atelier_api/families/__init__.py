@@ -10,6 +10,7 @@ NAMES = (
     *("sd3", "flux", "sdxl", "z_image", "wan"),
     *("pixart_sigma", "sana", "ltx", "kandinsky5_video", "kandinsky5_image"),
     "cosmos2",
+    "omnigen",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}
