@@ -21,6 +21,7 @@ NAMES = (
     "flux2",
     "lumina2",
     "cosmos2",
+    "omnigen",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}
