@@ -2,9 +2,9 @@
 
 import json
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -23,11 +23,11 @@ ANSWER_SECONDS = 2.0
 
 
 def fetch(port: int) -> Progress | None:
-    """The agent's `/progress`; None when it does not answer, which a busy machine may cause at any time."""
+    """The agent's `/progress`; None when it does not answer, or ends before it has said all: a busy machine may cause both."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/progress", timeout=ANSWER_SECONDS) as answer:
             return Progress.model_validate(json.loads(answer.read()))
-    except (OSError, urllib.error.URLError, ValueError):
+    except (OSError, HTTPException, ValueError):
         return None
 
 

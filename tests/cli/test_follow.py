@@ -2,13 +2,15 @@
 
 import io
 import re
+import socket
+import threading
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from atelier_api.progress import CheckpointReport, FunnelReport, Progress
-from atelier_cli.follow import Bar, Lines, Watch, funnel_lines, last_lines, numbers
+from atelier_cli.follow import Bar, Lines, Watch, fetch, funnel_lines, last_lines, numbers
 
 
 class Record:
@@ -113,3 +115,21 @@ def test_json_lines_of_a_log_are_made_readable(tmp_path: Path) -> None:
     )
     assert last_lines(path, 4) == ["WARNING careful step=7", "ERROR failed\nTraceback: no", '{"a": 1}', "[1]"]
     assert last_lines(tmp_path / "none", 4) == []
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 602\r\n\r\n", b"nothing of the kind\r\n\r\n"]
+)
+def test_an_agent_that_ends_while_it_answers_is_none(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+        agent = threading.Thread(target=hang_up)
+        agent.start()
+        assert fetch(server.getsockname()[1]) is None
+        agent.join()

@@ -114,7 +114,8 @@ def test_runs_outlive_the_release_and_the_next_one_takes_the_crds_over(cluster: 
 def test_runs_go_with_the_release_where_it_is_told_so(cluster: Cluster, helm: Helm) -> None:
     helm("install", "--create-namespace", values=profiles("one") | {"crds": {"keep": False}})
     helm("uninstall")
-    until(lambda: crds(cluster) == [], "the CRDs to be gone")
+    # The API server looks for a minute whether all objects of a kind are gone, and where it has seen one begins again.
+    until(lambda: crds(cluster) == [], "the CRDs to be gone", seconds=240)
 
 
 def test_the_webhooks_certificate_is_kept_by_upgrades_and_made_anew_in_time(cluster: Cluster, helm: Helm) -> None:
