@@ -103,7 +103,8 @@ class EncodedSamples:
 
     def __init__(self, work: Workload, file: RunFile, model: nn.Module, device: torch.device) -> None:
         facts = FAMILIES[work.family]
-        text = text_features(model, table_facts(file.spec.model).text_tokens)
+        features = PUBLISHED[work.family].features
+        text = features() if features else text_features(model, table_facts(file.spec.model).text_tokens)
         video = facts.modality == "video"
         self.device = device
         self.frame_rate = 16.0 if video else None
@@ -123,7 +124,7 @@ class EncodedSamples:
     def text(self, sample: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(1_000_000 + sample)
         return {
-            key: value if value.dtype == torch.bool else torch.randn(value.shape, generator=generator).to(value.dtype)
+            key: torch.randn(value.shape, generator=generator).to(value.dtype) if value.is_floating_point() else value
             for key, value in self._text.items()
         }
 

@@ -87,7 +87,7 @@ def attempt(loop: Callable[[], Trained], device: torch.device) -> Trained | str:
     """What came of it, or why it failed, out of memory for one: the others still run. The memory is free again."""
     try:
         return loop()
-    except RuntimeError as error:
+    except Exception as error:
         # Before anything else: after an illegal access, freeing the tensors of the frames ends the process.
         traceback.print_exc()
         return f"{type(error).__name__}: {str(error)[:200]}"

@@ -52,6 +52,21 @@ MEMORY = (
     Workload("G11", "sd3", "3.5-large"),
     Workload("G11", "sd3", "3.5-medium", full_rank=True, recompute=True),
     Workload("G11", "wan", "2.1-t2v-1.3b", edge=512, frames=49, recompute=True),
+    Workload("G11", "qwen_image", "base"),
+    Workload("G11", "chroma", "base"),
+    Workload("G11", "hidream", "full", recompute=True),
+    Workload("G11", "auraflow", "0.3"),
+    Workload("G11", "flux2", "klein-base-9b"),
+    Workload("G11", "lumina2", "2.0"),
+    Workload("G11", "pixart_sigma", "xl-2-1024"),
+    Workload("G11", "sana", "1.5-1.6b"),
+    Workload("G11", "kandinsky5_image", "t2i-lite-sft"),
+    Workload("G11", "longcat_image", "base"),
+    Workload("G11", "cosmos2", "2b"),
+    Workload("G11", "hunyuan_video15", "480p-t2v", edge=512, frames=49, recompute=True),
+    Workload("G11", "kandinsky5_video", "t2v-lite-sft-5s", edge=512, frames=49, recompute=True),
+    Workload("G11", "wan_ti2v", "2.2-ti2v-5b", edge=512, frames=49, recompute=True),
+    Workload("G11", "ltx", "0.9.0", edge=512, frames=49, recompute=True),
 )
 """For G11, whatever their own id."""
 
