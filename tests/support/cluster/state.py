@@ -21,7 +21,9 @@ from cluster.network import Network
 # Short, because a socket's path may have 108 characters at most, and on a disk, because nodes keep their images there.
 STATES = Path("/var/tmp") / f"atelier-clusters-{os.geteuid()}"
 _SYSCTLS = STATES / "sysctls.json"
-SYSCTL_NAMES = ("vm/overcommit_memory", "kernel/panic", "kernel/panic_on_oops")
+_WATCHES = "fs/inotify/max_user_instances"
+_WATCHES_NEEDED = 1024  # two clusters of two nodes, each pod and kubelet with some, exceed Linux's 128
+SYSCTL_NAMES = ("vm/overcommit_memory", "kernel/panic", "kernel/panic_on_oops", _WATCHES)
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,13 @@ def remove(record: Record) -> None:
             STATES.rmdir()
 
 
-def save_sysctls() -> None:
-    """Keep what the first kubelet of the machine is about to change, for the last cluster with nodes to put back."""
+def change_sysctls() -> None:
+    """Allow the inotify instances that nodes need. The last cluster with nodes puts back what is changed here and by kubelets."""
     with _locked():
         if not _SYSCTLS.exists():
             _SYSCTLS.write_text(json.dumps({name: _sysctl(name).read_text().strip() for name in SYSCTL_NAMES}))
+        if int(_sysctl(_WATCHES).read_text()) < _WATCHES_NEEDED:
+            _sysctl(_WATCHES).write_text(str(_WATCHES_NEEDED))
 
 
 def _restore_sysctls() -> None:
