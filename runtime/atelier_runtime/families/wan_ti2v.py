@@ -22,6 +22,10 @@ class WanTI2V(WanNetwork):
     name = "wan_ti2v"
     pipeline = "WanImageToVideoPipeline"
 
+    def pipeline_of(self, pipeline_config: Mapping[str, Any]) -> str:
+        """That which is shown a picture: the published index names the one that draws from text alone."""
+        return self.pipeline
+
     def given_frames(self, pipeline_config: Mapping[str, Any], denoiser_config: Mapping[str, Any]) -> tuple[Frame, ...]:
         """The first. Raises ConfigError for a checkpoint of another kind, as `stages` does."""
         _require_a_time_per_token(pipeline_config)
