@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := crds/atelier_api operator/atelier_operator runtime/atelier_runtime cli/atelier_cli
-CODE := $(PACKAGES) helm tests examples
+CODE := $(PACKAGES) helm tests examples docs/modelgen.py
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast verify format crds bench bench-gpu cluster cluster-down e2e-image clean
+.PHONY: help setup demo test test-fast conformance verify format crds bench bench-gpu cluster cluster-down e2e-image clean
 
 help:  ## print this help
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,6 +33,10 @@ test: setup  ## the whole test suite; the first time it builds a Kubernetes (ten
 test-fast: setup  ## the tests that start no process groups and no servers, without the sweeps (under 3 minutes)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not processes and not sweep"
 
+conformance: setup  ## try every cell of every model family and write down what is proved (ten minutes)
+	$(BIN)/pytest -n 2 --dist loadfile -m cell --record-conformance
+	$(BIN)/python docs/modelgen.py
+
 verify: setup  ## formatting, lint, types, import directions, generated files
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
@@ -41,6 +45,7 @@ verify: setup  ## formatting, lint, types, import directions, generated files
 	$(BIN)/python -m atelier_api.crdgen --check
 	$(BIN)/python -m atelier_api.docgen --check
 	$(BIN)/python helm/chartgen.py --check
+	$(BIN)/python docs/modelgen.py --check
 
 format: setup  ## format the code and mend what the linter can
 	$(BIN)/ruff format $(CODE)
@@ -50,6 +55,7 @@ crds: setup  ## regenerate the CRDs, the chart's schema and the reference pages 
 	$(BIN)/python -m atelier_api.crdgen
 	$(BIN)/python -m atelier_api.docgen
 	$(BIN)/python helm/chartgen.py
+	$(BIN)/python docs/modelgen.py
 
 bench: setup  ## speed, as ratios of interleaved runs and as counts (performance.md names the targets)
 	$(BIN)/python tests/bench/main.py

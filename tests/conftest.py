@@ -1,6 +1,7 @@
 """Settings of the whole suite: one thread per process, no network, no chatter of the libraries, the long files first."""
 
 import os
+import sys
 
 import pytest
 
@@ -10,6 +11,8 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for processes that tests start
+
+pytest_plugins = ("conformance",)
 
 try:
     import torch
@@ -22,3 +25,9 @@ else:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes goes first: a file of it that is left for the end keeps one worker busy and the other idle."""
     items.sort(key=lambda item: not {"processes", "sweep"} & {mark.name for mark in item.iter_markers()})
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Names what failed when it fails: the summary comes an hour later."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        sys.stderr.write(f"\n{report.outcome} in {report.when}: {report.nodeid}\n")

@@ -50,6 +50,7 @@ def _show(facts: FamilyFacts) -> None:
         rows.insert(4, ("frames", f"{multiple}n + {rest}"))
     if facts.frame_rate is not None:
         rows.insert(5, ("rate", f"{facts.frame_rate:g} frames per second"))
+    rows += _proved(facts)
     terminal.facts(rows)
     terminal.say()
     flavours = [
@@ -62,6 +63,14 @@ def _show(facts: FamilyFacts) -> None:
         for flavour in facts.flavours
     ]
     terminal.table(("FLAVOUR", "SOURCE", "DENOISER", "TEXT ENCODERS"), flavours, right=(2, 3))
+
+
+def _proved(facts: FamilyFacts) -> list[tuple[str, str]]:
+    """What the tests have shown of the family."""
+    from atelier_api.families.conformance import PROVED, table
+
+    cells = [cell for cell, value in table().get(facts.name, {}).items() if value == PROVED]
+    return [("proved", ", ".join(cells) or "nothing yet")]
 
 
 def _denoiser(parameters: int, experts: int) -> str:

@@ -75,6 +75,7 @@ def test_every_flavour_of_the_table_has_its_published_config() -> None:
         assert list(PUBLISHED[facts.name].denoisers) == [flavour.name for flavour in facts.flavours]
 
 
+@pytest.mark.cell("sizes")
 @pytest.mark.parametrize(("facts", "flavour"), FLAVOURS)
 def test_sizes_of_the_denoiser_are_those_of_the_published_config(facts: FamilyFacts, flavour: Flavour) -> None:
     family, model = FAMILIES[facts.name], published_denoiser(facts.name, flavour.name)
@@ -88,6 +89,7 @@ def test_sizes_of_the_denoiser_are_those_of_the_published_config(facts: FamilyFa
         assert flavour.largest_block == largest
 
 
+@pytest.mark.cell("sizes")
 @pytest.mark.parametrize("facts", TABLE.values(), ids=lambda facts: facts.name)
 def test_sizes_of_encoders_and_autoencoder_are_those_of_the_published_configs(facts: FamilyFacts) -> None:
     published = PUBLISHED[facts.name]

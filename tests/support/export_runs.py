@@ -18,7 +18,7 @@ from atelier_runtime.adapters import install, trainable
 from atelier_runtime.checkpoint.exported_file import Provenance
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Family, SampleRequest
-from family_models import save_tiny
+from family_models import FAMILY_OF, save_tiny
 from stock_loader import draw
 
 PROVENANCE = Provenance(step=120, date=datetime(2025, 1, 2, 3, 4, 5, tzinfo=UTC))
@@ -108,8 +108,8 @@ class Trained:
 
 
 def trained(checkpoint: str, folder: Path, adapter: Mapping[str, Any], **spec: Any) -> Trained:
-    """`checkpoint` is a tiny pipeline's name; that of a variant begins with its family's."""
-    family = get_family("wan" if checkpoint == "wan22" else checkpoint)
+    """`checkpoint` is a tiny pipeline's name."""
+    family = get_family(FAMILY_OF[checkpoint])
     base = folder / f"base-{checkpoint}"
     if not base.exists():
         save_tiny(checkpoint, base)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from atelier_runtime.data.buckets import place_whole
 from atelier_runtime.data.image import fit
 from atelier_runtime.families import FAMILIES
-from atelier_runtime.family import Conditions, Family, Frame, SampleRequest
+from atelier_runtime.family import Conditions, Family, Features, Frame, SampleRequest
 from family_models import FAMILY_OF, TINY, tiny_pipeline
 from family_models.kinds import Tiny
 
@@ -67,10 +67,7 @@ class Case:
         references = [self.references(number) for number in numbers]
         frames = None
         with torch.no_grad():
-            if self.family.text_sees_references:
-                features = self.family.encode_instructions(self.pipe, prompts, references)
-            else:
-                features = self.family.encode_text(self.pipe, prompts)
+            features = self.features(prompts, references)
             if self.given:
                 shown = self.pixels(max(numbers) + 1)[numbers]
                 frames = self.family.encode_frames(self.pipe, shown, self.given)
@@ -83,6 +80,13 @@ class Case:
             frames=frames,
             references=latents,
         )
+
+    def features(self, prompts: Sequence[str], references: Sequence[tuple[Image.Image, ...]]) -> list[Features]:
+        """Of each prompt, with its references where the encoder looks at them."""
+        with torch.no_grad():
+            if self.family.text_sees_references:
+                return self.family.encode_instructions(self.pipe, prompts, references)
+            return self.family.encode_text(self.pipe, prompts)
 
     def references(self, number: int) -> tuple[Image.Image, ...]:
         """A reference picture for families that take them: neither of the target's size nor of its aspect."""

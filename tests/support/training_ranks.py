@@ -3,7 +3,7 @@
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from atelier_runtime.family import Conditions, Family, Features
 from atelier_runtime.objectives import build_objective
 from atelier_runtime.optimizers import Ema, build_optimizer, clip_gradients
 from atelier_runtime.parallel.wrap import blocks_of
+from family_cases import Case as FamilyCase
 
 STEPS = 3
 GLOBAL_BATCH = 4
@@ -32,13 +33,33 @@ ADAPTERS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class Samples:
+    """What a denoiser trains on, one for each slot of the global batch: latents, features of captions, frames and references shown."""
+
+    latents: Tensor
+    text: Sequence[Features]
+    sizes: Tensor
+    frames: Features | None
+    references: tuple[Tensor, ...]
+
+    def conditions(self, family: Family, slots: range) -> Conditions:
+        rows = list(slots)
+        return Conditions(
+            text=family.collate_text([self.text[slot] for slot in slots]),
+            sizes=self.sizes[rows],
+            frames=None if self.frames is None else {name: tensor[rows] for name, tensor in self.frames.items()},
+            references=tuple(reference[rows] for reference in self.references),
+        )
+
+
+@dataclass(frozen=True)
 class Case:
-    """One way to train. `folder` holds a tiny checkpoint, `text` the features of `GLOBAL_BATCH` captions."""
+    """One way to train. `folder` holds a tiny checkpoint."""
 
     family: str
     adapter: str
     folder: Path
-    text: Sequence[Features]
+    samples: Samples | None = None
     precision: str = "fp32"
     optimizer: str = "adamw"
     checkpointing: bool = False
@@ -154,33 +175,29 @@ def _build(
 
 
 def _losses(case: Case, family: Family, wrapped: nn.Module, objective: Any, step: int, slots: range) -> Tensor:
+    assert case.samples is not None
     generators = [torch.Generator().manual_seed(1000 * step + slot) for slot in slots]
-    clean = torch.stack([_latents(family, slot) for slot in slots])
     stage = family.stages(components.read_pipeline_config(case.folder), family.denoisers[:1])[0]
-    prepared = objective.prepare(clean, generators, stage=stage, tokens=16)
-    prediction = _predict(case, family, wrapped, prepared.noisy, prepared.time, slots)
-    return objective.loss(prediction, prepared)
+    prepared = objective.prepare(case.samples.latents[list(slots)], generators, stage=stage, tokens=16)
+    conditions = case.samples.conditions(family, slots)
+    prediction = _predict(case, family, wrapped, prepared.noisy, prepared.time, conditions)
+    return objective.loss(prediction, prepared, family.loss_mask(prediction, conditions))
 
 
-def _predict(case: Case, family: Family, wrapped: nn.Module, noisy: Tensor, time: Tensor, slots: range) -> Tensor:
-    conditions = Conditions(
-        text=family.collate_text([case.text[slot] for slot in slots]),
-        sizes=torch.tensor([[64, 64, 0, 0, 64, 64]] * len(slots)),
-    )
+def _predict(
+    case: Case, family: Family, wrapped: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions
+) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=case.precision == "bf16"):
         return family.predict(wrapped, noisy, time, conditions)
 
 
 def _draw(case: Case, family: Family, wrapped: nn.Module, ema: Ema) -> Tensor:
     """A prediction by the average, on all ranks alike, as sampling does it between two steps."""
+    assert case.samples is not None
     time = torch.tensor([0.5]) if family.facts.objective == "flow" else torch.tensor([500])
+    conditions = case.samples.conditions(family, range(1))
     with ema.swapped(), torch.no_grad():
-        return _predict(case, family, wrapped, _latents(family, 9)[None], time, range(1)).float()
-
-
-def _latents(family: Family, seed: int) -> Tensor:
-    frames = [2] if family.facts.modality == "video" else []
-    return torch.randn(family.facts.latent_channels, *frames, 8, 8, generator=torch.Generator().manual_seed(seed))
+        return _predict(case, family, wrapped, case.samples.latents[1:2], time, conditions).float()
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -199,7 +216,15 @@ def _reduced_elements(wrapped: nn.Module) -> int:
     return int(wrapped._get_ddp_logging_data()["total_parameter_size_bytes"]) // size
 
 
-def with_captions(case: Case, captions: Sequence[str], pipe: Any) -> Case:
-    """The case with the features of its captions, one for each slot of the global batch."""
-    with torch.no_grad():
-        return replace(case, text=get_family(case.family).encode_text(pipe, captions))
+def samples_of(tiny: FamilyCase, captions: Sequence[str]) -> Samples:
+    """Real pictures or clips for captions as many as the slots, with what the family shows its denoiser beside them."""
+    numbers = list(range(len(captions)))
+    references = [tiny.references(number) for number in numbers]
+    told = tiny.conditions(captions)
+    return Samples(
+        latents=tiny.latents(len(captions)),
+        text=tiny.features(captions, references),
+        sizes=told.sizes,
+        frames=told.frames,
+        references=told.references,
+    )

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from atelier_api.v1alpha1.adapter import FullAdapter, LokrAdapter, LoraAdapter
 from atelier_runtime import adapters, components
+from atelier_runtime.checkpoint.export import export_lora
 from atelier_runtime.family import Blocks, Conditions
+from atelier_runtime.usage import usage
+from export_runs import PROVENANCE, trained
 from family_cases import CASES, PROMPTS, Case, make_case, record, sampling_arguments, walk
 from family_models import save_tiny
 
@@ -41,6 +44,7 @@ def predicted(
     return case.family.predict(denoiser, noisy, time, conditions), target
 
 
+@pytest.mark.cell("sampling")
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @torch.no_grad()
 def test_sampling_with_the_family_follows_the_stock_pipeline_step_by_step(case: Case, guided: bool) -> None:
@@ -50,6 +54,7 @@ def test_sampling_with_the_family_follows_the_stock_pipeline_step_by_step(case: 
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.cell("latents")
 @pytest.mark.parametrize("deviation", [0.0, 1.0], ids=["mean", "one standard deviation"])
 @torch.no_grad()
 def test_the_pipeline_decodes_our_latents_to_what_the_autoencoder_makes_of_its_own(
@@ -82,6 +87,7 @@ def own_latents(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | float]:
     return (output.latent, 0.0) if hasattr(output, "latent") else (output.latent_dist.mean, output.latent_dist.std)
 
 
+@pytest.mark.cell("latents")
 @torch.no_grad()
 def test_latents_have_the_shape_of_the_facts(case: Case) -> None:
     facts, pixels = case.family.facts, case.pixels(1)
@@ -91,6 +97,7 @@ def test_latents_have_the_shape_of_the_facts(case: Case) -> None:
     assert list(shape) == [1, facts.latent_channels, *frames, height, width]
 
 
+@pytest.mark.cell("batch")
 @torch.no_grad()
 def test_a_batch_of_two_prompts_of_unequal_length_equals_the_two_alone(case: Case) -> None:
     clean = case.latents(2)
@@ -107,6 +114,7 @@ def test_a_batch_of_two_prompts_of_unequal_length_equals_the_two_alone(case: Cas
         )
 
 
+@pytest.mark.cell("conditions")
 @torch.no_grad()
 def test_the_prompt_changes_the_prediction(case: Case) -> None:
     """Text that never arrives would pass every comparison of two wrong things."""
@@ -116,6 +124,7 @@ def test_the_prompt_changes_the_prediction(case: Case) -> None:
     assert (one - other).abs().max() > 1e-5
 
 
+@pytest.mark.cell("conditions")
 @torch.no_grad()
 def test_each_frame_that_is_shown_changes_the_prediction(case: Case) -> None:
     if not case.given:
@@ -132,6 +141,7 @@ def test_each_frame_that_is_shown_changes_the_prediction(case: Case) -> None:
             assert (changed - expected).abs().max() > 1e-5
 
 
+@pytest.mark.cell("lora")
 def test_every_lora_matrix_gets_a_gradient_and_nothing_else(fresh: Case) -> None:
     conditions = fresh.conditions(PROMPTS)
     for denoiser in fresh.denoisers.values():
@@ -149,6 +159,7 @@ def test_every_lora_matrix_gets_a_gradient_and_nothing_else(fresh: Case) -> None
         ] == []
 
 
+@pytest.mark.cell("lycoris")
 def test_a_lokr_leaves_the_prediction_as_it_is_and_trains_on_every_target(fresh: Case) -> None:
     conditions = fresh.conditions(PROMPTS)
     for denoiser in fresh.denoisers.values():
@@ -166,6 +177,7 @@ def test_a_lokr_leaves_the_prediction_as_it_is_and_trains_on_every_target(fresh:
         assert all(parameter.grad is None for parameter in others)
 
 
+@pytest.mark.cell("full")
 def test_full_rank_reaches_every_parameter_but_the_frozen_ones(fresh: Case) -> None:
     conditions = fresh.conditions(PROMPTS)
     for denoiser in fresh.denoisers.values():
@@ -179,6 +191,7 @@ def test_full_rank_reaches_every_parameter_but_the_frozen_ones(fresh: Case) -> N
             assert parameter.grad is None or parameter.ndim == 1 or parameter.grad.any(), name
 
 
+@pytest.mark.cell("full")
 def test_dead_modules_exist_and_their_output_is_thrown_away(fresh: Case) -> None:
     conditions = fresh.conditions(PROMPTS)
     for denoiser in fresh.denoisers.values():
@@ -200,6 +213,7 @@ def test_every_suffix_of_a_preset_names_layers_of_the_blocks(case: Case, preset:
     assert [name for name in found if not name.startswith(parts)] == []
 
 
+@pytest.mark.cell("recompute")
 def test_recomputing_activations_changes_neither_loss_nor_gradients(fresh: Case) -> None:
     conditions = fresh.conditions(PROMPTS)
     for denoiser in fresh.denoisers.values():
@@ -225,6 +239,7 @@ def test_recomputing_activations_changes_neither_loss_nor_gradients(fresh: Case)
             torch.testing.assert_close(gradient, gradients_on[name], atol=1e-7, rtol=1e-5, msg=name)
 
 
+@pytest.mark.cell("overfits")
 @pytest.mark.parametrize(
     ("adapter", "rate"),
     [(FullAdapter(type="full"), 1e-2), (LoraAdapter(rank=8, targets=["all"]), 2e-2)],
@@ -250,6 +265,7 @@ def test_the_loss_falls_on_four_real_samples(fresh: Case, adapter: Any, rate: fl
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.cell("bf16")
 @torch.no_grad()
 def test_a_bf16_forward_pass_is_close_to_fp32(case: Case, tmp_path: Path) -> None:
     save_tiny(case.name, tmp_path)
@@ -261,6 +277,34 @@ def test_a_bf16_forward_pass_is_close_to_fp32(case: Case, tmp_path: Path) -> Non
         with torch.autocast("cpu", torch.bfloat16):
             actual, _ = predicted(case, half, conditions)
         assert (actual.float() - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.cell("export")
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_the_program_of_the_report_loads_an_exported_lora_into_the_stock_pipeline(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an alpha that is not the rank, which a loader that drops the metadata gets wrong."""
+    case, base = make_case(name), save_tiny(name, tmp_path / f"base-{name}")
+    model = {"family": case.family.name, "source": str(base)}
+    publish = {"formats": ["diffusers"]}
+    lora = {"type": "lora", "rank": 4, "alpha": 9, "targets": ["all"]}
+    result = trained(name, tmp_path, lora, model=model, publish=publish)
+    files = export_lora(result.weights, result.file, case.family, tmp_path / "exports", provenance=PROVENANCE)
+    program = usage(result.file, case.family, [file.path.relative_to(tmp_path).as_posix() for file in files])
+    lines = program.splitlines()
+    loading = lines[[line.startswith("pipe = ") for line in lines].index(True) + 1 : -1]
+    pipe = make_case(name).pipe
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(loading), {"pipe": pipe})
+    conditions = case.conditions(PROMPTS)
+    for component, denoiser in result.denoisers.items():
+        loaded, _ = predicted(case, getattr(pipe, component), conditions)
+        expected, _ = predicted(case, denoiser, conditions)
+        base_prediction, _ = predicted(case, case.denoisers[component], conditions)
+        torch.testing.assert_close(loaded, expected, atol=1e-5, rtol=1e-5)
+        assert (loaded - base_prediction).abs().max() > 1e-3
 
 
 def test_blocks_are_lists_of_modules_that_return_the_streams_they_claim(case: Case) -> None:

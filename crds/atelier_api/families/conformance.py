@@ -1,0 +1,38 @@
+"""What the tests have shown of each family, cell by cell.
+
+`make conformance` runs the tests and writes conformance.json; nobody writes it by hand. A test compares its rows and columns with the
+families and the tests of today.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+
+PATH = Path(__file__).with_name("conformance.json")
+
+PROVED = "proved"
+
+CELLS = {
+    "sampling": "Steps with the family's text encoding and prediction give the stock pipeline's latents, with guidance and without.",
+    "latents": "The pipeline decodes the latents that are trained on to what its autoencoder makes of its own.",
+    "batch": "Two prompts of unequal length in one batch give the predictions and the loss of the two alone.",
+    "conditions": "The prompt, and every frame or reference that is shown, change the prediction.",
+    "lora": "Every matrix of a LoRA gets a gradient and nothing else does.",
+    "export": "An exported LoRA, loaded as the report says, gives the stock pipeline the prediction of training.",
+    "lycoris": "A LoKr changes nothing at its start and trains on every target.",
+    "full": "Full-rank training reaches every parameter, but for those that are dead by design and named.",
+    "recompute": "Gradient checkpointing changes neither loss nor gradients.",
+    "bf16": "A bf16 forward pass is close to the fp32 one.",
+    "overfits": "The loss falls on four real samples, with LoRA and full-rank.",
+    "ddp": "Two processes under DDP train the weights that one trains, LoRA and full-rank.",
+    "fsdp2": "Two processes under FSDP2 train the weights that one trains, LoRA and full-rank.",
+    "sizes": "Parameters, layers and widths of the published configs are those that the planner counts with.",
+}
+"""What the tests of each cell show."""
+
+
+@cache
+def table() -> dict[str, dict[str, str]]:
+    """By family and cell: `proved`, or `not applicable: ` and the reason."""
+    document: dict[str, dict[str, str]] = json.loads(PATH.read_text(encoding="utf-8"))
+    return document
