@@ -152,6 +152,7 @@ def text_features(model: Any, tokens: int) -> dict[str, Tensor]:
         "in_text_dim",
         "text_embed_dim",
         "caption_channels",
+        "encoder_hid_dim",
         "cross_attention_dim",
     )
     width = next(config[name] for name in widths if config.get(name))

@@ -113,8 +113,9 @@ class Case:
         level = torch.tensor(levels).view(-1, *[1] * (clean.ndim - 1))
         if self.family.facts.objective == "flow":
             return (1 - level) * clean + level * noise, torch.tensor(levels), noise - clean
-        step = (torch.tensor(levels) * 1000).long()
-        kept = self.pipe.scheduler.alphas_cumprod[step].view_as(level)
+        schedule = self.pipe.scheduler.alphas_cumprod
+        step = (torch.tensor(levels) * len(schedule)).long()
+        kept = schedule[step].view_as(level)
         return kept.sqrt() * clean + (1 - kept).sqrt() * noise, step, noise
 
     def request(self, guidance: float | None, steps: int = 4) -> SampleRequest:
@@ -266,9 +267,11 @@ def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Te
     for t, theirs in zip(scheduler.timesteps, recording.after, strict=True):
         if family.facts.objective == "flow":
             model_input, time = flow_input(case.tiny, latents, t)
+            level = float(t) / 1000 if case.tiny.noise == "flow" else float(time)
         else:
             model_input, time = scheduler.scale_model_input(latents, t), t.long()
-        denoiser = case.denoiser_at(float(t) / 1000 if case.tiny.noise == "flow" else float(time))
+            level = float(t) / len(scheduler.alphas_cumprod)
+        denoiser = case.denoiser_at(level)
         prediction = family.predict(
             denoiser, model_input.expand(len(prompts), *latents.shape[1:]), time.expand(len(prompts)), conditions
         )

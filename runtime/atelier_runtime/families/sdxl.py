@@ -1,19 +1,16 @@
 """Stable Diffusion XL: a UNet that predicts epsilon (or v, by the checkpoint's scheduler) at DDPM steps (arXiv:2307.01952).
 
 Latents [B, 4, H/8, W/8]. Text: the penultimate layers of two CLIP encoders side by side, 77 tokens, and the second one's pooled
-vector; sizes and crop of the picture are conditions as well. Source: diffusers' `pipeline_stable_diffusion_xl.py`.
+vector; sizes and crop of the picture are conditions as well. Source: diffusers' `pipeline_stable_diffusion_xl.py`; all else is in
+`atelier_runtime.text_time_unet`.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
-
-from atelier_runtime.family import Blocks, Conditions, Family, Features
+from atelier_runtime.family import Features
 from atelier_runtime.lora_layout import LoraLayout, Rule
-
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-MLP = ("ff.net.0.proj", "ff.net.2")
+from atelier_runtime.text_time_unet import TextTimeUNet
 
 LAYOUT = LoraLayout(
     architecture="stable-diffusion-xl-v1-base",
@@ -29,13 +26,10 @@ LAYOUT = LoraLayout(
 """The stock pipeline's `load_lora_weights` reads it."""
 
 
-class StableDiffusionXL(Family):
+class StableDiffusionXL(TextTimeUNet):
     name = "sdxl"
     pipeline = "StableDiffusionXLPipeline"
-    denoisers = ("unet",)
-    lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": (*ATTENTION, *MLP, "proj_in", "proj_out")}  # noqa: RUF012
     lora_layout = LAYOUT
-    blocks = (Blocks("down_blocks", "maps"), Blocks("mid_block.attentions", "maps"), Blocks("up_blocks", "maps"))
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [77, 2048] and `pooled` [1280].
@@ -50,15 +44,6 @@ class StableDiffusionXL(Family):
             else {"embeds": null_embeds[i], "pooled": null_pooled[i]}
             for i, prompt in enumerate(prompts)
         ]
-
-    def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
-        return denoiser(
-            noisy,
-            time,
-            encoder_hidden_states=conditions.text["embeds"],
-            added_cond_kwargs={"text_embeds": conditions.text["pooled"], "time_ids": conditions.sizes},
-            return_dict=False,
-        )[0]
 
 
 FAMILY = StableDiffusionXL()

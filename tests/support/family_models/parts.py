@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -147,3 +147,34 @@ def vision_language_encoder(width: int, vocabulary: int, layers: int = 2) -> Qwe
 def add_words(tokenizer: Qwen2Tokenizer, template: str) -> None:
     """Makes tokens of the template's words: a template in bytes may be longer than what a pipeline keeps of it and the prompt."""
     tokenizer.add_tokens(sorted(set(re.findall(r"[A-Za-z]{3,}", template))))
+
+
+def text_time_unet(text_width: int, pooled: int, **config: Any) -> UNet2DConditionModel:
+    """The UNet of Stable Diffusion XL. `pooled` is the width of the vector for the whole text."""
+    return seeded(
+        lambda: UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            attention_head_dim=(2, 2),
+            transformer_layers_per_block=(1, 2),
+            cross_attention_dim=text_width,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + pooled,
+            **config,
+        )
+    )
+
+
+def euler_scheduler(**betas: Any) -> EulerDiscreteScheduler:
+    """The sampler of Stable Diffusion XL, with the noise schedule of a checkpoint."""
+    return EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1, beta_start=0.00085, **betas
+    )
