@@ -51,7 +51,8 @@ def test_a_run_on_pairs_trains_resumes_draws_and_publishes(tmp_path: Path) -> No
 def test_a_prompt_whose_reference_is_no_picture_stops_the_run_before_anything_is_encoded(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     prompts = [{"text": "a handwritten three", "references": ["text.png"]}]
-    output = pairs(tmp_path, "bad", validation={"prompts": prompts, "steps": 2}).train(expect=65)
+    output = pairs(tmp_path, "bad", validation={"prompts": prompts, "steps": 2}).train(expect=64)
     assert "spec.validation.prompts[0].references[0] is" in output
+    assert "no picture of a known format" in output
     assert "encoding" not in output
     assert "Traceback" not in output

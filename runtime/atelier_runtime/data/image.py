@@ -8,7 +8,7 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from atelier_runtime.data.buckets import Placement
@@ -30,6 +30,8 @@ def read_picture(content: bytes) -> Image.Image:
             return _on_white(_to_srgb(_eight_bits(upright), profile))
     except UnreadableError:
         raise
+    except UnidentifiedImageError as error:  # whose own words name an object in memory
+        raise UnreadableError("no picture of a known format") from error
     except Exception as error:  # decoders raise nearly anything on damaged files: OSError, SyntaxError, struct.error …
         raise UnreadableError(str(error) or type(error).__name__) from error
 

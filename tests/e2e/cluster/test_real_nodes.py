@@ -177,7 +177,7 @@ def test_torchrun_reduces_over_two_nodes(real_cluster: Cluster) -> None:
     ended = "--for=jsonpath={.status.terminalState}=Completed"
     real_cluster.kubectl("wait", ended, "jobset/pair", f"--namespace={namespace}", "--timeout=300s")
     selector = "jobset.sigs.k8s.io/jobset-name=pair"
-    lines = real_cluster.kubectl("logs", "-l", selector, f"--namespace={namespace}").splitlines()
+    lines = real_cluster.kubectl("logs", "-l", selector, "--tail=-1", f"--namespace={namespace}").splitlines()
     results = sorted(line for line in lines if line.startswith("rank"))
     assert [line.rpartition(" on ")[0] for line in results] == ["rank 0 of 2 sum 3.0", "rank 1 of 2 sum 3.0"]
     assert {line.rpartition(" ")[2] for line in results} == {"node1", "node2"}

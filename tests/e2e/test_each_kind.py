@@ -1,0 +1,92 @@
+"""A whole run of one family of each kind, by the command that users type, from a tiny checkpoint in a folder laid out as the hub's.
+
+Pictures by flow with three encoders are in test_local_run.py, pairs in test_pairs.py.
+"""
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from atelier_runtime.families import FAMILIES
+from family_models import FAMILY_OF, TINY, save_tiny
+from runs import LocalRun, history, tiny_run
+from tiny_data import write_clip
+
+pytestmark = pytest.mark.processes
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A tiny checkpoint, and what its run publishes beside the samples."""
+
+    checkpoint: str
+    exports: tuple[str, ...] = ("diffusers/pytorch_lora_weights.safetensors", "kohya/kind.safetensors")
+    prompt: dict[str, Any] = field(default_factory=dict)
+
+
+TWO_EXPERTS = tuple(
+    f"{layout}/{name}.safetensors"
+    for layout, name in (
+        ("diffusers", "pytorch_lora_weights"),
+        ("diffusers", "pytorch_lora_weights_low_noise"),
+        ("kohya", "kind_high_noise"),
+        ("kohya", "kind_low_noise"),
+    )
+)
+KINDS = {
+    "pictures by flow, packed tokens": Kind("flux"),
+    "pictures by diffusion, a UNet": Kind("sdxl"),
+    "pictures by a mixture of experts": Kind("hidream"),
+    "clips of text": Kind("wan"),
+    "clips of a picture": Kind("wan_i2v", prompt={"image": "first.png"}),
+    "clips of two experts": Kind("wan22", exports=TWO_EXPERTS),
+}
+
+
+def write_clips(folder: Path, count: int) -> None:
+    """Squares that move over a gradient, with sidecar captions."""
+    folder.mkdir()
+    ramp = np.tile(np.linspace(40, 200, 32, dtype=np.uint8)[:, None, None], (1, 32, 3))
+    for index in range(count):
+        frames = [ramp.copy() for _ in range(9)]
+        for shift, frame in enumerate(frames):
+            frame[4 + index : 12 + index, 2 * shift : 2 * shift + 8] = (250, 20 * index, 30)
+        write_clip(folder / f"{index}.mp4", frames, Fraction(16))
+        (folder / f"{index}.txt").write_text(f"a red square number {index} moves to the right\n")
+
+
+def run_of(kind: Kind, folder: Path) -> LocalRun:
+    facts = FAMILIES[FAMILY_OF[kind.checkpoint]].facts
+    tiny = TINY[kind.checkpoint]
+    save_tiny(kind.checkpoint, folder / "base")
+    data: dict[str, Any] = {"resolution": tiny.width}
+    if facts.modality == "video":
+        write_clips(folder / "clips", 4)
+        data |= {"sources": [{"uri": "clips"}], "clip": {"frames": tiny.frames}}
+        Image.new("RGB", (32, 32), "navy").save(folder / "first.png")
+    return tiny_run(
+        folder,
+        facts.name,
+        name="kind",
+        data=data,
+        hyperparameters={"steps": 2, "globalBatchSize": 2},
+        parallelism={"processesPerNode": 1},
+        validation={"prompts": [{"text": "a red square", **kind.prompt}], "steps": 2},
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_run_trains_draws_and_publishes(kind: Kind, tmp_path: Path) -> None:
+    run = run_of(kind, tmp_path)
+    output = run.train()
+    assert sorted(history(run)) == [0, 1], output
+    exports = run.folder / "exports"
+    assert {path.relative_to(exports).as_posix() for path in exports.rglob("*.safetensors")} == set(kind.exports)
+    ending = "webp" if (tmp_path / "clips").exists() else "png"
+    assert (run.folder / "samples" / "00000002" / f"0.{ending}").stat().st_size > 0
+    assert (run.folder / "report.html").exists()
