@@ -33,7 +33,7 @@ test: setup  ## the whole test suite; the first time it builds a Kubernetes (ten
 test-fast: setup  ## the tests that start no process groups and no servers, without the sweeps (under 3 minutes)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not processes and not sweep"
 
-conformance: setup  ## try every cell of every model family and write down what is proved (ten minutes)
+conformance: setup  ## try every cell of every model family and write down what is proved (three minutes)
 	$(BIN)/pytest -n 2 --dist loadfile -m cell --record-conformance
 	$(BIN)/python docs/modelgen.py
 

@@ -95,10 +95,10 @@ def test_two_processes_train_what_one_does(trained, strategy: str, case: str) ->
     assert all(torch.equal(together.before[name], weight) for name, weight in alone.before.items())
     # Sums over a batch of two and twice over one round differently, which a gradient of nearly zero shows most.
     assert together.losses == pytest.approx(alone.losses, rel=1e-5)
-    assert together.norms == pytest.approx(alone.norms, rel=5e-5)
-    assert distance(together.weights, alone.weights, alone.before) < 2e-4
-    assert distance(together.averages, alone.averages, alone.before) < 2e-4
-    torch.testing.assert_close(together.drawn, alone.drawn, rtol=1e-4, atol=1e-4)
+    assert together.norms == pytest.approx(alone.norms, rel=2e-5)
+    assert distance(together.weights, alone.weights, alone.before) < 1e-4
+    assert distance(together.averages, alone.averages, alone.before) < 1e-4
+    torch.testing.assert_close(together.drawn, alone.drawn, rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -38,7 +38,10 @@ def tiny() -> SanaPipeline:
         head_dim=8,
     )
     return SanaPipeline(
-        tokenizer=GemmaTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[]),
+        # The published one begins every text, an empty one too, with a token.
+        tokenizer=GemmaTokenizer(
+            vocab={piece: number for number, piece in enumerate(pieces)}, merges=[], add_bos_token=True
+        ),
         text_encoder=seeded(lambda: Gemma2Model(config)),
         vae=seeded(autoencoder),
         transformer=seeded(
