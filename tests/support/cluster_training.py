@@ -118,6 +118,16 @@ class Place:
         return ClusterRun(self.cluster, self.namespace, name)
 
 
+def stock_diffusers_loads(base: Path, weights: Path) -> str:
+    """What a new process with the stock pipeline of SD3 on `base` says of the adapters that it has after it loaded `weights`."""
+    draw = (
+        "import sys; from diffusers import StableDiffusion3Pipeline as P; p = P.from_pretrained(sys.argv[1]); "
+        "p.load_lora_weights(sys.argv[2]); print(p.get_list_adapters())"
+    )
+    command = [sys.executable, "-c", draw, str(base), str(weights.parent)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def in_store(run: ClusterRun, store: S3Server) -> Path:
     """The run's folder in the bucket."""
     return store.folder / str(run.status()["storeUri"]).removeprefix(f"s3://{BUCKET}/")

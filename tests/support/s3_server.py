@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import boto3
+
 from go_build import CACHE, GoProgram, build
 
 VERSION = "v1.8.0"
@@ -49,6 +51,20 @@ class S3Server:
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
             "NO_PROXY": "127.0.0.1,localhost",
         }
+
+    def upload(self, folder: Path, bucket: str, prefix: str) -> None:
+        """Put the files of a folder below a prefix of a bucket, which is made."""
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.url,
+            region_name="us-east-1",
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+            verify=self.ca_bundle,
+        )
+        client.create_bucket(Bucket=bucket)
+        for path in (found for found in folder.rglob("*") if found.is_file()):
+            client.upload_file(str(path), bucket, f"{prefix}/{path.relative_to(folder).as_posix()}")
 
 
 def build_server() -> Path:

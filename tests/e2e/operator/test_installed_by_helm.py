@@ -6,6 +6,8 @@ they ask training pods for progress over the pod network.
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +21,17 @@ from cluster.daemons import ClusterError
 from cluster.local import Cluster
 from cluster_documents import run_document
 from cluster_training import (
+    REPOSITORY,
     SECONDS,
     Place,
     assert_a_lora_of_all_steps,
     first_checkpoint,
     profile,
+    stock_diffusers_loads,
     training,
 )
 from operator_process import ClusterRun, until
-from s3_server import S3Server
+from s3_server import BUCKET, S3Server
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(3600)]
 pytest_plugins = ("cluster_fixtures", "cluster_training")
@@ -87,12 +91,13 @@ def installation(
 ) -> Iterator[Installation]:
     image = {"repository": operator_image.repository, "tag": operator_image.tag, "pullPolicy": "Never"}
     team = {"name": TEAM, "namespaces": [TEAM], "gpus": [{"flavor": "gpu", "quota": 2}]}
-    values = {
-        "operator": {"image": image, "progressSeconds": 1},
-        "profiles": {"cluster": {"default": profile(base)}},
-        "quotas": {"engine": "kueue", "flavors": [{"name": "gpu"}], "teams": [team]},
-    }
     with start_cluster(nodes=2) as cluster:
+        given = profile(base) | {"storage": storage(cluster, store)}
+        values = {
+            "operator": {"image": image, "progressSeconds": 1},
+            "profiles": {"cluster": {"default": given}},
+            "quotas": {"engine": "kueue", "flavors": [{"name": "gpu"}], "teams": [team]},
+        }
         cluster.import_image(operator_image.archive)
         cluster.make_namespace(SYSTEM)
         cluster.kubectl("label", "namespace", SYSTEM, "pod-security.kubernetes.io/enforce=restricted")
@@ -100,6 +105,12 @@ def installation(
         made = Installation(place, tmp_path_factory.mktemp("values"), values)
         made.helm("install", team_cpu="10")
         yield made
+
+
+def storage(cluster: Cluster, store: S3Server) -> Object:
+    """The store of runs that name none, as the profile has it."""
+    endpoint = f"http://{cluster.share(int(store.url.rsplit(':', 1)[1]))}"
+    return {"uri": f"s3://{BUCKET}/runs", "s3": {"endpoint": endpoint}, "credentialsRef": {"name": "s3"}}
 
 
 def test_two_replicas_are_ready_and_one_leads(installation: Installation) -> None:
@@ -138,6 +149,35 @@ def test_a_run_waits_for_its_teams_quota_and_trains_when_an_upgrade_raises_it(
     run.wait("Succeeded", seconds=SECONDS)
     assert {pod["spec"]["nodeName"] for pod in run.objects("pods")} == {"node1", "node2"}
     assert_a_lora_of_all_steps(run, store)
+
+
+def test_the_demo_is_applied_and_trains_on_two_nodes(
+    installation: Installation, store: S3Server, tmp_path: Path
+) -> None:
+    """The file of the examples as it is, by kubectl: from buckets, sharded, to a LoRA that stock diffusers loads."""
+    demo = REPOSITORY / "examples" / "demo"
+    ink = ["--inks", "red", "--count", "24", "--mix", "black,blue"]
+    subprocess.run([sys.executable, str(demo / "digits.py"), str(tmp_path), *ink], check=True)
+    store.upload(tmp_path, "pictures", "demo")
+    store.upload(demo / "base", "models", "demo")
+    file = REPOSITORY / "examples" / "cluster" / "demo.yaml"
+    installation.cluster.kubectl("apply", "-f", str(file), f"--namespace={TEAM}")
+    run, phases = ClusterRun(installation.cluster, TEAM, "demo"), []
+
+    def ended() -> bool:
+        phase = run.status().get("phase")
+        if phase is not None and phase not in phases:
+            phases.append(phase)
+        return phase in ("Succeeded", "Failed")
+
+    until(ended, "the demo to end", SECONDS)
+    status = run.status()
+    assert "Running" in phases
+    assert phases[-1] == "Succeeded", status
+    assert (status["plan"]["strategy"], status["plan"]["worldSize"]) == ("fsdp2", 2)
+    assert {pod["spec"]["nodeName"] for pod in run.objects("pods")} == {"node1", "node2"}
+    weights = assert_a_lora_of_all_steps(run, store, 20)
+    assert "transformer" in stock_diffusers_loads(demo / "base", weights)
 
 
 def test_the_other_replica_takes_a_run_over_when_the_leader_is_drained(
