@@ -93,12 +93,13 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[
 def test_two_processes_train_what_one_does(trained, strategy: str, case: str) -> None:  # type: ignore[no-untyped-def]
     alone, together = pair(trained, strategy, case)
     assert all(torch.equal(together.before[name], weight) for name, weight in alone.before.items())
-    # Sums over a batch of two and twice over one round differently, which a gradient of nearly zero shows most.
     assert together.losses == pytest.approx(alone.losses, rel=1e-5)
-    assert together.norms == pytest.approx(alone.norms, rel=2e-5)
+    assert together.norms == pytest.approx(alone.norms, rel=1e-5)
     assert distance(together.weights, alone.weights, alone.before) < 1e-4
     assert distance(together.averages, alone.averages, alone.before) < 1e-4
-    torch.testing.assert_close(together.drawn, alone.drawn, rtol=1e-4, atol=5e-5)
+    # Kandinsky's prediction follows the last digits of its weights more than others do: 3.8e-5 apart where those agree as above.
+    atol = 5e-5 if case.startswith("kandinsky5_image full") else 1e-5
+    torch.testing.assert_close(together.drawn, alone.drawn, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
