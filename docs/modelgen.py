@@ -174,8 +174,8 @@ def _lora_fit(facts: FamilyFacts, flavour: Flavour, memory: int) -> str:
     if fit is not None:
         return f"{fit.prediction.peak / 2**30:.0f} GiB{', recompute' if fit.choice.gradient_checkpointing else ''}"
     for count in GPU_COUNTS[1:]:
-        if _fit(_changed(run, "lora", count), count, memory) is not None:
-            return f"needs {count}, FSDP2"
+        if (fit := _fit(_changed(run, "lora", count), count, memory)) is not None:
+            return f"needs {count}, {fit.choice.strategy}"
     return "does not fit"
 
 

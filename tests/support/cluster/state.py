@@ -22,7 +22,7 @@ from cluster.network import Network
 STATES = Path("/var/tmp") / f"atelier-clusters-{os.geteuid()}"
 _SYSCTLS = STATES / "sysctls.json"
 _WATCHES = "fs/inotify/max_user_instances"
-_WATCHES_NEEDED = 1024  # two clusters of two nodes, each pod and kubelet with some, exceed Linux's 128
+_WATCHES_NEEDED = 1024  # three clusters of two nodes, each pod and kubelet with some, exceed Linux's 128
 SYSCTL_NAMES = ("vm/overcommit_memory", "kernel/panic", "kernel/panic_on_oops", _WATCHES)
 
 
