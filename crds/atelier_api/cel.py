@@ -165,15 +165,12 @@ def _family_rules() -> Iterator[CelRule]:
     flavours = _literal({name: [flavour.name for flavour in facts.flavours] for name, facts in FAMILIES.items()})
     known = f"self.model.flavour in {flavours}[self.model.family]"
     yield CelRule("model.flavour", f"!has(self.model.flavour) || {known}", "no flavour of this family")
-    yield CelRule(
-        "data.bucketAlign",
-        f"!has(self.data.bucketAlign) || self.data.bucketAlign % {multiple} == 0",
-        "must be a multiple of the family's pixels",
-    )
+    aligned = f"(!has(self.data.bucketAlign) || self.data.bucketAlign % {multiple} == 0)"
+    yield CelRule("data.bucketAlign", aligned, "must be a multiple of the family's pixels")
     coarse = f"(self.data.resolution < {FINE_BELOW} ? {multiple} : {COARSE_ALIGNMENT})"
     yield CelRule(
         "data.resolution",
-        f"self.data.resolution >= (has(self.data.bucketAlign) ? self.data.bucketAlign : {coarse})",
+        f"!{aligned} || self.data.resolution >= (has(self.data.bucketAlign) ? self.data.bucketAlign : {coarse})",
         "must be at least the alignment of the buckets",
     )
     for side in ("width", "height"):

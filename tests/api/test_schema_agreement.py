@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from atelier_api.fields import Node, tree, walk
@@ -36,6 +36,7 @@ def _without_index(path: str) -> str:
 
 @quick
 @given(documents())
+@example(document(data__resolution=16, data__bucketAlign=24))
 def test_rules_and_cel_refuse_the_same_fields(drawn: Document) -> None:
     said = {_without_index(path) for path in violations(drawn)}
     if IN_TYPE in said:
