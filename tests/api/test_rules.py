@@ -30,6 +30,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"data__clip__frames": 81},
         "spec.data.clip.frames is 81; only for video families, and flux is of image",
     ),
+    "several first frames for a family that is shown one": (
+        {"model": WAN, "data__clip__shownFrames": 5},
+        "spec.data.clip.shownFrames is 5; wan continues no clips; remove it",
+    ),
     "a frame rate of pictures": ({"data__clip__fps": "12"}, "spec.data.clip.fps is '12'; only for video families"),
     "bucket edges between the family's": (
         {"data__bucketAlign": 40},
