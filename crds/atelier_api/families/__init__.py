@@ -23,6 +23,7 @@ NAMES = (
     "cosmos2",
     "omnigen",
     "longcat_video_edit",
+    "ltx_i2v",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}
