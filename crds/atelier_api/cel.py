@@ -196,6 +196,21 @@ def _family_rules() -> Iterator[CelRule]:
         yield CelRule("data.clip.frames", f"{other} || self.data.clip.frames {fits}", message)
         frames = "self.validation.frames"
         yield CelRule("validation.frames", f"{other} || !has({frames}) || {frames} {fits}", message)
+        if facts.continues:
+            shown = "self.data.clip.shownFrames"
+            fewer = f"{shown} < self.data.clip.frames && (!has({frames}) || {shown} < {frames})"
+            yield CelRule("data.clip.shownFrames", f"{other} || {shown} {fits}", message)
+            yield CelRule(
+                "data.clip.shownFrames",
+                f"{other} || ({fewer})",
+                "must be less than spec.data.clip.frames and spec.validation.frames",
+            )
+    continuing = _literal([name for name, facts in FAMILIES.items() if facts.continues])
+    yield CelRule(
+        "data.clip.shownFrames",
+        f"self.data.clip.shownFrames == 1 || self.model.family in {continuing}",
+        "this family continues no clips",
+    )
 
 
 def _negative_prompt_rules() -> Iterator[CelRule]:

@@ -270,6 +270,22 @@ def _frame_rule(path: str, frames: int, facts: FamilyFacts) -> Iterator[Problem]
     yield refused(path, frames, f"must be {modulus}n+{remainder} for {facts.name}, for example {examples}")
 
 
+def _shown_frames(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
+    path, count = "spec.data.clip.shownFrames", spec.data.clip.shown_frames
+    if not facts.continues:
+        if count > 1:
+            takers = " or ".join(name for name, other in FAMILIES.items() if other.continues)
+            yield refused(path, count, f"{facts.name} continues no clips; remove it, or train {takers}")
+        return
+    yield from _frame_rule(path, count, facts)
+    for place, frames in (
+        ("spec.data.clip.frames", spec.data.clip.frames),
+        ("spec.validation.frames", spec.validation.frames),
+    ):
+        if frames is not None and count >= frames:
+            yield refused(path, count, f"must be less than {place}, which is {frames}")
+
+
 def _validation_size(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
     multiple = facts.pixel_multiple
     for name, value in (("width", spec.validation.width), ("height", spec.validation.height)):
@@ -347,6 +363,7 @@ FAMILY_RULES: tuple[Callable[[TrainingRunSpec, FamilyFacts], Iterator[Problem]],
     _flavour,
     _resolution,
     _frames,
+    _shown_frames,
     _validation_size,
     _negative_prompts,
     _pictures,

@@ -49,12 +49,17 @@ def denoiser_names(family: Family, folder: str | Path) -> tuple[str, ...]:
     return present
 
 
-def given_frames(family: Family, folder: str | Path) -> tuple[Frame, ...]:
-    """The frames of a clip that this checkpoint is shown. Raises ConfigError for a checkpoint that the family cannot train."""
+def given_frames(family: Family, folder: str | Path, shown_frames: int = 1) -> tuple[Frame, ...]:
+    """The frames of a clip that this checkpoint is shown, of a family that continues clips as many first ones as `shown_frames`.
+
+    Raises ConfigError for a checkpoint that the family cannot train.
+    """
     if family.facts.modality == "image":
         return ()
     config = _checked_config(family, folder)
-    return family.given_frames(config, _read_json(folder, f"{family.denoisers[0]}/config.json"))
+    given = family.given_frames(config, _read_json(folder, f"{family.denoisers[0]}/config.json"))
+    again: Frame = "first"
+    return (*[again] * (shown_frames - 1), *given) if family.facts.continues else given
 
 
 def pipeline_name(family: Family, folder: str | Path) -> str:

@@ -30,7 +30,7 @@ Features = dict[str, Tensor]
 """Text features of one sample, without batch dimension, at true length: what the cache stores."""
 
 Frame = Literal["first", "last"]
-"""A frame of the clip that a checkpoint is shown, beside the text."""
+"""A frame of the clip that a checkpoint is shown, beside the text. `first` several times are as many frames from the start."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from run_documents import document
 
 WAN = {"family": "wan", "source": "base"}
 SDXL = {"family": "sdxl", "source": "base"}
+CONTINUED = {"family": "longcat_video_edit", "source": "base"}
 KONTEXT = {"family": "flux_kontext", "source": "base"}
 PROMPTS = [{"text": "a cat"}]
 SHOWN = [{"text": "a cat", "image": "a.png"}]
@@ -29,6 +30,26 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "frames of pictures": (
         {"data__clip__frames": 81},
         "spec.data.clip.frames is 81; only for video families, and flux is of image",
+    ),
+    "several first frames for a family that is shown one": (
+        {"model": WAN, "data__clip__shownFrames": 5},
+        "spec.data.clip.shownFrames is 5; wan continues no clips; remove it, or train longcat_video_edit",
+    ),
+    "first frames between latents": (
+        {"model": CONTINUED, "data__clip__shownFrames": 12},
+        "spec.data.clip.shownFrames is 12; must be 4n+1 for longcat_video_edit, for example 9 or 13",
+    ),
+    "first frames that leave nothing to train on": (
+        {"model": CONTINUED, "data__clip": {"frames": 13, "shownFrames": 13}},
+        "spec.data.clip.shownFrames is 13; must be less than spec.data.clip.frames, which is 13",
+    ),
+    "first frames that leave nothing to draw": (
+        {
+            "model": CONTINUED,
+            "data__clip__shownFrames": 13,
+            "validation": {"prompts": [{"text": "a cat", "image": "a.mp4"}], "frames": 9},
+        },
+        "spec.data.clip.shownFrames is 13; must be less than spec.validation.frames, which is 9",
     ),
     "a frame rate of pictures": ({"data__clip__fps": "12"}, "spec.data.clip.fps is '12'; only for video families"),
     "bucket edges between the family's": (
@@ -272,6 +293,11 @@ def test_a_broken_rule_is_one_sentence_that_says_what_is_allowed(changes: dict[s
 
 ACCEPTED: dict[str, dict[str, Any]] = {
     "frames of the rule": {"model": WAN, "data__clip__frames": 81},
+    "a clip that is continued": {
+        "model": CONTINUED,
+        "data__clip__shownFrames": 13,
+        "validation": {"prompts": [{"text": "a cat", "image": "a.mp4"}], "frames": 17},
+    },
     "one frame": {"model": WAN, "data__clip__frames": 1},
     "the default of an option that would do nothing": {"data__clip__frames": 49, "objective__huberC": "1e-1"},
     "a whole model with every default": {"adapter": {"type": "full"}},

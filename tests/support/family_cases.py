@@ -51,7 +51,14 @@ class Case:
     def given(self) -> tuple[Frame, ...]:
         """The frames that the denoisers are shown."""
         first: Any = next(iter(self.denoisers.values()))
-        return self.family.given_frames(self.pipeline_config, dict(first.config))
+        given = self.family.given_frames(self.pipeline_config, dict(first.config))
+        again: Frame = "first"
+        return (*[again] * (self.tiny.shown - 1), *given)
+
+    @property
+    def places(self) -> list[int]:
+        """Where in a clip these frames are."""
+        return [number if frame == "first" else -1 for number, frame in enumerate(self.given)]
 
     def denoiser_at(self, sigma: float) -> nn.Module:
         """The denoiser that trains this noise level; at a boundary the one of higher noise, as the pipelines have it."""
@@ -135,8 +142,7 @@ class Case:
 
     def pictures(self) -> tuple[Image.Image, ...]:
         """The frames of the first clip that the denoisers are shown, as a user would hand them in."""
-        places = [{"first": 0, "last": -1}[frame] for frame in self.given]
-        shown = [(self.pixels(1)[0, :, place] + 1) * 127.5 for place in places]
+        shown = [(self.pixels(1)[0, :, place] + 1) * 127.5 for place in self.places]
         return tuple(Image.fromarray(frame.round().byte().permute(1, 2, 0).numpy()) for frame in shown)
 
     def loss(self, prediction: Tensor, target: Tensor, conditions: Conditions) -> Tensor:
@@ -251,7 +257,10 @@ def flow_input(tiny: Tiny, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """(our latents, the pipeline's) after every step of its schedule, ours made with the family's text and prediction alone."""
+    """(our latents, the pipeline's) after every step of its schedule, ours made with the family's text and prediction alone.
+
+    Latents that are shown stay out, as they do in training: what stands in them while sampling is each pipeline's own affair.
+    """
     pipe, family = case.pipe, case.family
     to_grid = case.tiny.to_grid
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
@@ -281,4 +290,6 @@ def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Te
         elif case.tiny.noise == "edm":  # its scheduler steps along (latents - clean) / sigma
             output = (latents - (model_input - time * output)) / (t / 1000)
         latents = scheduler.step(output, t, latents, return_dict=False)[0]
-        yield latents, to_grid(pipe, theirs)
+        mask = family.loss_mask(latents, conditions)
+        drawn = torch.ones_like(latents) if mask is None else mask
+        yield latents * drawn, to_grid(pipe, theirs) * drawn

@@ -86,6 +86,7 @@ FEW = {
     "spec.data.resolution": [16, 32, 256, 512, 1000, 1024, 4096],
     "spec.data.bucketAlign": [8, 16, 24, 32, 64, 256],
     "spec.data.clip.frames": [1, 48, 49, 81, 1025],
+    "spec.data.clip.shownFrames": [1, 2, 13, 49],
     "spec.validation.frames": [1, 48, 49],
     "spec.validation.width": [8, 100, 512, 1024],
     "spec.validation.height": [8, 100, 512, 1024],

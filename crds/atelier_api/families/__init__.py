@@ -23,6 +23,8 @@ NAMES = (
     "cosmos2",
     "omnigen",
     "kolors",
+    "longcat_video_edit",
+    "ltx_i2v",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}

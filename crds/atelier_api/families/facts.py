@@ -53,7 +53,8 @@ class FamilyFacts:
     component that takes a LoRA where the stock pipeline has no loader for one. `kohya`: LoRA files of ComfyUI and kohya-ss have
     names for its layers. `library` is the Python module that has the pipeline and the denoisers. `references` is how many reference
     pictures a sample may have beside its target: a family that takes some trains on pairs, and each sample needs at least one.
-    `reference_edge` is the edge of the square whose area they are scaled to, where that is not `data.resolution`.
+    `reference_edge` is the edge of the square whose area they are scaled to, where that is not `data.resolution`. `continues`: the
+    denoiser is shown as many first frames of a clip as a run says, of a number that fits `frame_rule`.
     """
 
     name: str
@@ -78,6 +79,7 @@ class FamilyFacts:
     reference_edge: int | None = None
     lora_component: str | None = None
     library: str = "diffusers"
+    continues: bool = False
 
     def reference_resolution(self, resolution: int) -> int:
         """Edge in pixels of the square whose area references have in a run of `resolution`."""

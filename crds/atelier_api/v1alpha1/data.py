@@ -52,6 +52,12 @@ class Clip(Block):
     fps: Annotated[Decimal, Field(gt=0, le=120)] | None = Field(
         default=None, description="Frame rate that clips are resampled to. Default: the family's own."
     )
+    shown_frames: int = Field(
+        default=1,
+        ge=1,
+        le=1025,
+        description="First frames of a clip that the model is shown, for families that continue clips: 1 is image to video. Must fit the family's rule and leave frames to draw.",
+    )
 
 
 class Data(Block):

@@ -21,7 +21,7 @@ class ValidationPrompt(Block):
         default=None,
         min_length=1,
         max_length=2048,
-        description="First frame, for image-to-video checkpoints: a file (relative to the run's YAML) or `s3://bucket/key`.",
+        description="First frame, for image-to-video checkpoints: a file (relative to the run's YAML) or `s3://bucket/key`. Where `data.clip.shownFrames` is above 1, a clip that begins with these frames.",
     )
     last_image: str | None = Field(
         default=None,

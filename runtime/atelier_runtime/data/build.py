@@ -127,7 +127,7 @@ def _encoding(run_file: RunFile, family: Family) -> Encoding:
     config = components.read_pipeline_config(root)
     hashes = FolderHashes(Path(run_file.cache_uri) / "hashes.json")
     others = text_components(config, family.denoisers)
-    given = components.given_frames(family, root)
+    given = components.given_frames(family, root, run_file.spec.data.clip.shown_frames)
     # Frames that the network is shown lie beside the latents, and may have gone through an image encoder as well.
     autoencoder = hashes.of(root, ["vae", *others], given) if given else hashes.of(root, ["vae"])
     rule = clip_rule(run_file.spec.data, family.facts)
@@ -194,7 +194,7 @@ def _fill(run_file: RunFile, family: Family, team: _Team, work: _Work) -> dict[b
         dtype=dtype,
         threads=reading_threads(run_file),
         limits=Limits(),
-        given=components.given_frames(family, run_file.model_folder),
+        given=components.given_frames(family, run_file.model_folder, run_file.spec.data.clip.shown_frames),
     )
     texts, files, references = _jobs(work.keyed, family)
     if team.share.index == 0:

@@ -40,6 +40,7 @@ class Tiny:
     picture, or as `edm`, whose latents are clean + sigma * noise. `negative` is the prompt that it contrasts with. `picture_step` is
     what the pipeline rounds its pictures to, of a range from 0 to 1; 0 if it does not round.
     `width`, `height` and `frames` are those of its samples, larger where its autoencoder would leave nothing of the usual scene.
+    `shown` is how many first frames it is shown, of a family that continues clips. `steps` is what its pipeline makes of 4 steps.
     """
 
     make: Callable[[], Any]
@@ -56,6 +57,8 @@ class Tiny:
     width: int = WIDTH
     height: int = HEIGHT
     frames: int = FRAMES
+    shown: int = 1
+    steps: int = 4
 
 
 Config = tuple[type[nn.Module], Mapping[str, Any]]
