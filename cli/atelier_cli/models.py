@@ -42,7 +42,7 @@ def _show(facts: FamilyFacts) -> None:
         ("kind", facts.modality),
         ("objective", facts.objective),
         ("shift", shift),
-        ("pixels", f"edges are multiples of {facts.pixel_multiple}"),
+        _size(facts),
         ("licence", facts.licence),
     ]
     if facts.frame_rule is not None:
@@ -62,6 +62,12 @@ def _show(facts: FamilyFacts) -> None:
         for flavour in facts.flavours
     ]
     terminal.table(("FLAVOUR", "SOURCE", "DENOISER", "TEXT ENCODERS"), flavours, right=(2, 3))
+
+
+def _size(facts: FamilyFacts) -> tuple[str, str]:
+    if facts.sample_rate is not None:
+        return "sound", f"{facts.sample_rate} samples per second on two channels, {facts.latent_factor} to a latent"
+    return "pixels", f"edges are multiples of {facts.pixel_multiple}"
 
 
 def _denoiser(parameters: int, experts: int) -> str:

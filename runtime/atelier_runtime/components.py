@@ -51,10 +51,20 @@ def denoiser_names(family: Family, folder: str | Path) -> tuple[str, ...]:
 
 def given_frames(family: Family, folder: str | Path) -> tuple[Frame, ...]:
     """The frames of a clip that this checkpoint is shown. Raises ConfigError for a checkpoint that the family cannot train."""
-    if family.facts.modality == "image":
+    if family.facts.modality != "video":
         return ()
     config = _checked_config(family, folder)
     return family.given_frames(config, _read_json(folder, f"{family.denoisers[0]}/config.json"))
+
+
+def sample_rate(family: Family, folder: str | Path) -> int:
+    """Samples per second of the sounds that this checkpoint's autoencoder takes.
+
+    Raises ConfigError for a checkpoint that the family cannot train.
+    """
+    _checked_config(family, folder)
+    rate: int = _read_json(folder, "vae/config.json")["sampling_rate"]
+    return rate
 
 
 def pipeline_name(family: Family, folder: str | Path) -> str:
