@@ -86,6 +86,11 @@ def _plain_rules() -> Iterator[CelRule]:
         "must be at most spec.hyperparameters.steps",
     )
     yield CelRule(
+        "data.audio.minSeconds",
+        "self.data.audio.minSeconds <= self.data.audio.maxSeconds",
+        "must be at most spec.data.audio.maxSeconds",
+    )
+    yield CelRule(
         "hyperparameters.optimizer.type",
         "self.adapter.type != 'full' || self.hyperparameters.optimizer.type != 'adamw-bf16' || "
         "self.hyperparameters.precision != 'fp32'",
@@ -187,6 +192,9 @@ def _family_rules() -> Iterator[CelRule]:
     yield from _negative_prompt_rules()
     yield from _picture_rules()
     yield from _reference_rules()
+    sung = _literal([name for name, facts in FAMILIES.items() if facts.modality == "audio"])
+    silent = "self.validation.prompts.all(prompt, !has(prompt.lyrics))"
+    yield CelRule("validation.prompts", f"self.model.family in {sung} || {silent}", "lyrics are for audio families")
     for name, facts in FAMILIES.items():
         if facts.frame_rule is None:
             continue
@@ -217,6 +225,12 @@ def _negative_prompt_rules() -> Iterator[CelRule]:
     none = "self.validation.prompts.all(prompt, !has(prompt.negative) || prompt.negative == '')"
     least = _by_family({name: facts.guidance_above for name, facts in FAMILIES.items()})
     strong = f"has(self.validation.guidance) && double(self.validation.guidance) > {least}"
+    learnt = _literal([name for name, facts in FAMILIES.items() if not facts.negative_prompts])
+    yield CelRule(
+        "validation.prompts",
+        f"!(self.model.family in {learnt}) || {none}",
+        "samples of this family know no negative prompt",
+    )
     above = "a negative prompt does something only with spec.validation.guidance above what switches it on"
     yield CelRule("validation.prompts", f"!has(self.validation.guidance) || {strong} || {none}", above)
     for kind, otherwise, message in (

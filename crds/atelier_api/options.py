@@ -50,6 +50,19 @@ ONLY = (
         ("flow",),
     ),
     Only(("data.clip.frames", "data.clip.fps", "validation.frames"), "family.modality", ("video",)),
+    Only(
+        ("data.audio.maxSeconds", "data.audio.minSeconds", "data.audio.bucketSeconds", "validation.seconds"),
+        "family.modality",
+        ("audio",),
+    ),
+    Only(
+        (
+            *("data.resolution", "data.bucketAlign", "data.crop", "data.maxUpscale"),
+            *("validation.width", "validation.height"),
+        ),
+        "family.modality",
+        ("image", "video"),
+    ),
     Only(("objective.huberC",), "objective.loss", ("huber",)),
     Only(
         ("objective.timesteps.logitMean", "objective.timesteps.logitScale"),
@@ -61,7 +74,9 @@ ONLY = (
     Only(("hyperparameters.schedule.end",), "hyperparameters.schedule.type", ("linear", "cosine", "polynomial")),
     Only(("hyperparameters.schedule.power",), "hyperparameters.schedule.type", ("polynomial",)),
     Only(
-        tuple(f"validation.{name}" for name in ("everySteps", "steps", "guidance", "width", "height", "frames")),
+        tuple(
+            f"validation.{name}" for name in ("everySteps", "steps", "guidance", "width", "height", "frames", "seconds")
+        ),
         "validation.prompts",
     ),
 )

@@ -176,6 +176,13 @@ def _schedule(spec: TrainingRunSpec) -> Iterator[Problem]:
         yield refused(path, schedule.warmup_steps, f"must be at most spec.hyperparameters.steps, which is {steps}")
 
 
+def _lengths(spec: TrainingRunSpec) -> Iterator[Problem]:
+    audio = spec.data.audio
+    if audio.min_seconds > audio.max_seconds:
+        allowed = f"must be at most spec.data.audio.maxSeconds, which is {audio.max_seconds}"
+        yield refused("spec.data.audio.minSeconds", audio.min_seconds, allowed)
+
+
 def _precision(spec: TrainingRunSpec) -> Iterator[Problem]:
     numbers = spec.hyperparameters
     full = isinstance(spec.adapter, FullAdapter)
@@ -227,6 +234,7 @@ RULES: tuple[Callable[[TrainingRunSpec], Iterator[Problem]], ...] = (
     _sources_once,
     _batch,
     _schedule,
+    _lengths,
     _precision,
     _processes,
     _publish,
@@ -301,7 +309,9 @@ def _negative_prompts(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Pro
         if not prompt.negative:
             continue
         path = f"spec.validation.prompts[{index}].negative"
-        if kind == "distilled":
+        if not facts.negative_prompts:
+            yield refused(path, prompt.negative, f"samples of {facts.name} know no negative prompt; remove it")
+        elif kind == "distilled":
             others = [flavour.name for flavour in facts.flavours if flavour.guidance != "distilled"]
             way = f", or set spec.model.flavour to {' or '.join(others)} where the checkpoint is one" if others else ""
             allowed = f"samples of {facts.name} distilled on guidance know no negative prompt; remove it{way}"
@@ -324,6 +334,13 @@ def _pictures(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
                 yield refused(path, uri, f"{kind} is not shown the {frame} frame of a clip; remove it")
             if uri is None and possible and all(frame in flavour.frames for flavour in possible):
                 yield refused(path, uri, f"{kind} draws from a picture of the {frame} frame; name its file")
+
+
+def _lyrics(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
+    for index, prompt in enumerate(spec.validation.prompts):
+        if prompt.lyrics is not None and facts.modality != "audio":
+            allowed = f"only for audio families, and {facts.name} is of {facts.modality}"
+            yield refused(f"spec.validation.prompts[{index}].lyrics", prompt.lyrics, allowed)
 
 
 def _kohya(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
@@ -368,5 +385,6 @@ FAMILY_RULES: tuple[Callable[[TrainingRunSpec, FamilyFacts], Iterator[Problem]],
     _negative_prompts,
     _pictures,
     _references,
+    _lyrics,
     _kohya,
 )

@@ -54,12 +54,22 @@ def given_frames(family: Family, folder: str | Path, shown_frames: int = 1) -> t
 
     Raises ConfigError for a checkpoint that the family cannot train.
     """
-    if family.facts.modality == "image":
+    if family.facts.modality != "video":
         return ()
     config = _checked_config(family, folder)
     given = family.given_frames(config, _read_json(folder, f"{family.denoisers[0]}/config.json"))
     again: Frame = "first"
     return (*[again] * (shown_frames - 1), *given) if family.facts.continues else given
+
+
+def sample_rate(family: Family, folder: str | Path) -> int:
+    """Samples per second of the sounds that this checkpoint's autoencoder takes.
+
+    Raises ConfigError for a checkpoint that the family cannot train.
+    """
+    _checked_config(family, folder)
+    rate: int = _read_json(folder, "vae/config.json")["sampling_rate"]
+    return rate
 
 
 def pipeline_name(family: Family, folder: str | Path) -> str:

@@ -37,7 +37,7 @@ from atelier_runtime.parallel import Distributed
 from atelier_runtime.prompt_pictures import prompt_pictures
 from atelier_runtime.publishing import publish, write_report, write_result
 from atelier_runtime.reporter import Reporter
-from atelier_runtime.sampling import draw_samples, store_samples
+from atelier_runtime.sampling import draw_samples, sample_key, store_samples
 from atelier_runtime.store import Store, open_store
 from atelier_runtime.train_state import TrainState
 from atelier_runtime.trainer import Parts, Trainer, build_run_objective, build_state, staging_folder
@@ -222,8 +222,8 @@ def sample(session: Session, parts: Parts, step: int) -> None:
             pictures = draw_samples(session.run_file, session.family, parts.denoisers.models, session.distributed)
         store_samples(session.store, step, pictures, session.family.facts.modality)
         torch.distributed.barrier()
-    suffix = "webp" if session.family.facts.modality == "video" else "png"
-    keys = [f"samples/{step:08d}/{i}.{suffix}" for i in range(len(session.run_file.spec.validation.prompts))]
+    modality = session.family.facts.modality
+    keys = [sample_key(step, index, modality) for index in range(len(session.run_file.spec.validation.prompts))]
     session.reporter.samples_drawn(step, keys)
     session.reporter.training(step)
 

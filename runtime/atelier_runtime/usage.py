@@ -20,7 +20,8 @@ def usage(run_file: RunFile, family: Family, keys: Sequence[str]) -> str:
         inputs = [f'video=load_video("start.mp4"), num_cond_frames={shown}']
     loaders = ["load_video" if shown > 1 else "load_image"] if inputs else []
     tools = [*loaders, *(["export_to_video"] if family.facts.modality == "video" else [])]
-    lines = [f"from {library} import {pipeline}"]
+    lines = ["import wave", ""] if family.facts.modality == "audio" else []
+    lines.append(f"from {library} import {pipeline}")
     if tools:
         lines.append(f"from diffusers.utils import {', '.join(sorted(tools))}")
     lines.append("")
@@ -49,5 +50,10 @@ def _drawing(family: Family, inputs: Sequence[str]) -> Iterator[str]:
     output = f"pipe({', '.join(arguments)})[0][0]"  # the first of the first field, which has many names
     if family.facts.modality == "image":
         yield f'{output}.save("picture.png")'
+    elif family.facts.modality == "audio":
+        yield f"waveform = {output}  # [2, samples]"
+        yield 'with wave.open("sound.wav", "wb") as file:'
+        yield '    file.setparams((2, 2, pipe.sample_rate, 0, "NONE", ""))'
+        yield "    file.writeframes((waveform.T * 32767).short().cpu().contiguous().numpy().tobytes())"
     else:
         yield f'export_to_video({output}, "clip.mp4", fps={family.facts.frame_rate or 16.0:g})'

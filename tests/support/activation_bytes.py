@@ -21,6 +21,8 @@ from atelier_runtime.family import Conditions, Family
 
 IN_BF16 = {
     F.linear,
+    F.conv1d,
+    F.conv_transpose1d,
     F.conv2d,
     F.conv3d,
     torch.matmul,
@@ -114,24 +116,31 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 
 def bytes_per_token(
-    family: Family, flavour: Flavour, model: nn.Module, features: Callable[[], dict[str, Tensor]] | None = None
+    family: Family,
+    flavour: Flavour,
+    model: nn.Module,
+    features: Callable[[], dict[str, Tensor]] | None = None,
+    *,
+    shared: Callable[[], dict[str, Tensor]] = dict,
 ) -> float:
     """Bytes that a block keeps per token of a sample, on the average of the blocks, for LoRA on `attention` over weights in bf16.
 
-    `model` is a published denoiser on the meta device. One sample of 1024 x 1024 pixels, or 81 frames of 832 x 480, with a reference
-    of the same size where the family takes one.
+    `model` is a published denoiser on the meta device. One sample of 1024 x 1024 pixels, 81 frames of 832 x 480 or 240 seconds, with a
+    reference of the same size where the family takes one.
     """
     adapters.install(model, LoraAdapter(rank=16, targets=["attention"]), family)
     facts = family.facts
     width, height, frames = (832, 480, 81) if facts.modality == "video" else (1024, 1024, 1)
     depth = [(frames - 1) // facts.temporal_factor + 1] if facts.modality == "video" else []
+    grid = [*depth, height // facts.latent_factor, width // facts.latent_factor]
+    if facts.sample_rate is not None:
+        width, height, frames = 1, 1, 240 * facts.sample_rate
+        grid = [frames // facts.latent_factor]
     with torch.device("meta"):
-        noisy = torch.empty(
-            1, facts.latent_channels, *depth, height // facts.latent_factor, width // facts.latent_factor
-        )
+        noisy = torch.empty(1, facts.latent_channels, *grid)
         references = (torch.empty(1, facts.latent_channels, *noisy.shape[-2:]),) if facts.references else ()
         text = features() if features else text_features(model, flavour.text_tokens)
-        conditions = Conditions(text=text, sizes=torch.empty(1, 6), references=references)
+        conditions = Conditions(text=text, sizes=torch.empty(1, 6), references=references, shared=shared())
         time = torch.empty(1)
         total = saved_bytes(model, lambda: family.predict(model, noisy, time, conditions))
     pictures = (1 + len(references)) * facts.latent_tokens(width, height, frames)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from atelier_runtime.data.buckets import place_whole
 from atelier_runtime.data.image import fit
 from atelier_runtime.families import FAMILIES
-from atelier_runtime.family import Conditions, Family, Features, Frame, SampleRequest
+from atelier_runtime.family import Conditions, Family, Features, Frame, SampleRequest, Song
 from family_models import FAMILY_OF, TINY, tiny_pipeline
 from family_models.kinds import Tiny
 
@@ -23,6 +24,8 @@ RESOLUTION = 64
 """Edge of the square whose area references have, in pixels."""
 PROMPTS = ("a fox", 'a lighthouse in the fog at dawn with the sign "keep off"')
 """Of unequal length, and one with words to be drawn, for which some families have an encoder of their own."""
+LYRICS = "[verse]\nround and round it goes"
+"""What is sung to each of them, where sounds are made."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,12 @@ class Case:
         return self.denoisers[stage.denoiser]
 
     def conditions(
-        self, prompts: Sequence[str], guidance: float | None = None, samples: Sequence[int] | None = None
+        self, prompts: Sequence[str | None], guidance: float | None = None, samples: Sequence[int] | None = None
     ) -> Conditions:
-        """What the denoiser is told of these prompts, and shown of the clips and references of these numbers (0, 1, … unless told)."""
+        """What the denoiser is told of these prompts, and shown of the clips and references of these numbers (0, 1, … unless told).
+
+        A prompt of None is nothing, where sounds are made.
+        """
         numbers = list(range(len(prompts)) if samples is None else samples)
         references = [self.references(number) for number in numbers]
         frames = None
@@ -86,14 +92,19 @@ class Case:
             guidance=guidance,
             frames=frames,
             references=latents,
+            shared=self.family.encode_shared(self.pipe) if self.family.shares else {},
         )
 
-    def features(self, prompts: Sequence[str], references: Sequence[tuple[Image.Image, ...]]) -> list[Features]:
-        """Of each prompt, with its references where the encoder looks at them."""
+    def features(self, prompts: Sequence[str | None], references: Sequence[tuple[Image.Image, ...]]) -> list[Features]:
+        """Of each prompt as the family's kind of text encoder makes them."""
         with torch.no_grad():
+            if self.family.facts.modality == "audio":
+                songs = [None if prompt is None else Song(prompt, LYRICS, self.tiny.seconds) for prompt in prompts]
+                return self.family.encode_songs(self.pipe, songs)
+            texts = [prompt for prompt in prompts if prompt is not None]
             if self.family.text_sees_references:
-                return self.family.encode_instructions(self.pipe, prompts, references)
-            return self.family.encode_text(self.pipe, prompts)
+                return self.family.encode_instructions(self.pipe, texts, references)
+            return self.family.encode_text(self.pipe, texts)
 
     def references(self, number: int) -> tuple[Image.Image, ...]:
         """A reference picture for families that take them: neither of the target's size nor of its aspect."""
@@ -107,6 +118,11 @@ class Case:
         return self.family.encode_reference(self.pipe, torch.stack(pixels)).float()
 
     def pixels(self, count: int) -> Tensor:
+        """Pixels of as many pictures or clips, or waveforms of sounds."""
+        if self.family.facts.sample_rate is not None:
+            return torch.stack(
+                [chord(number, self.tiny.seconds, self.family.facts.sample_rate) for number in range(count)]
+            )
         clips = real_clips(count, self.tiny)
         return clips if self.family.facts.modality == "video" else clips[:, :, 0]
 
@@ -138,6 +154,8 @@ class Case:
             pictures=self.pictures(),
             references=self.references(0),
             resolution=RESOLUTION,
+            lyrics=LYRICS,
+            seconds=self.tiny.seconds,
         )
 
     def pictures(self) -> tuple[Image.Image, ...]:
@@ -176,6 +194,22 @@ def real_clips(count: int, tiny: Tiny) -> Tensor:
         ]
         clips.append(torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2) / 127.5 - 1)
     return torch.stack(clips)
+
+
+def chord(number: int, seconds: float, rate: int) -> Tensor:
+    """A waveform [2, N] in [-1, 1]: plucked strings, a chord and a pan of their own for each number."""
+    time = np.arange(round(seconds * rate)) / rate
+    strings = [pluck(time, 220 * 2 ** (step / 12) * (1 + number / 8)) for step in (0, 3 + number % 2, 7)]
+    left = 0.3 + 0.1 * (number % 5)
+    return torch.from_numpy(np.outer([left, 1 - left], np.mean(strings, axis=0))).float()
+
+
+def pluck(time: NDArray[np.float64], frequency: float) -> NDArray[np.float64]:
+    """A string that is plucked at 0 and again every 0.4 seconds, with its overtones."""
+    since = time % 0.4
+    overtones = [np.sin(2 * np.pi * frequency * k * since) / k for k in range(1, 6)]
+    loudness: NDArray[np.float64] = np.exp(-4 * since) / 2
+    return loudness * np.sum(overtones, axis=0)
 
 
 @dataclass
@@ -243,15 +277,20 @@ def sampling_arguments(case: Case, *, guided: bool) -> dict[str, Any]:
     return arguments
 
 
-def guide(case: Case, positive: Tensor, negative: Tensor) -> Tensor:
-    """The pipeline's classifier-free guidance of 3; where it has none, the guidance was embedded."""
-    return positive if case.tiny.combine is None else case.tiny.combine(positive, negative, GUIDANCE)
+def combination(tiny: Tiny) -> Callable[[Tensor, Tensor], Tensor]:
+    """The pipeline's classifier-free guidance of 3 for one run; where it has none, the guidance was embedded."""
+    combine = tiny.combine_of_run() if tiny.combine_of_run else tiny.combine
+    if combine is None:
+        return lambda positive, _: positive
+    return lambda positive, negative: combine(positive, negative, GUIDANCE)
 
 
 def flow_input(tiny: Tiny, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Noisy latents and sigma of flow matching, of the latents and the time of the pipeline's scheduler."""
     if tiny.noise == "inverted":
         return latents, (1 - t).float()
+    if tiny.noise == "unit":
+        return latents, t.float()
     sigma = (t / 1000).float()
     return (latents / (1 + sigma), sigma / (1 + sigma)) if tiny.noise == "edm" else (latents, sigma)
 
@@ -272,7 +311,7 @@ def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Te
     embedded = GUIDANCE if guided and case.tiny.combine is None else case.tiny.embedded
     conditions = case.conditions(prompts, guidance=embedded, samples=[0] * len(prompts))
     assert recording.start is not None
-    latents = to_grid(pipe, recording.start)
+    latents, guide = to_grid(pipe, recording.start), combination(case.tiny)
     for t, theirs in zip(scheduler.timesteps, recording.after, strict=True):
         if family.facts.objective == "flow":
             model_input, time = flow_input(case.tiny, latents, t)
@@ -284,7 +323,7 @@ def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Te
         prediction = family.predict(
             denoiser, model_input.expand(len(prompts), *latents.shape[1:]), time.expand(len(prompts)), conditions
         )
-        output = guide(case, prediction[:1], prediction[1:]) if guided else prediction
+        output = guide(prediction[:1], prediction[1:]) if guided else prediction
         if case.tiny.noise == "inverted":
             output = -output
         elif case.tiny.noise == "edm":  # its scheduler steps along (latents - clean) / sigma

@@ -88,6 +88,8 @@ FEW = {
     "spec.data.clip.frames": [1, 48, 49, 81, 1025],
     "spec.data.clip.shownFrames": [1, 2, 13, 49],
     "spec.validation.frames": [1, 48, 49],
+    "spec.data.audio.minSeconds": [1, 3, 60, 61],
+    "spec.data.audio.maxSeconds": [1, 60, 600],
     "spec.validation.width": [8, 100, 512, 1024],
     "spec.validation.height": [8, 100, 512, 1024],
     "spec.hyperparameters.globalBatchSize": [1, 2, 6, 8, 12, 64, 65536],

@@ -25,6 +25,7 @@ NAMES = (
     "kolors",
     "longcat_video_edit",
     "ltx_i2v",
+    "ace_step",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}

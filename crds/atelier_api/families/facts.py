@@ -3,9 +3,9 @@
 Sizes are those of the published configs: tests/runtime/test_family_facts.py builds each one without memory and compares.
 
 `activation_bytes_per_token` is measured there on a whole forward pass over one sample (1024 x 1024 pixels, clips 81 frames of
-832 x 480) as: bytes of all storages that autograd saves, weights apart / layers / (latent tokens + text tokens). It assumes CUDA's
-autocast, so norms and their inputs are kept in fp32, and flash attention, which keeps query, key, value, output and one number
-per query. With adapters on `all` as well it is 1.14 to 1.32 times as much, in full-rank training 1.17 (UNet) to 1.76 times.
+832 x 480, sounds 240 seconds) as: bytes of all storages that autograd saves, weights apart / layers / (latent tokens + text tokens).
+It assumes CUDA's autocast, so norms and their inputs are kept in fp32, and flash attention, which keeps query, key, value, output and
+one number per query. With adapters on `all` as well it is 1.14 to 1.32 times as much, in full-rank training 1.17 (UNet) to 1.76 times.
 """
 
 from dataclasses import dataclass
@@ -55,11 +55,14 @@ class FamilyFacts:
     pictures a sample may have beside its target: a family that takes some trains on pairs, and each sample needs at least one.
     `reference_edge` is the edge of the square whose area they are scaled to, where that is not `data.resolution`. `continues`: the
     denoiser is shown as many first frames of a clip as a run says, of a number that fits `frame_rule`.
+    `sample_rate` is in samples per second, of a family of sounds; its `latent_factor` is in samples, its `patch` in latents.
+    `own_shift`: the stock pipeline shifts its noise levels by `shift` itself, whatever the checkpoint's scheduler says.
+    `negative_prompts`: what it contrasts with can be written; else it is something learnt.
     """
 
     name: str
     title: str
-    modality: Literal["image", "video"]
+    modality: Literal["image", "video", "audio"]
     objective: Literal["flow", "diffusion"]
     pixel_multiple: int
     latent_channels: int
@@ -80,13 +83,19 @@ class FamilyFacts:
     lora_component: str | None = None
     library: str = "diffusers"
     continues: bool = False
+    sample_rate: int | None = None
+    own_shift: bool = False
+    negative_prompts: bool = True
 
     def reference_resolution(self, resolution: int) -> int:
         """Edge in pixels of the square whose area references have in a run of `resolution`."""
         return self.reference_edge or resolution
 
     def latent_tokens(self, width: int, height: int, frames: int = 1) -> int:
-        """Tokens of one sample of `width` x `height` pixels and `frames` frames."""
+        """Tokens of one sample of `width` x `height` pixels and `frames` frames; of a sound of `frames` samples."""
+        if self.modality == "audio":
+            latents = -(-frames // self.latent_factor)
+            return -(-latents // self.patch)
         edge = self.latent_factor * self.patch
         latent_frames = (frames - 1) // self.temporal_factor + 1
         return (width // edge) * (height // edge) * latent_frames

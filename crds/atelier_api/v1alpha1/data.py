@@ -1,4 +1,4 @@
-"""`spec.data`: pictures or clips with captions, and how they are cut and cached."""
+"""`spec.data`: pictures, clips or sounds with captions, and how they are cut and cached."""
 
 from typing import Annotated, Literal
 
@@ -60,6 +60,21 @@ class Clip(Block):
     )
 
 
+class Audio(Block):
+    """How sounds are cut; only for audio families."""
+
+    max_seconds: int = Field(
+        default=60, ge=1, le=600, description="Of a longer file the first so many seconds are trained on."
+    )
+    min_seconds: int = Field(default=3, ge=1, le=600, description="Shorter files are left out and listed.")
+    bucket_seconds: int = Field(
+        default=10,
+        ge=1,
+        le=600,
+        description="Files whose lengths are the same when rounded up to a multiple of this are trained together.",
+    )
+
+
 class Data(Block):
     """Training data."""
 
@@ -82,3 +97,4 @@ class Data(Block):
     )
     captions: Captions = Field(default_factory=Captions, description="Captions.")
     clip: Clip = Field(default_factory=Clip, description="Cutting of clips, for video families.")
+    audio: Audio = Field(default_factory=Audio, description="Cutting of sounds, for audio families.")

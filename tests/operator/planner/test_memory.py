@@ -8,7 +8,13 @@ import pytest
 from atelier_api.families import FAMILIES
 from atelier_api.v1alpha1 import TrainingRun
 from atelier_operator.planner import ModelFacts, Prediction, table_facts
-from atelier_operator.planner.memory import GIB, Choice, predict, trained_parameters
+from atelier_operator.planner.memory import (
+    AUTOENCODER_VALUES_PER_SAMPLE,
+    GIB,
+    Choice,
+    predict,
+    trained_parameters,
+)
 from planned_runs import run
 
 # Peak of a training step without what a process holds before it has a model: tensors alive at once in two steps of the published
@@ -158,6 +164,24 @@ def test_activations_grow_with_samples_pixels_frames_and_precision() -> None:
     assert kept(run(hyperparameters__precision="fp32")) == 2 * kept(run())
     assert kept(run("wan", data__clip__frames=81)) > 1.5 * kept(run("wan", data__clip__frames=49))
     assert kept(run(), gradient_checkpointing=True) < kept(run()) / 5
+
+
+def test_sounds_are_counted_by_their_seconds_whatever_pixels_there_would_be() -> None:
+    half, whole = (run("ace_step", data__audio__maxSeconds=seconds) for seconds in (60, 120))
+    facts = table_facts(whole.spec.model)
+    tokens = 120 * 25 // 2
+    assert facts.family.latent_tokens(1, 1, 120 * 48_000) == tokens
+    kept = [predicted(each).train.activations for each in (half, whole)]
+    assert kept[1] / kept[0] == pytest.approx((tokens + facts.text_tokens) / (tokens / 2 + facts.text_tokens))
+    assert predicted(whole).encode - predicted(half).encode == 60 * 48_000 * AUTOENCODER_VALUES_PER_SAMPLE * 2
+
+
+def test_a_sound_that_is_drawn_is_paid_for_by_its_own_seconds() -> None:
+    def drawn(**length: int) -> int:
+        return predicted(run("ace_step", validation={"prompts": [{"text": "a waltz"}], **length})).sample
+
+    assert drawn() == drawn(seconds=60)  # as long as those that are trained on
+    assert drawn(seconds=90) - drawn() == 30 * 48_000 * AUTOENCODER_VALUES_PER_SAMPLE * 2
 
 
 def test_references_are_paid_for_like_the_target() -> None:
