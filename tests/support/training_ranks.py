@@ -41,6 +41,7 @@ class Samples:
     sizes: Tensor
     frames: Features | None
     references: tuple[Tensor, ...]
+    shared: Features
 
     def conditions(self, family: Family, slots: range) -> Conditions:
         rows = list(slots)
@@ -49,6 +50,7 @@ class Samples:
             sizes=self.sizes[rows],
             frames=None if self.frames is None else {name: tensor[rows] for name, tensor in self.frames.items()},
             references=tuple(reference[rows] for reference in self.references),
+            shared=self.shared,
         )
 
 
@@ -227,4 +229,5 @@ def samples_of(tiny: FamilyCase, captions: Sequence[str]) -> Samples:
         sizes=told.sizes,
         frames=told.frames,
         references=told.references,
+        shared=told.shared,
     )

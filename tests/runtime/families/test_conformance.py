@@ -296,7 +296,8 @@ def test_the_program_of_the_report_loads_an_exported_lora_into_the_stock_pipelin
     files = export_lora(result.weights, result.file, case.family, tmp_path / "exports", provenance=PROVENANCE)
     program = usage(result.file, case.family, [file.path.relative_to(tmp_path).as_posix() for file in files])
     lines = program.splitlines()
-    loading = lines[[line.startswith("pipe = ") for line in lines].index(True) + 1 : -1]
+    made, drawn = (next(i for i, line in enumerate(lines) if part in line) for part in ("pipe = ", "your prompt"))
+    loading = lines[made + 1 : drawn]
     pipe = make_case(name).pipe
     monkeypatch.chdir(tmp_path)
     exec("\n".join(loading), {"pipe": pipe})
