@@ -39,8 +39,8 @@ def _loading(run_file: RunFile, family: Family, pipeline: str, keys: Sequence[st
 
 
 def _drawing(family: Family, pictures: Sequence[str]) -> Iterator[str]:
-    """The call. `pictures` are the arguments that want one."""
-    arguments = ['"your prompt"', *(f'{name}=load_image("{name}.png")' for name in pictures)]
+    """The call, all by name: some pipelines take the picture first. `pictures` are the arguments that want one."""
+    arguments = ['prompt="your prompt"', *(f'{name}=load_image("{name}.png")' for name in pictures)]
     output = f"pipe({', '.join(arguments)})[0][0]"  # the first of the first field, which has many names
     if family.facts.modality == "image":
         yield f'{output}.save("picture.png")'
