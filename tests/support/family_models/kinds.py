@@ -39,6 +39,7 @@ class Tiny:
     here of one frame. `noise`: how its scheduler counts noise, as `flow` does times 1000, `inverted` by the share of the clean
     picture, or as `edm`, whose latents are clean + sigma * noise. `negative` is the prompt that it contrasts with. `picture_step` is
     what the pipeline rounds its pictures to, of a range from 0 to 1; 0 if it does not round.
+    `references` is how many reference pictures its samples have, where the family takes some.
     `width`, `height` and `frames` are those of its samples, larger where its autoencoder would leave nothing of the usual scene.
     """
 
@@ -53,6 +54,7 @@ class Tiny:
     noise: Literal["flow", "inverted", "edm"] = "flow"
     negative: str = ""
     picture_step: float = 0.0
+    references: int = 1
     width: int = WIDTH
     height: int = HEIGHT
     frames: int = FRAMES
