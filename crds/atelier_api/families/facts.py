@@ -53,7 +53,8 @@ class FamilyFacts:
     component that takes a LoRA where the stock pipeline has no loader for one. `kohya`: LoRA files of ComfyUI and kohya-ss have
     names for its layers. `library` is the Python module that has the pipeline and the denoisers. `references` is how many reference
     pictures a sample may have beside its target: a family that takes some trains on pairs, and each sample needs at least one.
-    `reference_edge` is the edge of the square whose area they are scaled to, where that is not `data.resolution`.
+    `reference_edge` is the edge of the square whose area they are scaled to, where that is not `data.resolution`. `sample_edge` is
+    that of what the stock pipeline draws, in the aspect of the reference and as large, where it takes no size.
     """
 
     name: str
@@ -76,6 +77,7 @@ class FamilyFacts:
     kohya: bool = True
     references: int = 0
     reference_edge: int | None = None
+    sample_edge: int | None = None
     lora_component: str | None = None
     library: str = "diffusers"
 

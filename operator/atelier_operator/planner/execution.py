@@ -79,10 +79,9 @@ def _resolved(spec: TrainingRunSpec, paths: Paths) -> TrainingRunSpec:
         source.model_copy(update={"uri": uri}) for source, uri in zip(spec.data.sources, paths.data_uris, strict=True)
     ]
     data = {"sources": sources, "bucket_align": bucket_alignment(spec, family)}
-    validation = {
-        side: getattr(spec.validation, side) or spec.data.resolution // family.pixel_multiple * family.pixel_multiple
-        for side in ("width", "height")
-    }
+    # A size that follows the reference is for the pipeline to say.
+    edge = None if family.sample_edge else spec.data.resolution // family.pixel_multiple * family.pixel_multiple
+    validation = {side: getattr(spec.validation, side) or edge for side in ("width", "height")}
     if family.modality == "video":
         data["clip"] = spec.data.clip.model_copy(update={"fps": spec.data.clip.fps or family.frame_rate})
         validation["frames"] = spec.validation.frames or spec.data.clip.frames

@@ -210,7 +210,8 @@ def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> in
     frames = spec.data.clip.frames if model.family.modality == "video" else 1
     references = max(len(source.references) for source in spec.data.sources)
     tokens = model.family.latent_tokens(size, size, frames) + model.text_tokens
-    tokens = choice.micro_batch_size * (tokens + _reference_tokens(spec, model.family, references))
+    edge = model.family.reference_resolution(spec.data.resolution)
+    tokens = choice.micro_batch_size * (tokens + _reference_tokens(model.family, references, edge))
     kept = model.activation_bytes_per_token * _precision_bytes(spec) // 2
     if isinstance(spec.adapter, FullAdapter) or not _only(spec.adapter, "attention"):
         kept = int(kept * WIDE_TARGETS)
@@ -229,9 +230,8 @@ def _kept_by_adapter(spec: TrainingRunSpec, model: ModelFacts, tokens: int) -> i
     return sum(kept_bytes(adapter, layer, tokens, _precision_bytes(spec)) for layer in _adapted_layers(adapter, model))
 
 
-def _reference_tokens(spec: TrainingRunSpec, family: FamilyFacts, references: int) -> int:
-    """Tokens of the reference pictures of one sample: they are attended to like its own."""
-    edge = family.reference_resolution(spec.data.resolution)
+def _reference_tokens(family: FamilyFacts, references: int, edge: int) -> int:
+    """Tokens of the reference pictures of one sample, each of the area of a square of `edge`: they are attended to like its own."""
     edge = -(-edge // family.pixel_multiple) * family.pixel_multiple
     return references * family.latent_tokens(edge, edge)
 
@@ -239,12 +239,13 @@ def _reference_tokens(spec: TrainingRunSpec, family: FamilyFacts, references: in
 def _sample_phase(spec: TrainingRunSpec, model: ModelFacts, train: Parts, frozen: int) -> int:
     """The state of training without its activations, the stock pipeline's other models, and the larger of its two steps."""
     validation, family = spec.validation, model.family
-    width, height = validation.width or spec.data.resolution, validation.height or spec.data.resolution
+    edge = family.sample_edge or spec.data.resolution
+    width, height = validation.width or edge, validation.height or edge
     frames = (validation.frames or spec.data.clip.frames) if family.modality == "video" else 1
     precision = _precision_bytes(spec)
     references = max(len(prompt.references) for prompt in validation.prompts)
     tokens = family.latent_tokens(width, height, frames) + model.text_tokens
-    tokens = GUIDED_SAMPLES * (tokens + _reference_tokens(spec, family, references))
+    tokens = GUIDED_SAMPLES * (tokens + _reference_tokens(family, references, family.reference_resolution(edge)))
     denoise = tokens * model.activation_bytes_per_token * precision // 2
     working = max(denoise, _autoencoder(family, width, height, precision))
     # DDP keeps its gradient buckets; the averages are swapped in while sampling, and the weights kept aside.
