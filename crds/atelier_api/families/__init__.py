@@ -23,6 +23,7 @@ NAMES = (
     "cosmos2",
     "omnigen",
     "qwen_image_edit",
+    "longcat_image_edit",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}

@@ -192,6 +192,11 @@ def test_the_run_file_has_what_the_spec_leaves_to_the_family() -> None:
     assert clip.validation.frames == 81
 
 
+def test_the_run_file_has_no_size_of_samples_that_follows_their_reference() -> None:
+    validation = resolved(run("longcat_image_edit", data__resolution=1000)).spec.validation
+    assert (validation.width, validation.height) == (None, None)
+
+
 def test_what_the_user_says_stays_in_the_run_file() -> None:
     size = {"prompts": [{"text": "x"}], "width": 512, "height": 768}
     spec = resolved(run(data__bucketAlign=32, validation=size)).spec
