@@ -170,6 +170,10 @@ def _family_rules() -> Iterator[CelRule]:
     flavours = _literal({name: [flavour.name for flavour in facts.flavours] for name, facts in FAMILIES.items()})
     known = f"self.model.flavour in {flavours}[self.model.family]"
     yield CelRule("model.flavour", f"!has(self.model.flavour) || {known}", "no flavour of this family")
+    following = _literal([name for name, facts in FAMILIES.items() if facts.sample_edge])
+    for side in ("width", "height"):
+        free = f"!has(self.validation.{side}) || !(self.model.family in {following})"
+        yield CelRule(f"validation.{side}", free, "this family draws in a size that follows its reference")
     aligned = f"(!has(self.data.bucketAlign) || self.data.bucketAlign % {multiple} == 0)"
     yield CelRule("data.bucketAlign", aligned, "must be a multiple of the family's pixels")
     coarse = f"(self.data.resolution < {FINE_BELOW} ? {multiple} : {COARSE_ALIGNMENT})"

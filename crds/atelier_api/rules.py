@@ -297,7 +297,11 @@ def _shown_frames(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem
 def _validation_size(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
     multiple = facts.pixel_multiple
     for name, value in (("width", spec.validation.width), ("height", spec.validation.height)):
-        if value is not None and value % multiple:
+        if value is not None and facts.sample_edge:
+            yield refused(
+                f"spec.validation.{name}", value, f"{facts.name} draws in a size that follows its reference; remove it"
+            )
+        elif value is not None and value % multiple:
             allowed = f"must be a multiple of {multiple} for {facts.name}, for example {_round_up(value, multiple)}"
             yield refused(f"spec.validation.{name}", value, allowed)
 

@@ -124,7 +124,8 @@ def _load_around(
     given: dict[str, Any] = dict.fromkeys((*family.denoisers, *family.left_out))
     # diffusers wants to be told of what the checkpoint goes without, although the index says so.
     given |= {name: None for name, entry in config.items() if entry == [None, None]}
-    given |= family.provided_components()
+    with _whole(folder):
+        given |= family.provided_components(Path(folder))
     given |= denoisers
     pipeline = class_named(family.pipeline_of(config))
     _check_whole(pipeline, {*config, *given}, folder)

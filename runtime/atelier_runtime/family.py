@@ -18,6 +18,7 @@ Public convention, whatever the network wants inside:
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -160,8 +161,10 @@ class Family(ABC):
         """
         return ()
 
-    def provided_components(self) -> dict[str, Any]:
-        """Components that the stock pipeline is given beside those of the checkpoint. Asked each time before it is built."""
+    def provided_components(self, folder: Path) -> dict[str, Any]:
+        """Components that the stock pipeline is given beside those of the checkpoint, or instead of them. Asked each time before it is
+        built from the checkpoint in `folder`.
+        """
         return {}
 
     @abstractmethod

@@ -45,8 +45,8 @@ def _loading(run_file: RunFile, family: Family, pipeline: str, keys: Sequence[st
 
 
 def _drawing(family: Family, inputs: Sequence[str]) -> Iterator[str]:
-    """The call. `inputs` are the arguments beside the prompt."""
-    arguments = ['"your prompt"', *inputs]
+    """The call, all by name: some pipelines take the picture first. `inputs` are the arguments beside the prompt."""
+    arguments = ['prompt="your prompt"', *inputs]
     output = f"pipe({', '.join(arguments)})[0][0]"  # the first of the first field, which has many names
     if family.facts.modality == "image":
         yield f'{output}.save("picture.png")'

@@ -14,6 +14,7 @@ WAN = {"family": "wan", "source": "base"}
 SDXL = {"family": "sdxl", "source": "base"}
 CONTINUED = {"family": "longcat_video_edit", "source": "base"}
 KONTEXT = {"family": "flux_kontext", "source": "base"}
+LONGCAT_EDIT = {"family": "longcat_image_edit", "source": "base"}
 PROMPTS = [{"text": "a cat"}]
 SHOWN = [{"text": "a cat", "image": "a.png"}]
 NEGATIVE = [{"text": "a cat", "negative": "b"}]
@@ -212,6 +213,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a sample between the family's pixels": (
         {"validation": {"prompts": PROMPTS, "width": 1000}},
         "spec.validation.width is 1000; must be a multiple of 16 for flux, for example 1008",
+    ),
+    "a size of samples that have that of their reference": (
+        {
+            "model": LONGCAT_EDIT,
+            "data__sources": [{"uri": "a", "references": ["b"]}],
+            "validation": {"prompts": [{"text": "make it red", "references": ["a.png"]}], "width": 512},
+        },
+        "spec.validation.width is 512; longcat_image_edit draws in a size that follows its reference; remove it",
     ),
     "an unknown flavour": (
         {"model__flavour": "def"},

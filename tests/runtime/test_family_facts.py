@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -24,8 +25,8 @@ FLAVOURS = [
 
 
 def alike(facts: FamilyFacts, flavour: Flavour) -> list[Flavour]:
-    """The flavours of the same sizes, the first of which is measured: copies would only take time."""
-    sizes = ("layers", "width", "mlp_width", "largest_block")
+    """The flavours of the same sizes and activations, the first of which is measured: copies would only take time."""
+    sizes = ("layers", "width", "mlp_width", "largest_block", "activation_bytes_per_token")
     return [each for each in facts.flavours if all(getattr(each, of) == getattr(flavour, of) for of in sizes)]
 
 
@@ -108,11 +109,12 @@ def test_activation_bytes_are_what_a_forward_pass_keeps(facts: FamilyFacts, flav
     assert flavour.activation_bytes_per_token == pytest.approx(measured, rel=0.03)
 
 
-def test_flavours_of_the_same_sizes_have_the_same_activations() -> None:
-    for facts, flavour in (parameter.values for parameter in FLAVOURS):
-        assert {other.activation_bytes_per_token for other in alike(facts, flavour)} == {
-            flavour.activation_bytes_per_token
-        }
+@pytest.mark.parametrize("facts", TABLE.values(), ids=lambda facts: facts.name)
+def test_flavours_of_the_same_config_have_the_same_activations(facts: FamilyFacts) -> None:
+    configs = PUBLISHED[facts.name].denoisers
+    for one, other in combinations(facts.flavours, 2):
+        if configs[one.name] == configs[other.name]:
+            assert one.activation_bytes_per_token == other.activation_bytes_per_token
 
 
 @pytest.mark.parametrize("facts", TABLE.values(), ids=lambda facts: facts.name)

@@ -6,12 +6,13 @@ from functools import cache
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import Parameter
 
 from atelier_runtime.adapters import trainable
 from atelier_runtime.families import get_family
-from atelier_runtime.family import Conditions, Family
+from atelier_runtime.family import Conditions, Family, Features
 from family_models import TINY, tiny_pipeline
 
 PROMPTS = ("a red fox", "fog")
@@ -54,11 +55,18 @@ def family_case(name: str, checkpoint: str | None = None) -> FamilyCase:
     """The case of a family; `checkpoint` names another tiny pipeline of it."""
     family, pipe = get_family(name), tiny_pipeline(checkpoint or name)
     with torch.no_grad():
-        text = family.collate_text(family.encode_text(pipe, PROMPTS))
+        text = family.collate_text(_features(family, pipe))
         shared = family.encode_shared(pipe) if family.shares else {}
     sizes = torch.tensor([[32, 32, 0, 0, 32, 32]]).repeat(len(PROMPTS), 1)
     channels = TINY[checkpoint or name].channels or family.facts.latent_channels
     return FamilyCase(family, getattr(pipe, family.denoisers[0]), Conditions(text, sizes, shared=shared), channels)
+
+
+def _features(family: Family, pipe: Any) -> list[Features]:
+    if family.text_sees_references:
+        pictures = [[Image.new("RGB", (70, 48), colour)] for colour in ("red", "gray")]
+        return family.encode_instructions(pipe, PROMPTS, pictures)
+    return family.encode_text(pipe, PROMPTS)
 
 
 def trained(model: Any) -> dict[str, Parameter]:

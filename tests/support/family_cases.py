@@ -22,6 +22,8 @@ from family_models.kinds import Tiny
 GUIDANCE = 3.0
 RESOLUTION = 64
 """Edge of the square whose area references have, in pixels."""
+REFERENCE_SIZES = ((70, 48), (80, 40))
+"""Sizes of the files of a sample's references."""
 PROMPTS = ("a fox", 'a lighthouse in the fog at dawn with the sign "keep off"')
 """Of unequal length, and one with words to be drawn, for which some families have an encoder of their own."""
 LYRICS = "[verse]\nround and round it goes"
@@ -107,10 +109,16 @@ class Case:
             return self.family.encode_text(self.pipe, texts)
 
     def references(self, number: int) -> tuple[Image.Image, ...]:
-        """A reference picture for families that take them: neither of the target's size nor of its aspect."""
+        """Reference pictures of a sample for families that take them, of other sizes and aspects than the target and each other."""
         if not self.family.facts.references:
             return ()
-        return (photographs()[number % 2].crop((7 * number, 5 * number, 7 * number + 70, 5 * number + 48)),)
+        sizes = REFERENCE_SIZES[: self.tiny.references]
+        corners = [(7 * number + 3 * place, 5 * number) for place in range(len(sizes))]
+        pairs = zip(corners, sizes, strict=True)
+        return tuple(
+            photographs()[(number + place) % 2].crop((left, top, left + width, top + height))
+            for place, ((left, top), (width, height)) in enumerate(pairs)
+        )
 
     def reference_latents(self, pictures: Sequence[Image.Image]) -> Tensor:
         """[B, C, H, W] of pictures of one size, resized as in training."""

@@ -26,6 +26,8 @@ NAMES = (
     "longcat_video_edit",
     "ltx_i2v",
     "ace_step",
+    "qwen_image_edit",
+    "longcat_image_edit",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}

@@ -57,7 +57,8 @@ class FamilyFacts:
     denoiser is shown as many first frames of a clip as a run says, of a number that fits `frame_rule`.
     `sample_rate` is in samples per second, of a family of sounds; its `latent_factor` is in samples, its `patch` in latents.
     `own_shift`: the stock pipeline shifts its noise levels by `shift` itself, whatever the checkpoint's scheduler says.
-    `negative_prompts`: what it contrasts with can be written; else it is something learnt.
+    `negative_prompts`: what it contrasts with can be written; else it is something learnt. `sample_edge` is
+    that of what the stock pipeline draws, in the aspect of the reference and as large, where it takes no size.
     """
 
     name: str
@@ -80,6 +81,7 @@ class FamilyFacts:
     kohya: bool = True
     references: int = 0
     reference_edge: int | None = None
+    sample_edge: int | None = None
     lora_component: str | None = None
     library: str = "diffusers"
     continues: bool = False

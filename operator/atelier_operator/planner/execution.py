@@ -85,7 +85,8 @@ def _resolved(spec: TrainingRunSpec, paths: Paths) -> TrainingRunSpec:
         validation["seconds"] = spec.validation.seconds or spec.data.audio.max_seconds
     else:
         data["bucket_align"] = bucket_alignment(spec, family)
-        edge = spec.data.resolution // family.pixel_multiple * family.pixel_multiple
+        # A size that follows the reference is for the pipeline to say.
+        edge = None if family.sample_edge else spec.data.resolution // family.pixel_multiple * family.pixel_multiple
         validation = {side: getattr(spec.validation, side) or edge for side in ("width", "height")}
     if family.modality == "video":
         data["clip"] = spec.data.clip.model_copy(update={"fps": spec.data.clip.fps or family.frame_rate})

@@ -201,7 +201,8 @@ def _drawn_extent(spec: TrainingRunSpec, family: FamilyFacts) -> Extent:
     if family.sample_rate is not None:
         return Extent(1, 1, (validation.seconds or data.audio.max_seconds) * family.sample_rate)
     frames = (validation.frames or data.clip.frames) if family.modality == "video" else 1
-    return Extent(validation.width or data.resolution, validation.height or data.resolution, frames)
+    edge = family.sample_edge or data.resolution
+    return Extent(validation.width or edge, validation.height or edge, frames)
 
 
 def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, device: Literal["cpu", "cuda"]) -> Parts:
@@ -237,7 +238,8 @@ def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> in
     """What the forward pass keeps, and the largest block's temporaries in the backward pass."""
     references = max(len(source.references) for source in spec.data.sources)
     tokens = model.family.latent_tokens(*trained_extent(spec, model.family)) + model.text_tokens
-    tokens = choice.micro_batch_size * (tokens + _reference_tokens(spec, model.family, references))
+    edge = model.family.reference_resolution(spec.data.resolution)
+    tokens = choice.micro_batch_size * (tokens + _reference_tokens(model.family, references, edge))
     kept = model.activation_bytes_per_token * _precision_bytes(spec) // 2
     if isinstance(spec.adapter, FullAdapter) or not _only(spec.adapter, "attention"):
         kept = int(kept * WIDE_TARGETS)
@@ -256,9 +258,8 @@ def _kept_by_adapter(spec: TrainingRunSpec, model: ModelFacts, tokens: int) -> i
     return sum(kept_bytes(adapter, layer, tokens, _precision_bytes(spec)) for layer in _adapted_layers(adapter, model))
 
 
-def _reference_tokens(spec: TrainingRunSpec, family: FamilyFacts, references: int) -> int:
-    """Tokens of the reference pictures of one sample: they are attended to like its own."""
-    edge = family.reference_resolution(spec.data.resolution)
+def _reference_tokens(family: FamilyFacts, references: int, edge: int) -> int:
+    """Tokens of the reference pictures of one sample, each of the area of a square of `edge`: they are attended to like its own."""
     edge = -(-edge // family.pixel_multiple) * family.pixel_multiple
     return references * family.latent_tokens(edge, edge)
 
@@ -268,8 +269,9 @@ def _sample_phase(spec: TrainingRunSpec, model: ModelFacts, train: Parts, frozen
     family, extent = model.family, _drawn_extent(spec, model.family)
     precision = _precision_bytes(spec)
     references = max(len(prompt.references) for prompt in spec.validation.prompts)
+    edge = family.reference_resolution(family.sample_edge or spec.data.resolution)
     tokens = family.latent_tokens(*extent) + model.text_tokens
-    tokens = GUIDED_SAMPLES * (tokens + _reference_tokens(spec, family, references))
+    tokens = GUIDED_SAMPLES * (tokens + _reference_tokens(family, references, edge))
     denoise = tokens * model.activation_bytes_per_token * precision // 2
     working = max(denoise, _autoencoder(family, extent, precision))
     # DDP keeps its gradient buckets; the averages are swapped in while sampling, and the weights kept aside.

@@ -136,10 +136,12 @@ def _encoding(run_file: RunFile, family: Family) -> Encoding:
     # Frames that the network is shown lie beside the latents, and may have gone through an image encoder as well.
     autoencoder = hashes.of(root, ["vae", *others], given) if given else hashes.of(root, ["vae"])
     rule = cutting_rule(run_file, family)
+    # Two pipelines of a family may put a caption into different templates, and read it with the same encoder.
+    text = pipeline_flags(config) | {"pipeline": family.pipeline_of(config)}
     encoding = Encoding(
         family=family.name,
         autoencoder=autoencoder,
-        text_encoders=hashes.of(root, others, pipeline_flags(config)),
+        text_encoders=hashes.of(root, others, text),
         precision=run_file.spec.hyperparameters.precision,
         rate=rule.rate if isinstance(rule, SoundRule) else rule.fps if rule else None,
     )

@@ -199,6 +199,11 @@ def test_the_run_file_of_sounds_has_their_length_and_no_pixels() -> None:
     assert resolved(said).spec.validation.seconds == 20
 
 
+def test_the_run_file_has_no_size_of_samples_that_follows_their_reference() -> None:
+    validation = resolved(run("longcat_image_edit", data__resolution=1000)).spec.validation
+    assert (validation.width, validation.height) == (None, None)
+
+
 def test_what_the_user_says_stays_in_the_run_file() -> None:
     size = {"prompts": [{"text": "x"}], "width": 512, "height": 768}
     spec = resolved(run(data__bucketAlign=32, validation=size)).spec

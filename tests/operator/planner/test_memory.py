@@ -216,6 +216,18 @@ def test_a_sample_drawn_from_a_reference_needs_more() -> None:
     assert more == 2 * facts.family.latent_tokens(1024, 1024) * 10**6
 
 
+def test_a_sample_whose_size_follows_its_reference_is_not_smaller_in_a_run_of_small_targets() -> None:
+    prompts = [{"text": "make it red", "references": ["a.png"]}]
+    pairs = run("flux_kontext", data__resolution=512, validation={"prompts": prompts})
+    # So much that denoising needs more than decoding.
+    facts = replace(table_facts(pairs.spec.model), activation_bytes_per_token=10**6)
+    fixed = replace(facts, family=replace(facts.family, sample_edge=1024))
+    more = predicted(pairs, fixed).sample - predicted(pairs, facts).sample
+    whole, small = (facts.family.latent_tokens(edge, edge) for edge in (1024, 512))
+    assert more == 2 * 2 * (whole - small) * 10**6
+    assert predicted(pairs, fixed).train == predicted(pairs, facts).train
+
+
 def test_samples_load_the_encoders_beside_the_training_state() -> None:
     quiet, drawn = run("wan"), run("wan", validation={"prompts": [{"text": "a cat"}]})
     assert predicted(quiet).sample == 0
