@@ -9,7 +9,8 @@ not its business.
 Public convention, whatever the network wants inside:
 
 * flow: `time` is sigma in (0, 1], 1 is noise; `noisy = (1 - sigma) * clean + sigma * noise`; `predict` returns `noise - clean`.
-* diffusion: `time` is the integer DDPM step (long); `predict` returns the network's own epsilon or v.
+* diffusion: `time` is the integer DDPM step (long), or of a cosine schedule its time in (0, 1], 1 is noise; `predict` returns the
+  network's own epsilon or v.
 
 `time` is [B]; a family whose network takes a time per token also accepts [B, tokens].
 """

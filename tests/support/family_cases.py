@@ -109,6 +109,8 @@ class Case:
         level = torch.tensor(levels).view(-1, *[1] * (clean.ndim - 1))
         if self.family.facts.objective == "flow":
             return (1 - level) * clean + level * noise, torch.tensor(levels), noise - clean
+        if self.family.facts.noise_schedule == "cosine":
+            return self.pipe.scheduler.add_noise(clean, noise, torch.tensor(levels)), torch.tensor(levels), noise
         step = (torch.tensor(levels) * 1000).long()
         kept = self.pipe.scheduler.alphas_cumprod[step].view_as(level)
         return kept.sqrt() * clean + (1 - kept).sqrt() * noise, step, noise
@@ -169,11 +171,15 @@ def real_clips(count: int, tiny: Tiny) -> Tensor:
 
 @dataclass
 class Recording:
-    """The stock pipeline's run: the scheduler's setting, the latents it started from, and those after every step."""
+    """The stock pipeline's run: the scheduler's setting, the latents it started from, and those after every step.
+
+    `generators` are as they were before each step, for samplers that add noise of their own.
+    """
 
     set_timesteps: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     start: Tensor | None = None
     after: list[Tensor] = field(default_factory=list)
+    generators: list[torch.Generator | None] = field(default_factory=list)
 
 
 def record(pipe: Any, arguments: dict[str, Any]) -> Recording:
@@ -191,10 +197,13 @@ def record(pipe: Any, arguments: dict[str, Any]) -> Recording:
         recording.set_timesteps = (args, kwargs)
         return set_timesteps(*args, **kwargs)
 
-    def spy_step(output: Tensor, t: Tensor, sample: Tensor, **kwargs: Any) -> Any:
+    def spy_step(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(step).bind(*args, **kwargs).arguments
         if recording.start is None:
-            recording.start = sample.clone()
-        result = step(output, t, sample, **kwargs)
+            recording.start = given["sample"].clone()
+        generator = given.get("generator")
+        recording.generators.append(generator.clone_state() if isinstance(generator, torch.Generator) else None)
+        result = step(*args, **kwargs)
         if not callback:
             on_latents(result[0])
         return result
@@ -259,11 +268,14 @@ def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Te
     conditions = case.conditions(prompts, guidance=embedded, samples=[0] * len(prompts))
     assert recording.start is not None
     latents = to_grid(pipe, recording.start)
-    for t, theirs in zip(scheduler.timesteps, recording.after, strict=True):
+    cosine = family.facts.noise_schedule == "cosine"
+    # Of a cosine, the last time is the one that the last step leads to, and its scheduler takes times of a batch.
+    times = [t.view(1) for t in scheduler.timesteps[:-1]] if cosine else scheduler.timesteps
+    for t, theirs, generator in zip(times, recording.after, recording.generators, strict=True):
         if family.facts.objective == "flow":
             model_input, time = flow_input(case.tiny, latents, t)
         else:
-            model_input, time = scheduler.scale_model_input(latents, t), t.long()
+            model_input, time = scheduler.scale_model_input(latents, t), t if cosine else t.long()
         denoiser = case.denoiser_at(float(t) / 1000 if case.tiny.noise == "flow" else float(time))
         prediction = family.predict(
             denoiser, model_input.expand(len(prompts), *latents.shape[1:]), time.expand(len(prompts)), conditions
@@ -273,5 +285,6 @@ def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Te
             output = -output
         elif case.tiny.noise == "edm":  # its scheduler steps along (latents - clean) / sigma
             output = (latents - (model_input - time * output)) / (t / 1000)
-        latents = scheduler.step(output, t, latents, return_dict=False)[0]
+        drawn = {} if generator is None else {"generator": generator}
+        latents = scheduler.step(output, t, latents, **drawn, return_dict=False)[0]
         yield latents, to_grid(pipe, theirs)

@@ -24,4 +24,4 @@ def build_objective(spec: ObjectiveSpec, facts: FamilyFacts, scheduler_config: M
         raise ConfigError(problem.message)
     if facts.objective == "flow":
         return FlowObjective(spec, resolve_shift(spec.timesteps.shift, scheduler_config, facts.shift))
-    return DiffusionObjective(spec, scheduler_config)
+    return DiffusionObjective(spec, facts, scheduler_config)

@@ -47,7 +47,8 @@ def test_sampling_with_the_family_follows_the_stock_pipeline_step_by_step(case: 
     recording = record(case.pipe, sampling_arguments(case, guided=guided))
     assert len(recording.after) == 4
     for ours, theirs in walk(case, recording, guided=guided):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        # Rounding grows with the latents: a cosine's first step makes those of a random network forty times as large as noise.
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * max(1.0, float(theirs.std())), rtol=1e-5)
 
 
 @pytest.mark.parametrize("deviation", [0.0, 1.0], ids=["mean", "one standard deviation"])
