@@ -17,6 +17,7 @@ from atelier_runtime.families import FAMILIES
 from atelier_runtime.family import Conditions, Family, Frame, SampleRequest
 from family_models import FAMILY_OF, TINY, tiny_pipeline
 from family_models.kinds import Tiny
+from family_models.scene import WIDTH
 
 GUIDANCE = 3.0
 RESOLUTION = 64
@@ -150,14 +151,14 @@ def make_case(name: str) -> Case:
 CASES = tuple(TINY)
 
 
-def photographs() -> list[Image.Image]:
-    """The two of scikit-learn, 160 x 106."""
-    return [Image.fromarray(image).resize((160, 106)) for image in load_sample_images().images]
+def photographs(scale: int = 1) -> list[Image.Image]:
+    """The two of scikit-learn, 160 x 106 times `scale`."""
+    return [Image.fromarray(image).resize((160 * scale, 106 * scale)) for image in load_sample_images().images]
 
 
 def real_clips(count: int, tiny: Tiny) -> Tensor:
     """[count, 3, frames, height, width] in [-1, 1]: a camera that pans over the two photographs of scikit-learn."""
-    pictures = [np.asarray(photograph) for photograph in photographs()]
+    pictures = [np.asarray(photograph) for photograph in photographs(max(1, tiny.width // WIDTH))]
     clips = []
     for number in range(count):
         picture, left, top = pictures[number % 2], 11 * number, 7 * number

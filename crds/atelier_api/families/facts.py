@@ -5,11 +5,12 @@ Sizes are those of the published configs: tests/runtime/test_family_facts.py bui
 `activation_bytes_per_token` is measured there on a whole forward pass over one sample (1024 x 1024 pixels, clips 81 frames of
 832 x 480) as: bytes of all storages that autograd saves, weights apart / layers / (latent tokens + text tokens). It assumes CUDA's
 autocast, so norms and their inputs are kept in fp32, and flash attention, which keeps query, key, value, output and one number
-per query. With adapters on `all` as well it is 1.14 to 1.32 times as
+per query; of a family that needs fp32 it is half of what that keeps. With adapters on `all` as well it is 1.14 to 1.32 times as
 much, in full-rank training 1.17 (UNet) to 1.76 times.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 
@@ -47,9 +48,10 @@ class Flavour:
 class FamilyFacts:
     """One family. `frame_rule` (m, r): a clip has n = r modulo m frames. `shift` is the fallback where a checkpoint names none.
 
-    `latent_factor` and `temporal_factor` are the autoencoder's, `patch` is the side of a token in latent pixels.
+    `latent_factor` and `temporal_factor` are the autoencoder's, a fraction where pixels are scaled in front of it; `patch` is the side
+    of a token in latent pixels. `autoencoder` names the components between pixels and latents, the one that encodes first.
     `noise_schedule`: the noise of a diffusion family grows by the checkpoint's betas, at integer steps, or as a cosine of a continuous
-    time. `pipelines` are the `_class_name`s in
+    time. `needs_fp32` is why a family cannot be trained in bf16, empty where it can. `pipelines` are the `_class_name`s in
     `model_index.json` of checkpoints that the family can train. Above `guidance_above` the stock pipeline contrasts with the negative
     prompt. `backward_blocks` is how many average blocks' activations the backward pass holds with recompute: one and its gradients,
     but more in a UNet, whose widest level is many times the average. `lora_component` is the component that takes a LoRA where the
@@ -65,7 +67,7 @@ class FamilyFacts:
     objective: Literal["flow", "diffusion"]
     pixel_multiple: int
     latent_channels: int
-    latent_factor: int
+    latent_factor: int | Fraction
     patch: int
     shift: float | Literal["dynamic", "none"]
     licence: str
@@ -81,7 +83,9 @@ class FamilyFacts:
     reference_edge: int | None = None
     lora_component: str | None = None
     library: str = "diffusers"
+    autoencoder: tuple[str, ...] = ("vae",)
     noise_schedule: Literal["betas", "cosine"] = "betas"
+    needs_fp32: str = ""
 
     def reference_resolution(self, resolution: int) -> int:
         """Edge in pixels of the square whose area references have in a run of `resolution`."""

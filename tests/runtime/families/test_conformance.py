@@ -57,6 +57,8 @@ def test_the_pipeline_decodes_our_latents_to_what_the_autoencoder_makes_of_its_o
     case: Case, deviation: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe, pixels = case.pipe, case.pixels(1)
+    if not hasattr(pipe, "vae"):
+        pytest.skip("another diffusion model decodes its latents, none that gives them back")
     mean, std = own_latents(pipe.vae, pixels.unsqueeze(2) if case.tiny.clips else pixels)
     latents = case.family.encode_pixels(pipe, pixels)
     if deviation and latents.std is None:
@@ -253,6 +255,8 @@ def test_the_loss_falls_on_four_real_samples(fresh: Case, adapter: Any, rate: fl
 
 @torch.no_grad()
 def test_a_bf16_forward_pass_is_close_to_fp32(case: Case, tmp_path: Path) -> None:
+    if case.family.facts.needs_fp32:
+        pytest.skip(f"bf16 is refused: {case.family.facts.needs_fp32}")
     save_tiny(case.name, tmp_path)
     conditions = case.conditions(PROMPTS)
     for name, exact in case.denoisers.items():
