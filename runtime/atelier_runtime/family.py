@@ -146,6 +146,12 @@ class Family(ABC):
         """Components that the stock pipeline is given beside those of the checkpoint. Asked each time before it is built."""
         return {}
 
+    def check_sampling(self, pipeline_config: Mapping[str, Any]) -> None:  # noqa: B027
+        """Raises ConfigError for a checkpoint that no sample can be drawn with. `pipeline_config` is `model_index.json`.
+
+        Asked where a run has prompts, before anything is encoded.
+        """
+
     @abstractmethod
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """Features of each prompt exactly as the stock pipeline makes them, on the encoders' device, at true length."""
