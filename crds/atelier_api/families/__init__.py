@@ -22,6 +22,7 @@ NAMES = (
     "lumina2",
     "cosmos2",
     "omnigen",
+    "stable_cascade",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}

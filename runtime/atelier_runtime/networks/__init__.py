@@ -1,7 +1,8 @@
 """Networks and pipelines of published models that diffusers lacks, under the class names that their checkpoints give.
 
 They are diffusers models and pipelines in every other respect, so that nothing else of the runtime knows the difference. Each is read
-when it is first asked for: every process of a run imports this package, and needs one of them at most.
+when it is first asked for: every process of a run imports this package, and needs one of them at most. A pipeline's denoiser is here
+beside it, also where diffusers has that.
 """
 
 from importlib import import_module
@@ -10,12 +11,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from atelier_runtime.networks.longcat_video import LongCatVideoTransformer3DModel
     from atelier_runtime.networks.longcat_video_pipeline import LongCatVideoPipeline
+    from atelier_runtime.networks.stable_cascade_encoder import EfficientNetEncoder
+    from atelier_runtime.networks.stable_cascade_pipeline import StableCascadePipeline, StableCascadeUNet
 
-__all__ = ["LongCatVideoPipeline", "LongCatVideoTransformer3DModel"]
+__all__ = [
+    "EfficientNetEncoder",
+    "LongCatVideoPipeline",
+    "LongCatVideoTransformer3DModel",
+    "StableCascadePipeline",
+    "StableCascadeUNet",
+]
 
 _MODULES = {
+    "EfficientNetEncoder": "stable_cascade_encoder",
     "LongCatVideoPipeline": "longcat_video_pipeline",
     "LongCatVideoTransformer3DModel": "longcat_video",
+    "StableCascadePipeline": "stable_cascade_pipeline",
+    "StableCascadeUNet": "stable_cascade_pipeline",
 }
 
 
