@@ -186,6 +186,13 @@ def _family_rules() -> Iterator[CelRule]:
         field = f"self.validation.{side}"
         message = "must be a multiple of the family's pixels"
         yield CelRule(f"validation.{side}", f"!has({field}) || {field} % {multiple} == 0", message)
+    exact = _literal([name for name, facts in FAMILIES.items() if facts.needs_fp32])
+    for field, value in (("precision", "fp32"), ("optimizer.type", "adamw")):
+        yield CelRule(
+            f"hyperparameters.{field}",
+            f"!(self.model.family in {exact}) || self.hyperparameters.{field} == '{value}'",
+            f"must be {value} for a family that is trained in fp32 alone",
+        )
     named = _literal([name for name, facts in FAMILIES.items() if facts.kohya])
     yield CelRule(
         "publish.formats",

@@ -294,6 +294,18 @@ def _shown_frames(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem
             yield refused(path, count, f"must be less than {place}, which is {frames}")
 
 
+def _fp32(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
+    numbers = spec.hyperparameters
+    if not facts.needs_fp32:
+        return
+    if numbers.precision != "fp32":
+        allowed = f"must be fp32 for {facts.name}: {facts.needs_fp32}"
+        yield refused("spec.hyperparameters.precision", numbers.precision, allowed)
+    if numbers.optimizer.type == "adamw-bf16":
+        allowed = f"must be adamw for {facts.name}: {facts.needs_fp32}"
+        yield refused("spec.hyperparameters.optimizer.type", numbers.optimizer.type, allowed)
+
+
 def _validation_size(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
     multiple = facts.pixel_multiple
     for name, value in (("width", spec.validation.width), ("height", spec.validation.height)):
@@ -385,6 +397,7 @@ FAMILY_RULES: tuple[Callable[[TrainingRunSpec, FamilyFacts], Iterator[Problem]],
     _resolution,
     _frames,
     _shown_frames,
+    _fp32,
     _validation_size,
     _negative_prompts,
     _pictures,

@@ -10,7 +10,8 @@ not its business.
 Public convention, whatever the network wants inside:
 
 * flow: `time` is sigma in (0, 1], 1 is noise; `noisy = (1 - sigma) * clean + sigma * noise`; `predict` returns `noise - clean`.
-* diffusion: `time` is the integer DDPM step (long); `predict` returns the network's own epsilon or v.
+* diffusion: `time` is the integer DDPM step (long), or of a cosine schedule its time in (0, 1], 1 is noise; `predict` returns the
+  network's own epsilon or v.
 
 `time` is [B]; a family whose network takes a time per token also accepts [B, tokens].
 """
@@ -166,6 +167,12 @@ class Family(ABC):
         built from the checkpoint in `folder`.
         """
         return {}
+
+    def check_sampling(self, pipeline_config: Mapping[str, Any]) -> None:  # noqa: B027
+        """Raises ConfigError for a checkpoint that no sample can be drawn with. `pipeline_config` is `model_index.json`.
+
+        Asked where a run has prompts, before anything is encoded.
+        """
 
     @abstractmethod
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:

@@ -22,7 +22,7 @@ from atelier_api.errors import ConfigError, DivergedError
 from atelier_api.exit_codes import ExitCode
 from atelier_api.log import setup_logging
 from atelier_api.run_file import RunFile
-from atelier_runtime import parallel
+from atelier_runtime import components, parallel
 from atelier_runtime.checkpoint import Checkpointer, resume
 from atelier_runtime.data import build_dataset
 from atelier_runtime.denoisers import Denoisers
@@ -177,6 +177,8 @@ def prepare(session: Session) -> Parts:
     run_file, family, distributed, reporter = session.run_file, session.family, session.distributed, session.reporter
     reporter.stage("Preparing", "reading the data")
     prompt_pictures(run_file, family)  # a prompt that cannot be drawn is refused before anything is encoded
+    if run_file.spec.validation.prompts:
+        family.check_sampling(components.read_pipeline_config(run_file.model_folder))
     if distributed.rank == 0:
         session.store.put_bytes("run.json", run_file.model_dump_json(by_alias=True, indent=2).encode())
 

@@ -15,6 +15,7 @@ SDXL = {"family": "sdxl", "source": "base"}
 CONTINUED = {"family": "longcat_video_edit", "source": "base"}
 KONTEXT = {"family": "flux_kontext", "source": "base"}
 LONGCAT_EDIT = {"family": "longcat_image_edit", "source": "base"}
+CASCADE = {"family": "stable_cascade", "source": "base"}
 PROMPTS = [{"text": "a cat"}]
 SHOWN = [{"text": "a cat", "image": "a.png"}]
 NEGATIVE = [{"text": "a cat", "negative": "b"}]
@@ -120,6 +121,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "hyperparameters": {"steps": 1, "precision": "fp32", "optimizer": {"type": "adamw-bf16"}},
         },
         "spec.hyperparameters.optimizer.type is 'adamw-bf16'; with adapter type full it would round",
+    ),
+    "bf16 of a family that loses its times in it": (
+        {"model": CASCADE, "hyperparameters__precision": "bf16"},
+        "spec.hyperparameters.precision is 'bf16'; must be fp32 for stable_cascade: ",
+    ),
+    "bf16 weights of a family that needs fp32": (
+        {"model": CASCADE, "hyperparameters__optimizer": {"type": "adamw-bf16"}},
+        "spec.hyperparameters.optimizer.type is 'adamw-bf16'; must be adamw for stable_cascade: ",
+    ),
+    "a prediction that the sampler of a cosine does not know": (
+        {"model": CASCADE, "objective__prediction": "v"},
+        "spec.objective.prediction is 'v'; only for families with betas, and stable_cascade is of cosine",
     ),
     "processes beside GPUs": (
         {"parallelism__processesPerNode": 2},
@@ -324,6 +337,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "storage__uri": "s3://runs",
     },
     "a hub source": {"model__source": "hf://black-forest-labs/FLUX.1-dev@refs/pr/1"},
+    "min-SNR on a cosine": {"model": CASCADE, "objective__minSnrGamma": "5"},
     "a rotation with every default": {"adapter": {"type": "diag-oft"}},
     "a type of lycoris-lora in its layout": {
         "adapter": {"type": "lokr", "dora": True},

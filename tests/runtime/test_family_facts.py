@@ -46,8 +46,9 @@ def blocks_of(family: Family, model: nn.Module) -> list[nn.Module]:
 
 
 def layers_of(family: Family, model: nn.Module) -> int:
-    """Transformer blocks: those of the family's lists, or, in a UNet, those inside them."""
-    inner = [module for module in model.modules() if type(module).__name__ == "BasicTransformerBlock"]
+    """Transformer blocks: those of the family's lists, or, in a UNet, those inside them, or its blocks of attention."""
+    kinds = ("BasicTransformerBlock", "SDCascadeAttnBlock")
+    inner = [module for module in model.modules() if type(module).__name__ in kinds]
     return len(inner) or len(blocks_of(family, model))
 
 
@@ -62,7 +63,7 @@ def mlp_widths_of(model: nn.Module) -> set[int]:
     """Inputs of the layers that feed-forwards and Flux's fused single blocks end with."""
     ends = (
         *(".net.2", ".w2", ".feed_forward.out_layer", ".conv_point", ".out_projection"),
-        *(".linear_out", ".feed_forward.linear_2", ".down_proj"),
+        *(".linear_out", ".feed_forward.linear_2", ".down_proj", ".channelwise.4"),
     )
     return {
         module.weight.shape[1]

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from atelier_api.errors import DivergedError
+from atelier_api.errors import ConfigError, DivergedError
 from atelier_api.families import FAMILIES
 from atelier_api.run_file import RunFile
 from atelier_runtime import launch, parallel
@@ -40,6 +40,7 @@ CASES = [
     ("wan_i2v", "lora", "bf16"),
     ("wan_ti2v", "lora", "bf16"),
     ("ace_step", "lora", "bf16"),
+    ("stable_cascade", "lora", "fp32"),
 ]
 
 
@@ -96,7 +97,7 @@ def resolved(folder: Path, tiny: str, adapter: str, precision: str) -> RunFile:
         adapter={"type": adapter},
         data={
             "sources": [{"uri": str(data)}],
-            "resolution": 32,
+            "resolution": max(32, FAMILIES[family].pixel_multiple),
             "maxUpscale": 4,
             "clip": {"frames": 5},
             "audio": {"maxSeconds": 2, "minSeconds": 1},
@@ -153,6 +154,19 @@ def test_a_run_of_every_family_trains_samples_and_exports(
             ]
             assert ups
             assert any(tensor.abs().max() > 0 for tensor in ups)
+
+
+@pytest.mark.usefixtures("alone")
+def test_prompts_that_the_checkpoint_cannot_draw_are_refused_before_anything_is_encoded(tmp_path: Path) -> None:
+    plan = resolved(tmp_path, "stable_cascade", "lora", "fp32")
+    index = tmp_path / "base" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"decoder": [None, None]}))
+    session = launch.open_session(plan, parallel.start(plan.plan), launch.StopFlag())
+    with pytest.raises(
+        ConfigError, match=r"spec\.validation\.prompts are to be drawn, and the checkpoint .* has no decoder"
+    ):
+        launch.train(session)
+    assert not list(Path(plan.cache_uri).rglob("*.index"))
 
 
 def test_the_record_of_a_failure_names_its_step_and_the_samples_of_a_loss_that_is_not_finite(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ class FamilyCase:
         generator = torch.Generator().manual_seed(5)
         grid = {"image": (4, 4), "video": (2, 4, 4), "audio": (7,)}[facts.modality]
         noisy = torch.randn(2, self.channels, *grid, generator=generator)
-        time = torch.tensor([0.2, 0.9]) if facts.objective == "flow" else torch.tensor([200, 900])
+        steps = facts.objective == "diffusion" and facts.noise_schedule == "betas"
+        time = torch.tensor([200, 900]) if steps else torch.tensor([0.2, 0.9])
         with torch.set_grad_enabled(grad):
             return self.family.predict(model, noisy, time, self.conditions)
 

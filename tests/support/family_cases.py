@@ -18,6 +18,7 @@ from atelier_runtime.families import FAMILIES
 from atelier_runtime.family import Conditions, Family, Features, Frame, SampleRequest, Song
 from family_models import FAMILY_OF, TINY, tiny_pipeline
 from family_models.kinds import Tiny
+from family_models.scene import WIDTH
 
 GUIDANCE = 3.0
 RESOLUTION = 64
@@ -144,6 +145,8 @@ class Case:
         level = torch.tensor(levels).view(-1, *[1] * (clean.ndim - 1))
         if self.family.facts.objective == "flow":
             return (1 - level) * clean + level * noise, torch.tensor(levels), noise - clean
+        if self.family.facts.noise_schedule == "cosine":
+            return self.pipe.scheduler.add_noise(clean, noise, torch.tensor(levels)), torch.tensor(levels), noise
         schedule = self.pipe.scheduler.alphas_cumprod
         step = (torch.tensor(levels) * len(schedule)).long()
         kept = schedule[step].view_as(level)
@@ -185,14 +188,14 @@ def make_case(name: str) -> Case:
 CASES = tuple(TINY)
 
 
-def photographs() -> list[Image.Image]:
-    """The two of scikit-learn, 160 x 106."""
-    return [Image.fromarray(image).resize((160, 106)) for image in load_sample_images().images]
+def photographs(scale: int = 1) -> list[Image.Image]:
+    """The two of scikit-learn, 160 x 106 times `scale`."""
+    return [Image.fromarray(image).resize((160 * scale, 106 * scale)) for image in load_sample_images().images]
 
 
 def real_clips(count: int, tiny: Tiny) -> Tensor:
     """[count, 3, frames, height, width] in [-1, 1]: a camera that pans over the two photographs of scikit-learn."""
-    pictures = [np.asarray(photograph) for photograph in photographs()]
+    pictures = [np.asarray(photograph) for photograph in photographs(max(1, tiny.width // WIDTH))]
     clips = []
     for number in range(count):
         picture, left, top = pictures[number % 2], 11 * number, 7 * number
@@ -222,11 +225,15 @@ def pluck(time: NDArray[np.float64], frequency: float) -> NDArray[np.float64]:
 
 @dataclass
 class Recording:
-    """The stock pipeline's run: the scheduler's setting, the latents it started from, and those after every step."""
+    """The stock pipeline's run: the scheduler's setting, the latents it started from, and those after every step.
+
+    `generators` are as they were before each step, for samplers that add noise of their own.
+    """
 
     set_timesteps: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     start: Tensor | None = None
     after: list[Tensor] = field(default_factory=list)
+    generators: list[torch.Generator | None] = field(default_factory=list)
 
 
 def record(pipe: Any, arguments: dict[str, Any]) -> Recording:
@@ -244,10 +251,13 @@ def record(pipe: Any, arguments: dict[str, Any]) -> Recording:
         recording.set_timesteps = (args, kwargs)
         return set_timesteps(*args, **kwargs)
 
-    def spy_step(output: Tensor, t: Tensor, sample: Tensor, **kwargs: Any) -> Any:
+    def spy_step(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(step).bind(*args, **kwargs).arguments
         if recording.start is None:
-            recording.start = sample.clone()
-        result = step(output, t, sample, **kwargs)
+            recording.start = given["sample"].clone()
+        generator = given.get("generator")
+        recording.generators.append(generator.clone_state() if isinstance(generator, torch.Generator) else None)
+        result = step(*args, **kwargs)
         if not callback:
             on_latents(result[0])
         return result
@@ -320,13 +330,16 @@ def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Te
     conditions = case.conditions(prompts, guidance=embedded, samples=[0] * len(prompts))
     assert recording.start is not None
     latents, guide = to_grid(pipe, recording.start), combination(case.tiny)
-    for t, theirs in zip(scheduler.timesteps, recording.after, strict=True):
+    cosine = family.facts.noise_schedule == "cosine"
+    # Of a cosine, the last time is the one that the last step leads to, and its scheduler takes times of a batch.
+    times = [t.view(1) for t in scheduler.timesteps[:-1]] if cosine else scheduler.timesteps
+    for t, theirs, generator in zip(times, recording.after, recording.generators, strict=True):
         if family.facts.objective == "flow":
             model_input, time = flow_input(case.tiny, latents, t)
             level = float(t) / 1000 if case.tiny.noise == "flow" else float(time)
         else:
-            model_input, time = scheduler.scale_model_input(latents, t), t.long()
-            level = float(t) / len(scheduler.alphas_cumprod)
+            model_input, time = scheduler.scale_model_input(latents, t), t if cosine else t.long()
+            level = float(t) if cosine else float(t) / len(scheduler.alphas_cumprod)
         denoiser = case.denoiser_at(level)
         prediction = family.predict(
             denoiser, model_input.expand(len(prompts), *latents.shape[1:]), time.expand(len(prompts)), conditions
@@ -336,7 +349,8 @@ def walk(case: Case, recording: Recording, *, guided: bool) -> Iterator[tuple[Te
             output = -output
         elif case.tiny.noise == "edm":  # its scheduler steps along (latents - clean) / sigma
             output = (latents - (model_input - time * output)) / (t / 1000)
-        latents = scheduler.step(output, t, latents, return_dict=False)[0]
+        chance = {} if generator is None else {"generator": generator}
+        latents = scheduler.step(output, t, latents, **chance, return_dict=False)[0]
         mask = family.loss_mask(latents, conditions)
         drawn = torch.ones_like(latents) if mask is None else mask
         yield latents * drawn, to_grid(pipe, theirs) * drawn

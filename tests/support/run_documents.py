@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from atelier_api.families import FAMILIES
+from atelier_api.families import FAMILIES, FamilyFacts
 from atelier_api.fields import MISSING, Node, tree
 from atelier_api.layouts import LAYOUTS
 from atelier_api.read import problems
@@ -28,7 +28,10 @@ SMALLEST: Document = {
 
 
 def document(**changes: Any) -> Document:
-    """The smallest document with values set below `spec`: `document(adapter__rank=0)`. Its source has the references that it needs."""
+    """The smallest document with values set below `spec`: `document(adapter__rank=0)`.
+
+    Its source has the references, and its hyperparameters the precision, without which its family could not be trained.
+    """
     result = copy.deepcopy(SMALLEST)
     for path, value in changes.items():
         *blocks, field = path.split("__")
@@ -40,12 +43,23 @@ def document(**changes: Any) -> Document:
         for source in result["spec"]["data"]["sources"]:
             if source == SMALLEST["spec"]["data"]["sources"][0]:
                 source["references"] = ["originals"]
+    if _needs_fp32(result["spec"]["model"]):
+        result["spec"]["hyperparameters"].setdefault("precision", "fp32")
     return result
 
 
 def _trains_on_pairs(model: Any) -> bool:
-    facts = FAMILIES.get(model["family"]) if isinstance(model, dict) and isinstance(model.get("family"), str) else None
+    facts = _facts(model)
     return facts is not None and facts.references > 0
+
+
+def _needs_fp32(model: Any) -> bool:
+    facts = _facts(model)
+    return facts is not None and bool(facts.needs_fp32)
+
+
+def _facts(model: Any) -> FamilyFacts | None:
+    return FAMILIES.get(model["family"]) if isinstance(model, dict) and isinstance(model.get("family"), str) else None
 
 
 PATTERN_EXAMPLES = {
@@ -204,6 +218,8 @@ def _mend(sound: Document, path: str) -> None:
             prompt["references"] = ["a.png"][: _trains_on_pairs(spec["model"])]
     elif path == "spec.publish.formats":
         spec.setdefault("publish", {})["formats"] = [LAYOUTS[spec.get("adapter", {}).get("type", "lora")][0]]
+    elif path == "spec.hyperparameters.precision":
+        spec["hyperparameters"]["precision"] = "fp32"
     elif path == "spec.model.source":
         spec["model"]["source"] = "base"
     else:

@@ -28,6 +28,7 @@ NAMES = (
     "ace_step",
     "qwen_image_edit",
     "longcat_image_edit",
+    "stable_cascade",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}

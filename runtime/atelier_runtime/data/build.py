@@ -131,10 +131,11 @@ def _encoding(run_file: RunFile, family: Family) -> Encoding:
     root = Path(run_file.model_folder)
     config = components.read_pipeline_config(root)
     hashes = FolderHashes(Path(run_file.cache_uri) / "hashes.json")
-    others = text_components(config, family.denoisers)
+    others = text_components(config, (*family.denoisers, *family.facts.autoencoder))
     given = components.given_frames(family, root, run_file.spec.data.clip.shown_frames)
+    encoder = family.facts.autoencoder[0]
     # Frames that the network is shown lie beside the latents, and may have gone through an image encoder as well.
-    autoencoder = hashes.of(root, ["vae", *others], given) if given else hashes.of(root, ["vae"])
+    autoencoder = hashes.of(root, [encoder, *others], given) if given else hashes.of(root, [encoder])
     rule = cutting_rule(run_file, family)
     # Two pipelines of a family may put a caption into different templates, and read it with the same encoder.
     text = pipeline_flags(config) | {"pipeline": family.pipeline_of(config)}

@@ -76,14 +76,14 @@ def content_sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def text_components(pipeline_config: Mapping[str, Any], denoisers: Iterable[str]) -> tuple[str, ...]:
-    """Components of a checkpoint that text features can depend on: all that `model_index.json` names but the others' own."""
-    others = {*denoisers, "vae", "scheduler"}
+def text_components(pipeline_config: Mapping[str, Any], others: Iterable[str]) -> tuple[str, ...]:
+    """Components that text features can depend on: all that `model_index.json` names but `others` and the scheduler."""
+    left_out = {*others, "scheduler"}
     return tuple(
         sorted(
             name
             for name, value in pipeline_config.items()
-            if isinstance(value, list) and name not in others and any(part is not None for part in value)
+            if isinstance(value, list) and name not in left_out and any(part is not None for part in value)
         )
     )
 

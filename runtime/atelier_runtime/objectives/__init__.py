@@ -25,4 +25,4 @@ def build_objective(spec: ObjectiveSpec, facts: FamilyFacts, scheduler_config: M
     if facts.objective == "flow":
         config = {} if facts.own_shift else scheduler_config
         return FlowObjective(spec, resolve_shift(spec.timesteps.shift, config, facts.shift))
-    return DiffusionObjective(spec, scheduler_config)
+    return DiffusionObjective(spec, facts, scheduler_config)

@@ -97,7 +97,7 @@ def test_text_components_are_all_but_denoisers_autoencoder_and_scheduler() -> No
         "image_encoder": [None, None],
         "force_zeros": True,
     }
-    assert text_components(config, ["transformer"]) == ("text_encoder", "tokenizer")
+    assert text_components(config, ["transformer", "vae"]) == ("text_encoder", "tokenizer")
     assert pipeline_flags(config) == {"force_zeros": True}
 
 

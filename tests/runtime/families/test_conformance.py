@@ -52,7 +52,8 @@ def test_sampling_with_the_family_follows_the_stock_pipeline_step_by_step(case: 
     recording = record(case.pipe, sampling_arguments(case, guided=guided))
     assert len(recording.after) == case.tiny.steps
     for ours, theirs in walk(case, recording, guided=guided):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        # Rounding grows with the latents: a cosine's first step makes those of a random network forty times as large as noise.
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * max(1.0, float(theirs.std())), rtol=1e-5)
 
 
 @pytest.mark.cell("latents")
@@ -62,6 +63,8 @@ def test_the_pipeline_decodes_our_latents_to_what_the_autoencoder_makes_of_its_o
     case: Case, deviation: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe, pixels = case.pipe, case.pixels(1)
+    if not hasattr(pipe, "vae"):
+        pytest.skip("another diffusion model decodes its latents, none that gives them back")
     mean, std = own_latents(pipe.vae, pixels.unsqueeze(2) if case.tiny.clips else pixels)
     latents = case.family.encode_pixels(pipe, pixels)
     if deviation and latents.std is None:
@@ -270,6 +273,8 @@ def test_the_loss_falls_on_four_real_samples(fresh: Case, adapter: Any, rate: fl
 @pytest.mark.cell("bf16")
 @torch.no_grad()
 def test_a_bf16_forward_pass_is_close_to_fp32(case: Case, tmp_path: Path) -> None:
+    if case.family.facts.needs_fp32:
+        pytest.skip(f"bf16 is refused: {case.family.facts.needs_fp32}")
     save_tiny(case.name, tmp_path)
     conditions = case.conditions(PROMPTS)
     for name, exact in case.denoisers.items():
