@@ -36,6 +36,7 @@ FULL_BATCH = 8
 """Samples per step of the full-rank runs, so that each count of GPUs divides it."""
 
 CLIP_RESOLUTION = 512
+FOLDERS = {"image": "pictures", "video": "clips", "audio": "sounds"}
 
 OBJECTIVES = {"flow": "flow matching", "diffusion": "diffusion (noise or v prediction)"}
 GUIDANCE = {
@@ -48,7 +49,7 @@ GUIDANCE = {
 def example(facts: FamilyFacts, flavour: Flavour) -> str:
     """The shortest run of a flavour."""
     named = f', flavour: "{flavour.name}"' if flavour != facts.flavours[0] else ""
-    folder = "clips" if facts.modality == "video" else "pictures"
+    folder = FOLDERS[facts.modality]
     resolution = f"\n    resolution: {CLIP_RESOLUTION}" if facts.modality == "video" else ""
     references = ", references: [originals]" if facts.references else ""
     return f"""\
@@ -77,7 +78,7 @@ def overview() -> str:
         _rule(5),
     ]
     for facts in FAMILIES.values():
-        kind = "pairs of pictures" if facts.references else {"image": "pictures", "video": "clips"}[facts.modality]
+        kind = "pairs of pictures" if facts.references else FOLDERS[facts.modality]
         lines.append(_row(_link(facts), facts.title, kind, _sizes(facts), facts.licence))
     lines += ["", "## What is proved", "", *(f"* **{cell}**: {shown}" for cell, shown in CELLS.items()), ""]
     lines += [_row("family", *CELLS), _rule(len(CELLS) + 1)]
@@ -138,7 +139,10 @@ def page(facts: FamilyFacts) -> str:
 def _rules(facts: FamilyFacts) -> Iterator[str]:
     shift = facts.shift if isinstance(facts.shift, str) else f"{facts.shift:g}"
     yield f"* Objective: {OBJECTIVES[facts.objective]}; shift of the noise levels where the checkpoint names none: {shift}."
-    yield f"* Edges of pictures are multiples of {facts.pixel_multiple} pixels."
+    if facts.sample_rate is not None:
+        yield f"* Files are resampled to {facts.sample_rate} Hz on two channels; a latent is {facts.latent_factor} samples."
+    else:
+        yield f"* Edges of pictures are multiples of {facts.pixel_multiple} pixels."
     if facts.frame_rule is not None:
         multiple, rest = facts.frame_rule
         yield f"* A clip has {multiple}n + {rest} frames, {facts.frame_rate:g} a second by default."
@@ -152,8 +156,11 @@ def _rules(facts: FamilyFacts) -> Iterator[str]:
 
 def _memory(facts: FamilyFacts) -> Iterator[str]:
     """What the planner says of each kind of GPU."""
-    clips = f"clips of 49 frames of {CLIP_RESOLUTION} x {CLIP_RESOLUTION}"
-    what = clips if facts.modality == "video" else "pictures of 1024 x 1024"
+    what = {
+        "image": "pictures of 1024 x 1024",
+        "video": f"clips of 49 frames of {CLIP_RESOLUTION} x {CLIP_RESOLUTION}",
+        "audio": "sounds of a minute",
+    }[facts.modality]
     yield f"By the planner's prediction, for {what} and the defaults otherwise (`atelier plan` says it of your run). LoRA of rank 16,"
     yield f"one sample at a time; full-rank on one machine, {FULL_BATCH} samples a step."
     yield ""

@@ -42,7 +42,7 @@ def _show(facts: FamilyFacts) -> None:
         ("kind", facts.modality),
         ("objective", facts.objective),
         ("shift", shift),
-        ("pixels", f"edges are multiples of {facts.pixel_multiple}"),
+        _size(facts),
         ("licence", facts.licence),
     ]
     if facts.frame_rule is not None:
@@ -71,6 +71,12 @@ def _proved(facts: FamilyFacts) -> list[tuple[str, str]]:
 
     cells = [cell for cell, value in table().get(facts.name, {}).items() if value == PROVED]
     return [("proved", ", ".join(cells) or "nothing yet")]
+
+
+def _size(facts: FamilyFacts) -> tuple[str, str]:
+    if facts.sample_rate is not None:
+        return "sound", f"{facts.sample_rate} samples per second on two channels, {facts.latent_factor} to a latent"
+    return "pixels", f"edges are multiples of {facts.pixel_multiple}"
 
 
 def _denoiser(parameters: int, experts: int) -> str:

@@ -86,6 +86,11 @@ def _plain_rules() -> Iterator[CelRule]:
         "must be at most spec.hyperparameters.steps",
     )
     yield CelRule(
+        "data.audio.minSeconds",
+        "self.data.audio.minSeconds <= self.data.audio.maxSeconds",
+        "must be at most spec.data.audio.maxSeconds",
+    )
+    yield CelRule(
         "hyperparameters.optimizer.type",
         "self.adapter.type != 'full' || self.hyperparameters.optimizer.type != 'adamw-bf16' || "
         "self.hyperparameters.precision != 'fp32'",
@@ -165,6 +170,10 @@ def _family_rules() -> Iterator[CelRule]:
     flavours = _literal({name: [flavour.name for flavour in facts.flavours] for name, facts in FAMILIES.items()})
     known = f"self.model.flavour in {flavours}[self.model.family]"
     yield CelRule("model.flavour", f"!has(self.model.flavour) || {known}", "no flavour of this family")
+    following = _literal([name for name, facts in FAMILIES.items() if facts.sample_edge])
+    for side in ("width", "height"):
+        free = f"!has(self.validation.{side}) || !(self.model.family in {following})"
+        yield CelRule(f"validation.{side}", free, "this family draws in a size that follows its reference")
     aligned = f"(!has(self.data.bucketAlign) || self.data.bucketAlign % {multiple} == 0)"
     yield CelRule("data.bucketAlign", aligned, "must be a multiple of the family's pixels")
     coarse = f"(self.data.resolution < {FINE_BELOW} ? {multiple} : {COARSE_ALIGNMENT})"
@@ -177,6 +186,13 @@ def _family_rules() -> Iterator[CelRule]:
         field = f"self.validation.{side}"
         message = "must be a multiple of the family's pixels"
         yield CelRule(f"validation.{side}", f"!has({field}) || {field} % {multiple} == 0", message)
+    exact = _literal([name for name, facts in FAMILIES.items() if facts.needs_fp32])
+    for field, value in (("precision", "fp32"), ("optimizer.type", "adamw")):
+        yield CelRule(
+            f"hyperparameters.{field}",
+            f"!(self.model.family in {exact}) || self.hyperparameters.{field} == '{value}'",
+            f"must be {value} for a family that is trained in fp32 alone",
+        )
     named = _literal([name for name, facts in FAMILIES.items() if facts.kohya])
     yield CelRule(
         "publish.formats",
@@ -187,6 +203,9 @@ def _family_rules() -> Iterator[CelRule]:
     yield from _negative_prompt_rules()
     yield from _picture_rules()
     yield from _reference_rules()
+    sung = _literal([name for name, facts in FAMILIES.items() if facts.modality == "audio"])
+    silent = "self.validation.prompts.all(prompt, !has(prompt.lyrics))"
+    yield CelRule("validation.prompts", f"self.model.family in {sung} || {silent}", "lyrics are for audio families")
     for name, facts in FAMILIES.items():
         if facts.frame_rule is None:
             continue
@@ -196,12 +215,33 @@ def _family_rules() -> Iterator[CelRule]:
         yield CelRule("data.clip.frames", f"{other} || self.data.clip.frames {fits}", message)
         frames = "self.validation.frames"
         yield CelRule("validation.frames", f"{other} || !has({frames}) || {frames} {fits}", message)
+        if facts.continues:
+            shown = "self.data.clip.shownFrames"
+            fewer = f"{shown} < self.data.clip.frames && (!has({frames}) || {shown} < {frames})"
+            yield CelRule("data.clip.shownFrames", f"{other} || {shown} {fits}", message)
+            yield CelRule(
+                "data.clip.shownFrames",
+                f"{other} || ({fewer})",
+                "must be less than spec.data.clip.frames and spec.validation.frames",
+            )
+    continuing = _literal([name for name, facts in FAMILIES.items() if facts.continues])
+    yield CelRule(
+        "data.clip.shownFrames",
+        f"self.data.clip.shownFrames == 1 || self.model.family in {continuing}",
+        "this family continues no clips",
+    )
 
 
 def _negative_prompt_rules() -> Iterator[CelRule]:
     none = "self.validation.prompts.all(prompt, !has(prompt.negative) || prompt.negative == '')"
     least = _by_family({name: facts.guidance_above for name, facts in FAMILIES.items()})
     strong = f"has(self.validation.guidance) && double(self.validation.guidance) > {least}"
+    learnt = _literal([name for name, facts in FAMILIES.items() if not facts.negative_prompts])
+    yield CelRule(
+        "validation.prompts",
+        f"!(self.model.family in {learnt}) || {none}",
+        "samples of this family know no negative prompt",
+    )
     above = "a negative prompt does something only with spec.validation.guidance above what switches it on"
     yield CelRule("validation.prompts", f"!has(self.validation.guidance) || {strong} || {none}", above)
     for kind, otherwise, message in (

@@ -29,6 +29,8 @@ class Only:
     @property
     def reason(self) -> str:
         """`only for loss huber`, `only for flow families`."""
+        if self.owner == BETAS:
+            return "only for families with betas"
         if self.owner.startswith("family."):
             return f"only for {' and '.join(self.values)} families"
         if not self.values:
@@ -36,12 +38,16 @@ class Only:
         return f"only for {self.owner.rpartition('.')[2]} {' or '.join(self.values)}"
 
 
+BETAS = "family.noise_schedule"
+OBJECTIVE_OWNERS = ("family.objective", BETAS)
+
 ONLY = (
     Only(
         ("objective.prediction", "objective.minSnrGamma", "objective.noise.offset", "objective.noise.zeroTerminalSnr"),
         "family.objective",
         ("diffusion",),
     ),
+    Only(("objective.prediction", "objective.noise.zeroTerminalSnr"), BETAS, ("betas",)),
     Only(
         tuple(
             f"objective.timesteps.{name}" for name in ("sampling", "logitMean", "logitScale", "betaA", "betaB", "shift")
@@ -50,6 +56,19 @@ ONLY = (
         ("flow",),
     ),
     Only(("data.clip.frames", "data.clip.fps", "validation.frames"), "family.modality", ("video",)),
+    Only(
+        ("data.audio.maxSeconds", "data.audio.minSeconds", "data.audio.bucketSeconds", "validation.seconds"),
+        "family.modality",
+        ("audio",),
+    ),
+    Only(
+        (
+            *("data.resolution", "data.bucketAlign", "data.crop", "data.maxUpscale"),
+            *("validation.width", "validation.height"),
+        ),
+        "family.modality",
+        ("image", "video"),
+    ),
     Only(("objective.huberC",), "objective.loss", ("huber",)),
     Only(
         ("objective.timesteps.logitMean", "objective.timesteps.logitScale"),
@@ -61,7 +80,9 @@ ONLY = (
     Only(("hyperparameters.schedule.end",), "hyperparameters.schedule.type", ("linear", "cosine", "polynomial")),
     Only(("hyperparameters.schedule.power",), "hyperparameters.schedule.type", ("polynomial",)),
     Only(
-        tuple(f"validation.{name}" for name in ("everySteps", "steps", "guidance", "width", "height", "frames")),
+        tuple(
+            f"validation.{name}" for name in ("everySteps", "steps", "guidance", "width", "height", "frames", "seconds")
+        ),
         "validation.prompts",
     ),
 )
@@ -75,7 +96,7 @@ def unused(spec: TrainingRunSpec, facts: FamilyFacts | None) -> Iterator[Problem
 def unused_objective(objective: Objective, facts: FamilyFacts) -> Iterator[Problem]:
     """The same for `spec.objective` alone: options of the other kind of family."""
     document = {"objective": objective.model_dump(mode="json", by_alias=True)}
-    return _unused(document, facts, [only for only in ONLY if only.owner == "family.objective"])
+    return _unused(document, facts, [only for only in ONLY if only.owner in OBJECTIVE_OWNERS])
 
 
 def _unused(document: Mapping[str, Any], facts: FamilyFacts | None, table: Sequence[Only]) -> Iterator[Problem]:

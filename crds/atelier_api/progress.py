@@ -16,7 +16,7 @@ class FunnelReport(Block):
     unreadable: int = 0
     too_small: int = 0
     no_caption: int = 0
-    too_short: int = Field(default=0, description="Clips with fewer frames than asked.")
+    too_short: int = Field(default=0, description="Clips with fewer frames, or sounds of fewer seconds, than asked.")
     no_reference: int = Field(default=0, description="Samples without a reference picture that can be read.")
     kept: int = 0
     rejected: dict[str, str] = Field(default={}, description="File name to reason, at most 100.")

@@ -176,6 +176,13 @@ def _schedule(spec: TrainingRunSpec) -> Iterator[Problem]:
         yield refused(path, schedule.warmup_steps, f"must be at most spec.hyperparameters.steps, which is {steps}")
 
 
+def _lengths(spec: TrainingRunSpec) -> Iterator[Problem]:
+    audio = spec.data.audio
+    if audio.min_seconds > audio.max_seconds:
+        allowed = f"must be at most spec.data.audio.maxSeconds, which is {audio.max_seconds}"
+        yield refused("spec.data.audio.minSeconds", audio.min_seconds, allowed)
+
+
 def _precision(spec: TrainingRunSpec) -> Iterator[Problem]:
     numbers = spec.hyperparameters
     full = isinstance(spec.adapter, FullAdapter)
@@ -227,6 +234,7 @@ RULES: tuple[Callable[[TrainingRunSpec], Iterator[Problem]], ...] = (
     _sources_once,
     _batch,
     _schedule,
+    _lengths,
     _precision,
     _processes,
     _publish,
@@ -270,10 +278,42 @@ def _frame_rule(path: str, frames: int, facts: FamilyFacts) -> Iterator[Problem]
     yield refused(path, frames, f"must be {modulus}n+{remainder} for {facts.name}, for example {examples}")
 
 
+def _shown_frames(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
+    path, count = "spec.data.clip.shownFrames", spec.data.clip.shown_frames
+    if not facts.continues:
+        if count > 1:
+            takers = " or ".join(name for name, other in FAMILIES.items() if other.continues)
+            yield refused(path, count, f"{facts.name} continues no clips; remove it, or train {takers}")
+        return
+    yield from _frame_rule(path, count, facts)
+    for place, frames in (
+        ("spec.data.clip.frames", spec.data.clip.frames),
+        ("spec.validation.frames", spec.validation.frames),
+    ):
+        if frames is not None and count >= frames:
+            yield refused(path, count, f"must be less than {place}, which is {frames}")
+
+
+def _fp32(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
+    numbers = spec.hyperparameters
+    if not facts.needs_fp32:
+        return
+    if numbers.precision != "fp32":
+        allowed = f"must be fp32 for {facts.name}: {facts.needs_fp32}"
+        yield refused("spec.hyperparameters.precision", numbers.precision, allowed)
+    if numbers.optimizer.type == "adamw-bf16":
+        allowed = f"must be adamw for {facts.name}: {facts.needs_fp32}"
+        yield refused("spec.hyperparameters.optimizer.type", numbers.optimizer.type, allowed)
+
+
 def _validation_size(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
     multiple = facts.pixel_multiple
     for name, value in (("width", spec.validation.width), ("height", spec.validation.height)):
-        if value is not None and value % multiple:
+        if value is not None and facts.sample_edge:
+            yield refused(
+                f"spec.validation.{name}", value, f"{facts.name} draws in a size that follows its reference; remove it"
+            )
+        elif value is not None and value % multiple:
             allowed = f"must be a multiple of {multiple} for {facts.name}, for example {_round_up(value, multiple)}"
             yield refused(f"spec.validation.{name}", value, allowed)
 
@@ -285,7 +325,9 @@ def _negative_prompts(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Pro
         if not prompt.negative:
             continue
         path = f"spec.validation.prompts[{index}].negative"
-        if kind == "distilled":
+        if not facts.negative_prompts:
+            yield refused(path, prompt.negative, f"samples of {facts.name} know no negative prompt; remove it")
+        elif kind == "distilled":
             others = [flavour.name for flavour in facts.flavours if flavour.guidance != "distilled"]
             way = f", or set spec.model.flavour to {' or '.join(others)} where the checkpoint is one" if others else ""
             allowed = f"samples of {facts.name} distilled on guidance know no negative prompt; remove it{way}"
@@ -308,6 +350,13 @@ def _pictures(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
                 yield refused(path, uri, f"{kind} is not shown the {frame} frame of a clip; remove it")
             if uri is None and possible and all(frame in flavour.frames for flavour in possible):
                 yield refused(path, uri, f"{kind} draws from a picture of the {frame} frame; name its file")
+
+
+def _lyrics(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
+    for index, prompt in enumerate(spec.validation.prompts):
+        if prompt.lyrics is not None and facts.modality != "audio":
+            allowed = f"only for audio families, and {facts.name} is of {facts.modality}"
+            yield refused(f"spec.validation.prompts[{index}].lyrics", prompt.lyrics, allowed)
 
 
 def _kohya(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
@@ -347,9 +396,12 @@ FAMILY_RULES: tuple[Callable[[TrainingRunSpec, FamilyFacts], Iterator[Problem]],
     _flavour,
     _resolution,
     _frames,
+    _shown_frames,
+    _fp32,
     _validation_size,
     _negative_prompts,
     _pictures,
     _references,
+    _lyrics,
     _kohya,
 )

@@ -49,12 +49,27 @@ def denoiser_names(family: Family, folder: str | Path) -> tuple[str, ...]:
     return present
 
 
-def given_frames(family: Family, folder: str | Path) -> tuple[Frame, ...]:
-    """The frames of a clip that this checkpoint is shown. Raises ConfigError for a checkpoint that the family cannot train."""
-    if family.facts.modality == "image":
+def given_frames(family: Family, folder: str | Path, shown_frames: int = 1) -> tuple[Frame, ...]:
+    """The frames of a clip that this checkpoint is shown, of a family that continues clips as many first ones as `shown_frames`.
+
+    Raises ConfigError for a checkpoint that the family cannot train.
+    """
+    if family.facts.modality != "video":
         return ()
     config = _checked_config(family, folder)
-    return family.given_frames(config, _read_json(folder, f"{family.denoisers[0]}/config.json"))
+    given = family.given_frames(config, _read_json(folder, f"{family.denoisers[0]}/config.json"))
+    again: Frame = "first"
+    return (*[again] * (shown_frames - 1), *given) if family.facts.continues else given
+
+
+def sample_rate(family: Family, folder: str | Path) -> int:
+    """Samples per second of the sounds that this checkpoint's autoencoder takes.
+
+    Raises ConfigError for a checkpoint that the family cannot train.
+    """
+    _checked_config(family, folder)
+    rate: int = _read_json(folder, "vae/config.json")["sampling_rate"]
+    return rate
 
 
 def pipeline_name(family: Family, folder: str | Path) -> str:
@@ -109,7 +124,8 @@ def _load_around(
     given: dict[str, Any] = dict.fromkeys((*family.denoisers, *family.left_out))
     # diffusers wants to be told of what the checkpoint goes without, although the index says so.
     given |= {name: None for name, entry in config.items() if entry == [None, None]}
-    given |= family.provided_components()
+    with _whole(folder):
+        given |= family.provided_components(Path(folder))
     given |= denoisers
     pipeline = class_named(family.pipeline_of(config))
     _check_whole(pipeline, {*config, *given}, folder)

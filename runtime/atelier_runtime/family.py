@@ -2,14 +2,16 @@
 
 A family is an object without state. Its facts are class attributes; its behaviour is `encode_text` and `predict`, and where the
 defaults do not fit `encode_pixels`, `collate_text`, `stages`, `sampling_arguments`; where a checkpoint is shown frames of the clip
-`given_frames`, `encode_frames`, `loss_mask`. A family that trains on pairs also has `reference_size`, and where the defaults do not
+`given_frames`, `encode_frames`, `loss_mask`. A family of sounds has `encode_songs`, and `encode_shared` where all samples are told
+the same beside their own. A family that trains on pairs also has `reference_size`, and where the defaults do not
 fit `encode_reference` and `encode_instructions`. Noise, timesteps, loss, adapters, sharding, caches, saving and sampling loops are
 not its business.
 
 Public convention, whatever the network wants inside:
 
 * flow: `time` is sigma in (0, 1], 1 is noise; `noisy = (1 - sigma) * clean + sigma * noise`; `predict` returns `noise - clean`.
-* diffusion: `time` is the integer DDPM step (long); `predict` returns the network's own epsilon or v.
+* diffusion: `time` is the integer DDPM step (long), or of a cosine schedule its time in (0, 1], 1 is noise; `predict` returns the
+  network's own epsilon or v.
 
 `time` is [B]; a family whose network takes a time per token also accepts [B, tokens].
 """
@@ -17,6 +19,7 @@ Public convention, whatever the network wants inside:
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,7 +33,7 @@ Features = dict[str, Tensor]
 """Text features of one sample, without batch dimension, at true length: what the cache stores."""
 
 Frame = Literal["first", "last"]
-"""A frame of the clip that a checkpoint is shown, beside the text."""
+"""A frame of the clip that a checkpoint is shown, beside the text. `first` several times are as many frames from the start."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,23 @@ class Stage:
 
 @dataclass(frozen=True)
 class Latents:
-    """Clean latents in the denoiser's normalisation, [B, C, H, W] or [B, C, F, H, W], and the posterior's standard deviation.
+    """Clean latents in the denoiser's normalisation, [B, C, H, W], [B, C, F, H, W] or, of sounds, [B, C, T], and the posterior's
+    standard deviation.
 
     `std` is None where the pipeline takes the posterior's mode; otherwise training draws `mean + std * noise`.
     """
 
     mean: Tensor
     std: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Song:
+    """What the text encoder of sounds is told of one: `lyrics` are empty where nothing is sung, `seconds` its length."""
+
+    caption: str
+    lyrics: str
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,8 @@ class Conditions:
     `frames`: what `encode_frames` made of the frames that are shown, [B, ...]; None where the checkpoint is shown none.
     `references`: clean latents of the reference pictures, [B, C, H, W] each with an H and W of its own, in the order of the run's
     `references`; they share the target's time, and `predict` gives nothing for them.
+    `lengths`: [B] how many latents of a sound are its own, on the CPU; the others fill its bucket. None: all are.
+    `shared`: what `encode_shared` made, without batch dimension.
     """
 
     text: Features
@@ -84,14 +99,16 @@ class Conditions:
     frame_rate: float | None = None
     frames: Features | None = None
     references: tuple[Tensor, ...] = ()
+    lengths: Tensor | None = None
+    shared: Features = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One picture or clip to draw with the stock pipeline.
+    """One picture, clip or sound to draw with the stock pipeline.
 
     `pictures` are the frames that it is shown, in the order of `given_frames`. `references` are the pictures that are edited, upright
-    RGB of any size. `resolution` is that of the training, for `reference_size`.
+    RGB of any size. `resolution` is that of the training, for `reference_size`. `lyrics` and `seconds` are a sound's.
     """
 
     prompt: str
@@ -105,6 +122,8 @@ class SampleRequest:
     pictures: tuple[Image.Image, ...] = ()
     references: tuple[Image.Image, ...] = ()
     resolution: int = 1024
+    lyrics: str = ""
+    seconds: float = 0.0
 
 
 class Family(ABC):
@@ -126,6 +145,8 @@ class Family(ABC):
     """Regular expressions over parameter names that no gradient reaches: frozen in full-rank training."""
     text_sees_references: ClassVar[bool] = False
     """Whether the text encoder looks at the reference pictures: text features then belong to a caption and its references together."""
+    shares: ClassVar[bool] = False
+    """Whether all samples are told the same beside their own text: `encode_shared`."""
 
     @property
     def facts(self) -> FamilyFacts:
@@ -141,9 +162,17 @@ class Family(ABC):
         """
         return ()
 
-    def provided_components(self) -> dict[str, Any]:
-        """Components that the stock pipeline is given beside those of the checkpoint. Asked each time before it is built."""
+    def provided_components(self, folder: Path) -> dict[str, Any]:
+        """Components that the stock pipeline is given beside those of the checkpoint, or instead of them. Asked each time before it is
+        built from the checkpoint in `folder`.
+        """
         return {}
+
+    def check_sampling(self, pipeline_config: Mapping[str, Any]) -> None:  # noqa: B027
+        """Raises ConfigError for a checkpoint that no sample can be drawn with. `pipeline_config` is `model_index.json`.
+
+        Asked where a run has prompts, before anything is encoded.
+        """
 
     @abstractmethod
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
@@ -155,6 +184,17 @@ class Family(ABC):
         """Features of each prompt beside its reference pictures, upright RGB of any size. Asked only where `text_sees_references`."""
         raise NotImplementedError(f"{self.name} encodes text without pictures")
 
+    def encode_songs(self, pipe: Any, songs: Sequence[Song | None]) -> list[Features]:
+        """Features of each song as `encode_text` gives them, of None those of nothing: what guidance contrasts with.
+
+        Asked only of families of sounds.
+        """
+        raise NotImplementedError(f"{self.name} makes no sounds")
+
+    def encode_shared(self, pipe: Any) -> Features:
+        """What the denoiser is told beside every sample's own text, once for all. Asked only where `shares`."""
+        raise NotImplementedError(f"{self.name} tells nothing to all")
+
     @abstractmethod
     def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
         """The prediction for `noisy`, of the same shape, in the convention of the module docstring."""
@@ -164,7 +204,10 @@ class Family(ABC):
         return {key: _stack([sample[key] for sample in samples]) for key in samples[0]}
 
     def encode_pixels(self, pipe: Any, pixels: Tensor) -> Latents:
-        """Latents of [B, 3, H, W] (or [B, 3, F, H, W]) pixels in [-1, 1], for a scalar-normalised `AutoencoderKL`."""
+        """Latents of [B, 3, H, W] (or [B, 3, F, H, W]) pixels in [-1, 1], for a scalar-normalised `AutoencoderKL`.
+
+        In families of sounds of waveforms [B, 2, N], as many samples as make whole latents.
+        """
         posterior = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist
         scale = pipe.vae.config.scaling_factor
         shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
@@ -183,8 +226,15 @@ class Family(ABC):
         raise NotImplementedError(f"{self.name} is shown no frames")
 
     def loss_mask(self, latents: Tensor, conditions: Conditions) -> Tensor | None:
-        """1 where the loss counts and 0 where not, in a shape that broadcasts to `latents`; None: it counts everywhere."""
-        return None
+        """1 where the loss counts and 0 where not, in a shape that broadcasts to `latents`; None: it counts everywhere.
+
+        Of sounds it counts on the latents that are their own.
+        """
+        if conditions.lengths is None:
+            return None
+        places = torch.arange(latents.shape[-1], device=latents.device)
+        own = places < conditions.lengths.to(latents.device).unsqueeze(1)
+        return own.unsqueeze(1).to(latents.dtype)
 
     def reference_size(self, width: int, height: int, resolution: int) -> tuple[int, int]:
         """Width and height to which a reference picture of `width` x `height` is resized, as a whole, in a run of `resolution`.

@@ -22,7 +22,7 @@ from atelier_api.errors import ConfigError, DivergedError
 from atelier_api.exit_codes import ExitCode
 from atelier_api.log import setup_logging
 from atelier_api.run_file import RunFile
-from atelier_runtime import parallel
+from atelier_runtime import components, parallel
 from atelier_runtime.checkpoint import Checkpointer, resume
 from atelier_runtime.data import build_dataset
 from atelier_runtime.denoisers import Denoisers
@@ -37,7 +37,7 @@ from atelier_runtime.parallel import Distributed
 from atelier_runtime.prompt_pictures import prompt_pictures
 from atelier_runtime.publishing import publish, write_report, write_result
 from atelier_runtime.reporter import Reporter
-from atelier_runtime.sampling import draw_samples, store_samples
+from atelier_runtime.sampling import draw_samples, sample_key, store_samples
 from atelier_runtime.store import Store, open_store
 from atelier_runtime.train_state import TrainState
 from atelier_runtime.trainer import Parts, Trainer, build_run_objective, build_state, staging_folder
@@ -177,6 +177,8 @@ def prepare(session: Session) -> Parts:
     run_file, family, distributed, reporter = session.run_file, session.family, session.distributed, session.reporter
     reporter.stage("Preparing", "reading the data")
     prompt_pictures(run_file, family)  # a prompt that cannot be drawn is refused before anything is encoded
+    if run_file.spec.validation.prompts:
+        family.check_sampling(components.read_pipeline_config(run_file.model_folder))
     if distributed.rank == 0:
         session.store.put_bytes("run.json", run_file.model_dump_json(by_alias=True, indent=2).encode())
 
@@ -222,8 +224,8 @@ def sample(session: Session, parts: Parts, step: int) -> None:
             pictures = draw_samples(session.run_file, session.family, parts.denoisers.models, session.distributed)
         store_samples(session.store, step, pictures, session.family.facts.modality)
         torch.distributed.barrier()
-    suffix = "webp" if session.family.facts.modality == "video" else "png"
-    keys = [f"samples/{step:08d}/{i}.{suffix}" for i in range(len(session.run_file.spec.validation.prompts))]
+    modality = session.family.facts.modality
+    keys = [sample_key(step, index, modality) for index in range(len(session.run_file.spec.validation.prompts))]
     session.reporter.samples_drawn(step, keys)
     session.reporter.training(step)
 

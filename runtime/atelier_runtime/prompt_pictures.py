@@ -1,18 +1,28 @@
 """The pictures that prompts name: what samples are drawn from beside the text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from PIL import Image
 
 from atelier_api.errors import ConfigError
+from atelier_api.families import FamilyFacts
 from atelier_api.run_file import RunFile
+from atelier_api.v1alpha1.data import Data
 from atelier_api.v1alpha1.validation import PICTURE_FIELDS
 from atelier_runtime import components
 from atelier_runtime.data.buckets import Bucket, place
 from atelier_runtime.data.image import UnreadableError, fitted, read_picture
+from atelier_runtime.data.prepare import clip_rule
+from atelier_runtime.data.video import read_frames
 from atelier_runtime.family import Family, Frame
 from atelier_runtime.store import ObjectMissing, open_store
+
+Reader = Callable[[bytes], list[Image.Image]]
+"""The pictures in the bytes of a file. Raises UnreadableError."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +42,15 @@ def prompt_pictures(run_file: RunFile, family: Family) -> list[PromptPictures]:
     """
     validation, data = run_file.spec.validation, run_file.spec.data
     bucket = Bucket(validation.width or data.resolution, validation.height or data.resolution)
-    given = components.given_frames(family, run_file.model_folder)
+    given = components.given_frames(family, run_file.model_folder, data.clip.shown_frames)
+    frames_in = _reader_of_frames(data, family.facts)
     pictures = []
     for index, prompt in enumerate(validation.prompts):
-        frames = [_read(run_file, index, field) for field in _shown(run_file, index, given)]
-        references = [_read(run_file, index, f"references[{number}]") for number in range(len(prompt.references))]
+        frames = [
+            frame for field in _shown(run_file, index, given) for frame in _read(run_file, index, field, frames_in)
+        ]
+        names = [f"references[{number}]" for number in range(len(prompt.references))]
+        references = [picture for name in names for picture in _read(run_file, index, name, _picture_in)]
         fitting = (fitted(frame, place(frame.width, frame.height, bucket)) for frame in frames)
         pictures.append(PromptPictures(tuple(fitting), tuple(references)))
     return pictures
@@ -58,14 +72,34 @@ def _shown(run_file: RunFile, index: int, given: Sequence[Frame]) -> Iterator[st
             yield PICTURE_FIELDS[frame]
 
 
-def _read(run_file: RunFile, index: int, field: str) -> Image.Image:
+def _reader_of_frames(data: Data, facts: FamilyFacts) -> Reader:
+    """For the files of frames that are shown: pictures, or where several first frames are shown a clip at the training's rate."""
+    rule = clip_rule(data, facts)
+    if rule is None or data.clip.shown_frames == 1:
+        return _picture_in
+    return partial(_first_frames, count=data.clip.shown_frames, fps=rule.fps)
+
+
+def _picture_in(content: bytes) -> list[Image.Image]:
+    return [read_picture(content)]
+
+
+def _first_frames(content: bytes, count: int, fps: float) -> list[Image.Image]:
+    with NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        return list(read_frames(Path(file.name), count, fps))
+
+
+def _read(run_file: RunFile, index: int, field: str, read: Reader) -> list[Image.Image]:
     spec = run_file.spec
     uri = spec.validation.prompts[index].pictures[field]
     folder, _, name = uri.rpartition("/")
     try:
-        return read_picture(open_store(folder or "/", spec.storage.s3).get_bytes(name))
+        return read(open_store(folder or "/", spec.storage.s3).get_bytes(name))
     except (ObjectMissing, UnreadableError, OSError) as error:
-        reason = "is not there" if isinstance(error, ObjectMissing) else f"cannot be read as a picture ({error})"
+        kind = "picture" if read is _picture_in else "clip"
+        reason = "is not there" if isinstance(error, ObjectMissing) else f"cannot be read as a {kind} ({error})"
         raise ConfigError(
             f"spec.validation.prompts[{index}].{field} is {uri!r}, which {reason}; name another"
         ) from error

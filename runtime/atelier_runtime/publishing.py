@@ -18,7 +18,7 @@ from atelier_runtime.checkpoint.export import export_full, export_lora
 from atelier_runtime.checkpoint.export_lycoris import export_lycoris
 from atelier_runtime.checkpoint.exported_file import ExportedFile, Provenance
 from atelier_runtime.denoisers import gathered_weights
-from atelier_runtime.observe.report import Picture, ReportData, render_report
+from atelier_runtime.observe.report import Picture, ReportData, Sound, render_report
 from atelier_runtime.reporter import History, peak_memory_bytes
 from atelier_runtime.store import Store
 from atelier_runtime.trainer import Parts
@@ -26,7 +26,7 @@ from atelier_runtime.usage import usage
 
 log = logging.getLogger(__name__)
 
-MEDIA_TYPES = {"png": "image/png", "webp": "image/webp"}
+MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "flac": "audio/flac"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _report_data(parts: Parts, store: Store, exports: Sequence[PublishedFile]) -
         ],
         rows=[(row[0], row[1]) for row in history.rows],
         prompts=[prompt.text for prompt in spec.validation.prompts],
-        samples=_pictures(store, history),
+        samples=_samples(store, history),
         funnel=parts.dataset.funnel,
         seconds=history.seconds,
         settings=yaml.safe_dump(json.loads(spec.model_dump_json(by_alias=True, exclude_none=True)), sort_keys=False),
@@ -127,13 +127,16 @@ def _report_data(parts: Parts, store: Store, exports: Sequence[PublishedFile]) -
     )
 
 
-def _pictures(store: Store, history: History) -> dict[int, Sequence[Picture | None]]:
-    return {step: [_picture(store, key) for key in keys] for step, keys in sorted(history.samples.items())}
+def _samples(store: Store, history: History) -> dict[int, Sequence[Picture | Sound | None]]:
+    return {step: [_sample(store, key) for key in keys] for step, keys in sorted(history.samples.items())}
 
 
-def _picture(store: Store, key: str) -> Picture | None:
+def _sample(store: Store, key: str) -> Picture | Sound | None:
     try:
         data = store.get_bytes(key)
     except (OSError, RunError):
         return None
-    return Picture(data, MEDIA_TYPES[key.rsplit(".", 1)[1]], Image.open(io.BytesIO(data)).width)
+    media_type = MEDIA_TYPES[key.rsplit(".", 1)[1]]
+    if media_type.startswith("audio/"):
+        return Sound(data, media_type)
+    return Picture(data, media_type, Image.open(io.BytesIO(data)).width)

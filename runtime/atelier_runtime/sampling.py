@@ -1,4 +1,4 @@
-"""Samples: pictures and clips drawn by the stock diffusers pipeline, so that others who load the result see the same."""
+"""Samples: pictures, clips and sounds drawn by the stock diffusers pipeline, so that others who load the result see the same."""
 
 import io
 import logging
@@ -12,6 +12,7 @@ from torch import nn
 
 from atelier_api.run_file import RunFile
 from atelier_runtime import components
+from atelier_runtime.data.sound import write_sound
 from atelier_runtime.family import Family, SampleRequest
 from atelier_runtime.parallel import Distributed
 from atelier_runtime.prompt_pictures import PromptPictures, prompt_pictures
@@ -20,9 +21,13 @@ from atelier_runtime.store import Store
 log = logging.getLogger(__name__)
 
 
+ENDINGS = {"image": "png", "video": "webp", "audio": "flac"}
+"""Of the files that samples are kept in, by the family's modality."""
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One picture in the store. `key` is relative to the run's root."""
+    """One sample in the store. `key` is relative to the run's root."""
 
     step: int
     prompt: int
@@ -32,7 +37,7 @@ class Sample:
 def draw_samples(
     run_file: RunFile, family: Family, denoisers: dict[str, nn.Module], distributed: Distributed
 ) -> dict[int, bytes]:
-    """Pictures of this rank's share of the prompts, by prompt index: PNG, or animated WebP for clips.
+    """Samples of this rank's share of the prompts, by prompt index: PNG, animated WebP for clips, FLAC for sounds.
 
     Collective under FSDP2, where every rank has to take part in every forward pass: there all ranks draw all prompts and rank 0
     gives them. Otherwise prompts are dealt out over the ranks.
@@ -66,14 +71,18 @@ def draw_samples(
 
 
 def store_samples(store: Store, step: int, pictures: dict[int, bytes], modality: str) -> list[Sample]:
-    """Write pictures below `samples/<step>/`."""
-    suffix = "webp" if modality == "video" else "png"
+    """Write samples below `samples/<step>/`."""
     samples = []
     for index, data in sorted(pictures.items()):
-        key = f"samples/{step:08d}/{index}.{suffix}"
+        key = sample_key(step, index, modality)
         store.put_bytes(key, data)
         samples.append(Sample(step, index, key))
     return samples
+
+
+def sample_key(step: int, prompt: int, modality: str) -> str:
+    """Where the sample of a prompt lies, relative to the run's root."""
+    return f"samples/{step:08d}/{prompt}.{ENDINGS[modality]}"
 
 
 def _draw(pipe: Any, family: Family, run_file: RunFile, index: int, given: PromptPictures) -> bytes:
@@ -93,7 +102,12 @@ def _draw(pipe: Any, family: Family, run_file: RunFile, index: int, given: Promp
         pictures=given.frames,
         references=given.references,
         resolution=family.facts.reference_resolution(data.resolution),
+        lyrics=prompt.lyrics or "",
+        seconds=validation.seconds or data.audio.max_seconds,
     )
+    if family.facts.modality == "audio":
+        [waveform] = pipe(**family.sampling_arguments(pipe, request), output_type="pt")[0]
+        return write_sound(waveform, components.sample_rate(family, run_file.model_folder))
     output = pipe(**family.sampling_arguments(pipe, request), output_type="pil")
     if family.facts.modality == "video":
         return _animated(output.frames[0], family.facts.frame_rate or 16.0)

@@ -95,6 +95,8 @@ class Trainer:
         self._last_saved_step = parts.state.step
         self._names: dict[int, Sequence[str]] = {}
         self._spare_generators: list[torch.Generator] = []
+        device = parts.distributed.device
+        self._shared = {name: tensor.to(device) for name, tensor in parts.dataset.shared.items()}
         # Data-parallel gradients are averaged over the ranks, and the loss is a sum over them.
         self._ranks = torch.tensor(float(parts.distributed.world_size), device=parts.distributed.device)
 
@@ -216,6 +218,8 @@ class Trainer:
             frame_rate=parts.dataset.frame_rate,
             frames=frames,
             references=tuple(each.to(device, torch.float32, non_blocking=True) for each in batch.references),
+            lengths=batch.lengths,
+            shared=self._shared,
         )
         precision = parts.run_file.spec.hyperparameters.precision
         with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
@@ -288,14 +292,18 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def _tokens(family: Family, latents: Tensor) -> int:
-    """Tokens of one sample of latents [B, C, H, W] or [B, C, F, H, W]."""
+    """Tokens of one sample of latents [B, C, H, W], [B, C, F, H, W] or, of sounds, [B, C, T]."""
     patch = family.facts.patch
+    if latents.ndim == 3:
+        return -(-latents.shape[-1] // patch)
     frames = latents.shape[2] if latents.ndim == 5 else 1
     return frames * (latents.shape[-2] // patch) * (latents.shape[-1] // patch)
 
 
 def _pixels(batch: MicroBatch, samples: float) -> float:
-    """Pixels of a global batch of `samples` samples, all of one bucket (frames of a clip are not counted)."""
+    """Pixels of a global batch of `samples` samples, all of one bucket (frames of a clip are not counted); sounds have none."""
+    if batch.lengths is not None:
+        return 0.0
     _, _, _, _, height, width = batch.sizes[0].tolist()
     return float(height * width * samples)
 

@@ -12,14 +12,20 @@ from atelier_runtime.family import Family
 def usage(run_file: RunFile, family: Family, keys: Sequence[str]) -> str:
     """A program that draws with the result. `keys` are the exported files, relative to the run's root, the first denoiser's first."""
     pipeline, library = components.pipeline_name(family, run_file.model_folder), family.facts.library
+    shown = run_file.spec.data.clip.shown_frames
     given = ["image", "last_image"][: len(components.given_frames(family, run_file.model_folder))]
     pictures = given or (["image"] if family.facts.references else [])
-    tools = [*(["load_image"] if pictures else []), *(["export_to_video"] if family.facts.modality == "video" else [])]
-    lines = [f"from {library} import {pipeline}"]
+    inputs = [f'{name}=load_image("{name}.png")' for name in pictures]
+    if shown > 1:  # arguments that a pipeline of a family which continues clips has
+        inputs = [f'video=load_video("start.mp4"), num_cond_frames={shown}']
+    loaders = ["load_video" if shown > 1 else "load_image"] if inputs else []
+    tools = [*loaders, *(["export_to_video"] if family.facts.modality == "video" else [])]
+    lines = ["import wave", ""] if family.facts.modality == "audio" else []
+    lines.append(f"from {library} import {pipeline}")
     if tools:
         lines.append(f"from diffusers.utils import {', '.join(sorted(tools))}")
     lines.append("")
-    return "\n".join([*lines, *_loading(run_file, family, pipeline, keys), *_drawing(family, pictures)])
+    return "\n".join([*lines, *_loading(run_file, family, pipeline, keys), *_drawing(family, inputs)])
 
 
 def _loading(run_file: RunFile, family: Family, pipeline: str, keys: Sequence[str]) -> Iterator[str]:
@@ -38,11 +44,16 @@ def _loading(run_file: RunFile, family: Family, pipeline: str, keys: Sequence[st
             yield from lycoris_loading(component, key)
 
 
-def _drawing(family: Family, pictures: Sequence[str]) -> Iterator[str]:
-    """The call. `pictures` are the arguments that want one."""
-    arguments = ['"your prompt"', *(f'{name}=load_image("{name}.png")' for name in pictures)]
+def _drawing(family: Family, inputs: Sequence[str]) -> Iterator[str]:
+    """The call, all by name: some pipelines take the picture first. `inputs` are the arguments beside the prompt."""
+    arguments = ['prompt="your prompt"', *inputs]
     output = f"pipe({', '.join(arguments)})[0][0]"  # the first of the first field, which has many names
     if family.facts.modality == "image":
         yield f'{output}.save("picture.png")'
+    elif family.facts.modality == "audio":
+        yield f"waveform = {output}  # [2, samples]"
+        yield 'with wave.open("sound.wav", "wb") as file:'
+        yield '    file.setparams((2, 2, pipe.sample_rate, 0, "NONE", ""))'
+        yield "    file.writeframes((waveform.T * 32767).short().cpu().contiguous().numpy().tobytes())"
     else:
         yield f'export_to_video({output}, "clip.mp4", fps={family.facts.frame_rate or 16.0:g})'

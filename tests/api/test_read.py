@@ -158,7 +158,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no block": ({"adapter": "lora"}, "spec.adapter is 'lora'; must be a mapping with the keys type, rank"),
     "an empty block": (
         {"data__clip": None},
-        "spec.data.clip is empty; must be a mapping with the keys frames, fps; leave the line out for the default",
+        "spec.data.clip is empty; must be a mapping with the keys frames, fps, shownFrames; leave the line out for the default",
     ),
     "a check of the type itself": (
         {"storage__checkpoint": {"everySteps": 0, "everySeconds": 0}},

@@ -12,7 +12,10 @@ from run_documents import document
 
 WAN = {"family": "wan", "source": "base"}
 SDXL = {"family": "sdxl", "source": "base"}
+CONTINUED = {"family": "longcat_video_edit", "source": "base"}
 KONTEXT = {"family": "flux_kontext", "source": "base"}
+LONGCAT_EDIT = {"family": "longcat_image_edit", "source": "base"}
+CASCADE = {"family": "stable_cascade", "source": "base"}
 PROMPTS = [{"text": "a cat"}]
 SHOWN = [{"text": "a cat", "image": "a.png"}]
 NEGATIVE = [{"text": "a cat", "negative": "b"}]
@@ -29,6 +32,26 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "frames of pictures": (
         {"data__clip__frames": 81},
         "spec.data.clip.frames is 81; only for video families, and flux is of image",
+    ),
+    "several first frames for a family that is shown one": (
+        {"model": WAN, "data__clip__shownFrames": 5},
+        "spec.data.clip.shownFrames is 5; wan continues no clips; remove it, or train longcat_video_edit",
+    ),
+    "first frames between latents": (
+        {"model": CONTINUED, "data__clip__shownFrames": 12},
+        "spec.data.clip.shownFrames is 12; must be 4n+1 for longcat_video_edit, for example 9 or 13",
+    ),
+    "first frames that leave nothing to train on": (
+        {"model": CONTINUED, "data__clip": {"frames": 13, "shownFrames": 13}},
+        "spec.data.clip.shownFrames is 13; must be less than spec.data.clip.frames, which is 13",
+    ),
+    "first frames that leave nothing to draw": (
+        {
+            "model": CONTINUED,
+            "data__clip__shownFrames": 13,
+            "validation": {"prompts": [{"text": "a cat", "image": "a.mp4"}], "frames": 9},
+        },
+        "spec.data.clip.shownFrames is 13; must be less than spec.validation.frames, which is 9",
     ),
     "a frame rate of pictures": ({"data__clip__fps": "12"}, "spec.data.clip.fps is '12'; only for video families"),
     "bucket edges between the family's": (
@@ -98,6 +121,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "hyperparameters": {"steps": 1, "precision": "fp32", "optimizer": {"type": "adamw-bf16"}},
         },
         "spec.hyperparameters.optimizer.type is 'adamw-bf16'; with adapter type full it would round",
+    ),
+    "bf16 of a family that loses its times in it": (
+        {"model": CASCADE, "hyperparameters__precision": "bf16"},
+        "spec.hyperparameters.precision is 'bf16'; must be fp32 for stable_cascade: ",
+    ),
+    "bf16 weights of a family that needs fp32": (
+        {"model": CASCADE, "hyperparameters__optimizer": {"type": "adamw-bf16"}},
+        "spec.hyperparameters.optimizer.type is 'adamw-bf16'; must be adamw for stable_cascade: ",
+    ),
+    "a prediction that the sampler of a cosine does not know": (
+        {"model": CASCADE, "objective__prediction": "v"},
+        "spec.objective.prediction is 'v'; only for families with betas, and stable_cascade is of cosine",
     ),
     "processes beside GPUs": (
         {"parallelism__processesPerNode": 2},
@@ -192,6 +227,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"validation": {"prompts": PROMPTS, "width": 1000}},
         "spec.validation.width is 1000; must be a multiple of 16 for flux, for example 1008",
     ),
+    "a size of samples that have that of their reference": (
+        {
+            "model": LONGCAT_EDIT,
+            "data__sources": [{"uri": "a", "references": ["b"]}],
+            "validation": {"prompts": [{"text": "make it red", "references": ["a.png"]}], "width": 512},
+        },
+        "spec.validation.width is 512; longcat_image_edit draws in a size that follows its reference; remove it",
+    ),
     "an unknown flavour": (
         {"model__flavour": "def"},
         "spec.model.flavour is 'def'; did you mean dev? allowed: dev, krea, schnell",
@@ -272,6 +315,11 @@ def test_a_broken_rule_is_one_sentence_that_says_what_is_allowed(changes: dict[s
 
 ACCEPTED: dict[str, dict[str, Any]] = {
     "frames of the rule": {"model": WAN, "data__clip__frames": 81},
+    "a clip that is continued": {
+        "model": CONTINUED,
+        "data__clip__shownFrames": 13,
+        "validation": {"prompts": [{"text": "a cat", "image": "a.mp4"}], "frames": 17},
+    },
     "one frame": {"model": WAN, "data__clip__frames": 1},
     "the default of an option that would do nothing": {"data__clip__frames": 49, "objective__huberC": "1e-1"},
     "a whole model with every default": {"adapter": {"type": "full"}},
@@ -289,6 +337,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "storage__uri": "s3://runs",
     },
     "a hub source": {"model__source": "hf://black-forest-labs/FLUX.1-dev@refs/pr/1"},
+    "min-SNR on a cosine": {"model": CASCADE, "objective__minSnrGamma": "5"},
     "a rotation with every default": {"adapter": {"type": "diag-oft"}},
     "a type of lycoris-lora in its layout": {
         "adapter": {"type": "lokr", "dora": True},

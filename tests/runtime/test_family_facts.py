@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -24,8 +25,8 @@ FLAVOURS = [
 
 
 def alike(facts: FamilyFacts, flavour: Flavour) -> list[Flavour]:
-    """The flavours of the same sizes, the first of which is measured: copies would only take time."""
-    sizes = ("layers", "width", "mlp_width", "largest_block")
+    """The flavours of the same sizes and activations, the first of which is measured: copies would only take time."""
+    sizes = ("layers", "width", "mlp_width", "largest_block", "activation_bytes_per_token")
     return [each for each in facts.flavours if all(getattr(each, of) == getattr(flavour, of) for of in sizes)]
 
 
@@ -45,8 +46,9 @@ def blocks_of(family: Family, model: nn.Module) -> list[nn.Module]:
 
 
 def layers_of(family: Family, model: nn.Module) -> int:
-    """Transformer blocks: those of the family's lists, or, in a UNet, those inside them."""
-    inner = [module for module in model.modules() if type(module).__name__ == "BasicTransformerBlock"]
+    """Transformer blocks: those of the family's lists, or, in a UNet, those inside them, or its blocks of attention."""
+    kinds = ("BasicTransformerBlock", "SDCascadeAttnBlock")
+    inner = [module for module in model.modules() if type(module).__name__ in kinds]
     return len(inner) or len(blocks_of(family, model))
 
 
@@ -61,7 +63,7 @@ def mlp_widths_of(model: nn.Module) -> set[int]:
     """Inputs of the layers that feed-forwards and Flux's fused single blocks end with."""
     ends = (
         *(".net.2", ".w2", ".feed_forward.out_layer", ".conv_point", ".out_projection"),
-        *(".linear_out", ".feed_forward.linear_2", ".down_proj"),
+        *(".linear_out", ".feed_forward.linear_2", ".down_proj", ".channelwise.4"),
     )
     return {
         module.weight.shape[1]
@@ -103,16 +105,17 @@ def test_sizes_of_encoders_and_autoencoder_are_those_of_the_published_configs(fa
 
 @pytest.mark.parametrize(("facts", "flavour"), DISTINCT_FLAVOURS)
 def test_activation_bytes_are_what_a_forward_pass_keeps(facts: FamilyFacts, flavour: Flavour) -> None:
-    model, features = published_denoiser(facts.name, flavour.name), PUBLISHED[facts.name].features
-    measured = bytes_per_token(FAMILIES[facts.name], flavour, model, features)
+    model, published = published_denoiser(facts.name, flavour.name), PUBLISHED[facts.name]
+    measured = bytes_per_token(FAMILIES[facts.name], flavour, model, published.features, shared=published.shared)
     assert flavour.activation_bytes_per_token == pytest.approx(measured, rel=0.03)
 
 
-def test_flavours_of_the_same_sizes_have_the_same_activations() -> None:
-    for facts, flavour in (parameter.values for parameter in FLAVOURS):
-        assert {other.activation_bytes_per_token for other in alike(facts, flavour)} == {
-            flavour.activation_bytes_per_token
-        }
+@pytest.mark.parametrize("facts", TABLE.values(), ids=lambda facts: facts.name)
+def test_flavours_of_the_same_config_have_the_same_activations(facts: FamilyFacts) -> None:
+    configs = PUBLISHED[facts.name].denoisers
+    for one, other in combinations(facts.flavours, 2):
+        if configs[one.name] == configs[other.name]:
+            assert one.activation_bytes_per_token == other.activation_bytes_per_token
 
 
 @pytest.mark.parametrize("facts", TABLE.values(), ids=lambda facts: facts.name)
@@ -138,6 +141,7 @@ def test_a_lora_goes_on_a_component_only_where_the_pipeline_has_no_loader(facts:
 def test_only_video_families_have_a_rule_for_frames(facts: FamilyFacts) -> None:
     video = facts.modality == "video"
     assert (facts.frame_rule is not None) == (facts.frame_rate is not None) == (facts.temporal_factor > 1) == video
-    assert facts.pixel_multiple % facts.latent_factor == 0
+    assert (facts.sample_rate is not None) == (facts.modality == "audio")
+    assert facts.modality == "audio" or facts.pixel_multiple % facts.latent_factor == 0
     if facts.frame_rule is not None:
         assert facts.frame_rule == (facts.temporal_factor, 1)

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from atelier_api.errors import DivergedError
+from atelier_api.errors import ConfigError, DivergedError
 from atelier_api.families import FAMILIES
 from atelier_api.run_file import RunFile
 from atelier_runtime import launch, parallel
@@ -25,7 +25,7 @@ from atelier_runtime.train_state import TrainState
 from family_models import save_tiny
 from run_files import run_file
 from runs import write_digits
-from tiny_data import write_clip
+from tiny_data import slow_down, tone, write_clip, write_tone
 
 pytestmark = pytest.mark.processes  # the checkpointer starts its writer
 
@@ -39,6 +39,8 @@ CASES = [
     ("wan22", "lora", "fp32"),
     ("wan_i2v", "lora", "bf16"),
     ("wan_ti2v", "lora", "bf16"),
+    ("ace_step", "lora", "bf16"),
+    ("stable_cascade", "lora", "fp32"),
 ]
 
 
@@ -63,6 +65,16 @@ def write_clips(folder: Path, count: int) -> Path:
     return folder
 
 
+def write_sounds(folder: Path, count: int) -> Path:
+    """Sung tones of unequal length that share a bucket."""
+    folder.mkdir()
+    for index in range(count):
+        write_tone(folder / f"{index}.wav", tone(1 + index / 4, 8_000, 220 * (1 + index), 330), 8_000)
+        (folder / f"{index}.txt").write_text("a tone\n")
+        (folder / f"{index}.lyrics.txt").write_text("la\n" * index)
+    return folder
+
+
 def write_picture(path: Path) -> Path:
     digit = np.kron(load_digits().images[0] * 15.9, np.ones((6, 8))).astype(np.uint8)
     Image.fromarray(digit).save(path)
@@ -72,14 +84,24 @@ def write_picture(path: Path) -> Path:
 def resolved(folder: Path, tiny: str, adapter: str, precision: str) -> RunFile:
     video = tiny.startswith("wan")
     base = save_tiny(tiny, folder / "base")
-    data = write_clips(folder / "clips", 3) if video else write_digits(folder / "pictures", 3)
+    if tiny == "ace_step":
+        slow_down(base, 7680)
+        data = write_sounds(folder / "sounds", 3)
+    else:
+        data = write_clips(folder / "clips", 3) if video else write_digits(folder / "pictures", 3)
     shown = {"image": str(write_picture(folder / "start.png"))} if "i2v" in tiny else {}
     family = tiny if tiny in FAMILIES else "wan"
     made = run_file(
         folder,
         model={"family": family, "source": str(base)},
         adapter={"type": adapter},
-        data={"sources": [{"uri": str(data)}], "resolution": 32, "maxUpscale": 4, "clip": {"frames": 5}},
+        data={
+            "sources": [{"uri": str(data)}],
+            "resolution": max(32, FAMILIES[family].pixel_multiple),
+            "maxUpscale": 4,
+            "clip": {"frames": 5},
+            "audio": {"maxSeconds": 2, "minSeconds": 1},
+        },
         hyperparameters={
             "steps": 8,
             "globalBatchSize": 4,
@@ -114,6 +136,9 @@ def test_a_run_of_every_family_trains_samples_and_exports(
     assert all(math.isfinite(row[1]) and row[2] > 0 for row in rows)
     assert len(list((root / "samples/00000008").iterdir())) == 1
     assert (root / "report.html").stat().st_size > 5000
+    is_sound = tiny == "ace_step"
+    assert ((root / "report.html").read_text().count("<audio controls") == 2) == is_sound
+    assert (root / f"samples/00000008/0.{'flac' if is_sound else 'webp' if 'wan' in tiny else 'png'}").exists()
     result = json.loads((root / "result.json").read_text())
     assert (result["outcome"], result["step"]) == ("Succeeded", 8)
     for export in result["exports"]:
@@ -129,6 +154,19 @@ def test_a_run_of_every_family_trains_samples_and_exports(
             ]
             assert ups
             assert any(tensor.abs().max() > 0 for tensor in ups)
+
+
+@pytest.mark.usefixtures("alone")
+def test_prompts_that_the_checkpoint_cannot_draw_are_refused_before_anything_is_encoded(tmp_path: Path) -> None:
+    plan = resolved(tmp_path, "stable_cascade", "lora", "fp32")
+    index = tmp_path / "base" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"decoder": [None, None]}))
+    session = launch.open_session(plan, parallel.start(plan.plan), launch.StopFlag())
+    with pytest.raises(
+        ConfigError, match=r"spec\.validation\.prompts are to be drawn, and the checkpoint .* has no decoder"
+    ):
+        launch.train(session)
+    assert not list(Path(plan.cache_uri).rglob("*.index"))
 
 
 def test_the_record_of_a_failure_names_its_step_and_the_samples_of_a_loss_that_is_not_finite(tmp_path: Path) -> None:

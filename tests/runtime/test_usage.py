@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from atelier_runtime.components import class_named
+from atelier_runtime.data.sound import read_sound
 from atelier_runtime.families import FAMILIES
 from atelier_runtime.usage import usage
 from export_runs import run_file
 from family_models import FAMILY_OF, TINY, save_tiny
+from tiny_data import tone
 
 LORA = "exports/diffusers/pytorch_lora_weights.safetensors"
 
@@ -28,24 +31,45 @@ def test_it_is_a_program_that_calls_the_pipeline_with_what_it_takes(checkpoint: 
     [call] = [node for node in ast.walk(program) if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipe"]
     pipeline = names[imports[0].names[0].name]
     assert pipeline is class_named(pipeline.__name__)
-    assert {keyword.arg for keyword in call.keywords} <= set(inspect.signature(pipeline.__call__).parameters)
+    given = {str(keyword.arg): None for keyword in call.keywords}
+    inspect.signature(pipeline.__call__).bind(None, *call.args, **given)  # some take the picture before the prompt
     assert all(node.id in names for node in ast.walk(call) if isinstance(node, ast.Name) and node.id != "pipe")
 
 
-def test_pictures_and_clips_are_loaded_and_saved_by_their_kind(tmp_path: Path) -> None:
+def test_pictures_clips_and_sounds_are_loaded_and_saved_by_their_kind(tmp_path: Path) -> None:
     last = {}
-    for checkpoint in ("sd3", "wan", "wan_flf2v", "flux_kontext"):
+    for checkpoint in ("sd3", "wan", "wan_flf2v", "flux_kontext", "ace_step"):
         family = FAMILIES[FAMILY_OF[checkpoint]]
         save_tiny(checkpoint, tmp_path / checkpoint)
         made = usage(run_file(family.name, tmp_path / checkpoint, {"type": "lora"}), family, [LORA])
         last[checkpoint] = made.splitlines()[-1]
     shown = 'image=load_image("image.png"), last_image=load_image("last_image.png")'
     assert last == {
-        "sd3": 'pipe("your prompt")[0][0].save("picture.png")',
-        "wan": 'export_to_video(pipe("your prompt")[0][0], "clip.mp4", fps=16)',
-        "wan_flf2v": f'export_to_video(pipe("your prompt", {shown})[0][0], "clip.mp4", fps=16)',
-        "flux_kontext": 'pipe("your prompt", image=load_image("image.png"))[0][0].save("picture.png")',
+        "sd3": 'pipe(prompt="your prompt")[0][0].save("picture.png")',
+        "wan": 'export_to_video(pipe(prompt="your prompt")[0][0], "clip.mp4", fps=16)',
+        "wan_flf2v": f'export_to_video(pipe(prompt="your prompt", {shown})[0][0], "clip.mp4", fps=16)',
+        "flux_kontext": 'pipe(prompt="your prompt", image=load_image("image.png"))[0][0].save("picture.png")',
+        "ace_step": "    file.writeframes((waveform.T * 32767).short().cpu().contiguous().numpy().tobytes())",
     }
+
+
+def test_the_program_writes_a_sound_that_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny("ace_step", tmp_path / "base")
+    text = usage(run_file("ace_step", tmp_path / "base", {"type": "lora"}), FAMILIES["ace_step"], [LORA])
+    start = text.index("waveform = ")
+    waveform = torch.from_numpy(tone(0.5, 48_000, 440, 660))
+
+    class Pipe:
+        sample_rate = 48_000
+
+        def __call__(self, prompt: str) -> Any:
+            return (waveform[None],)
+
+    monkeypatch.chdir(tmp_path)
+    exec(text[: text.index("from ")] + text[start:], {"pipe": Pipe()})
+    torch.testing.assert_close(
+        read_sound(tmp_path / "sound.wav", 48_000, waveform.shape[1]), waveform, atol=1e-4, rtol=0
+    )
 
 
 def test_each_kind_of_adapter_is_loaded_in_its_way(tmp_path: Path) -> None:

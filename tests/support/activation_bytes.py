@@ -21,6 +21,8 @@ from atelier_runtime.family import Conditions, Family
 
 IN_BF16 = {
     F.linear,
+    F.conv1d,
+    F.conv_transpose1d,
     F.conv2d,
     F.conv3d,
     torch.matmul,
@@ -58,8 +60,13 @@ class FlashAttention(torch.autograd.Function):
 class CudaAutocast(TorchFunctionMode):
     """CUDA's autocast to bf16, for tensors of any device.
 
-    Masks of captions come with values, since lengths are read from them, and lose them where they meet tensors without.
+    Masks of captions come with values, since lengths are read from them, and lose them where they meet tensors without. `low` is the
+    precision of matrix products and of attention: with fp32 nothing is cast.
     """
+
+    def __init__(self, low: torch.dtype) -> None:
+        super().__init__()
+        self._low = low
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -74,10 +81,10 @@ class CudaAutocast(TorchFunctionMode):
             return True  # a choice by a length, which has no value here: that of long sequences
         if function is F.scaled_dot_product_attention:
             inputs = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-            query, key, value = (cast(inputs[name], torch.bfloat16) for name in ("query", "key", "value"))
+            query, key, value = (cast(inputs[name], self._low) for name in ("query", "key", "value"))
             mask = inputs.get("attn_mask")
-            return FlashAttention.apply(query, key, value, None if mask is None else mask.to(torch.bfloat16))
-        dtype = torch.bfloat16 if function in IN_BF16 else torch.float32 if function in IN_FP32 else None
+            return FlashAttention.apply(query, key, value, None if mask is None else mask.to(self._low))
+        dtype = self._low if function in IN_BF16 else torch.float32 if function in IN_FP32 else None
         if dtype is not None:
             args = tuple(cast(argument, dtype) for argument in args)
             kwargs = {key: cast(argument, dtype) for key, argument in kwargs.items()}
@@ -94,8 +101,11 @@ def cast(argument: Any, dtype: torch.dtype) -> Any:
     return argument.to(dtype) if isinstance(argument, Tensor) and argument.is_floating_point() else argument
 
 
-def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes of the tensors that autograd keeps after `forward`, each storage once, without the weights themselves."""
+def saved_bytes(model: nn.Module, forward: Callable[[], Tensor], low: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of the tensors that autograd keeps after `forward`, each storage once, without the weights themselves.
+
+    `low` is the precision of matrix products.
+    """
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -107,35 +117,45 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
     # Layers that switch autocast off for a few lines ask torch for that of their device, and there is none for meta.
     no_autocast = mock.patch.object(torch, "autocast", return_value=nullcontext())
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), CudaAutocast(), no_autocast:
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), CudaAutocast(low), no_autocast:
         output = forward()
     assert output.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
 
 
 def bytes_per_token(
-    family: Family, flavour: Flavour, model: nn.Module, features: Callable[[], dict[str, Tensor]] | None = None
+    family: Family,
+    flavour: Flavour,
+    model: nn.Module,
+    features: Callable[[], dict[str, Tensor]] | None = None,
+    *,
+    shared: Callable[[], dict[str, Tensor]] = dict,
 ) -> float:
     """Bytes that a block keeps per token of a sample, on the average of the blocks, for LoRA on `attention` over weights in bf16.
 
-    `model` is a published denoiser on the meta device. One sample of 1024 x 1024 pixels, or 81 frames of 832 x 480, with a reference
-    of the same size where the family takes one.
+    `model` is a published denoiser on the meta device. One sample of 1024 x 1024 pixels, 81 frames of 832 x 480 or 240 seconds, with a
+    reference of the same size where the family takes one. A family that needs fp32 is measured in it; half of that is what the table would say.
     """
     adapters.install(model, LoraAdapter(rank=16, targets=["attention"]), family)
     facts = family.facts
+    low = torch.float32 if facts.needs_fp32 else torch.bfloat16
+    if facts.needs_fp32:
+        model.float()
     width, height, frames = (832, 480, 81) if facts.modality == "video" else (1024, 1024, 1)
     depth = [(frames - 1) // facts.temporal_factor + 1] if facts.modality == "video" else []
+    grid = [*depth, height // facts.latent_factor, width // facts.latent_factor]
+    if facts.sample_rate is not None:
+        width, height, frames = 1, 1, 240 * facts.sample_rate
+        grid = [frames // facts.latent_factor]
     with torch.device("meta"):
-        noisy = torch.empty(
-            1, facts.latent_channels, *depth, height // facts.latent_factor, width // facts.latent_factor
-        )
+        noisy = torch.empty(1, facts.latent_channels, *grid)
         references = (torch.empty(1, facts.latent_channels, *noisy.shape[-2:]),) if facts.references else ()
         text = features() if features else text_features(model, flavour.text_tokens)
-        conditions = Conditions(text=text, sizes=torch.empty(1, 6), references=references)
+        conditions = Conditions(text=text, sizes=torch.empty(1, 6), references=references, shared=shared())
         time = torch.empty(1)
-        total = saved_bytes(model, lambda: family.predict(model, noisy, time, conditions))
+        total = saved_bytes(model, lambda: family.predict(model, noisy, time, conditions), low)
     pictures = (1 + len(references)) * facts.latent_tokens(width, height, frames)
-    return total / flavour.layers / (pictures + flavour.text_tokens)
+    return total * 2 / low.itemsize / flavour.layers / (pictures + flavour.text_tokens)
 
 
 def text_features(model: Any, tokens: int) -> dict[str, Tensor]:

@@ -6,24 +6,26 @@ from functools import cache
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import Parameter
 
 from atelier_runtime.adapters import trainable
 from atelier_runtime.families import get_family
-from atelier_runtime.family import Conditions, Family
-from family_models import tiny_pipeline
+from atelier_runtime.family import Conditions, Family, Features
+from family_models import TINY, tiny_pipeline
 
 PROMPTS = ("a red fox", "fog")
 
 
 @dataclass(frozen=True)
 class FamilyCase:
-    """`template` is the untouched denoiser."""
+    """`template` is the untouched denoiser, `channels` are those of its latents."""
 
     family: Family
     template: Any
     conditions: Conditions
+    channels: int
 
     def denoiser(self) -> Any:
         """A fresh copy of the tiny denoiser."""
@@ -33,9 +35,10 @@ class FamilyCase:
         """The prediction for fixed inputs, a batch of two prompts of different length."""
         facts = self.family.facts
         generator = torch.Generator().manual_seed(5)
-        frames = (2,) if facts.modality == "video" else ()
-        noisy = torch.randn(2, facts.latent_channels, *frames, 4, 4, generator=generator)
-        time = torch.tensor([0.2, 0.9]) if facts.objective == "flow" else torch.tensor([200, 900])
+        grid = {"image": (4, 4), "video": (2, 4, 4), "audio": (7,)}[facts.modality]
+        noisy = torch.randn(2, self.channels, *grid, generator=generator)
+        steps = facts.objective == "diffusion" and facts.noise_schedule == "betas"
+        time = torch.tensor([200, 900]) if steps else torch.tensor([0.2, 0.9])
         with torch.set_grad_enabled(grad):
             return self.family.predict(model, noisy, time, self.conditions)
 
@@ -53,9 +56,18 @@ def family_case(name: str, checkpoint: str | None = None) -> FamilyCase:
     """The case of a family; `checkpoint` names another tiny pipeline of it."""
     family, pipe = get_family(name), tiny_pipeline(checkpoint or name)
     with torch.no_grad():
-        text = family.collate_text(family.encode_text(pipe, PROMPTS))
+        text = family.collate_text(_features(family, pipe))
+        shared = family.encode_shared(pipe) if family.shares else {}
     sizes = torch.tensor([[32, 32, 0, 0, 32, 32]]).repeat(len(PROMPTS), 1)
-    return FamilyCase(family, getattr(pipe, family.denoisers[0]), Conditions(text, sizes))
+    channels = TINY[checkpoint or name].channels or family.facts.latent_channels
+    return FamilyCase(family, getattr(pipe, family.denoisers[0]), Conditions(text, sizes, shared=shared), channels)
+
+
+def _features(family: Family, pipe: Any) -> list[Features]:
+    if family.text_sees_references:
+        pictures = [[Image.new("RGB", (70, 48), colour)] for colour in ("red", "gray")]
+        return family.encode_instructions(pipe, PROMPTS, pictures)
+    return family.encode_text(pipe, PROMPTS)
 
 
 def trained(model: Any) -> dict[str, Parameter]:

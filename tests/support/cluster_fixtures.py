@@ -43,16 +43,19 @@ def start_cluster(cluster_report: Callable[[str], None]) -> Callable[..., Cluste
     return start
 
 
-@pytest.fixture(scope="session")
+# Not of the whole test run: three idle clusters take an eighth of two cores from the tests that follow, and one starts in seconds.
+
+
+@pytest.fixture(scope="module")
 def fake_cluster(start_cluster: Callable[..., Cluster]) -> Iterator[Cluster]:
-    """A control plane with JobSet, Kueue and four fake nodes of eight GPUs; shared, so a test uses a namespace of its own."""
+    """A control plane with JobSet, Kueue and four fake nodes of eight GPUs; the module's, so a test uses a namespace of its own."""
     with start_cluster(kwok=FAKE_NODES, gpus_per_node=FAKE_GPUS) as cluster:
         yield cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def real_cluster(start_cluster: Callable[..., Cluster]) -> Iterator[Cluster]:
-    """Two real nodes that claim two GPUs each, with JobSet and Kueue; shared, so a test uses a namespace of its own."""
+    """Two real nodes that claim two GPUs each, with JobSet and Kueue; the module's, so a test uses a namespace of its own."""
     with start_cluster(nodes=REAL_NODES, gpus_per_node=REAL_GPUS) as cluster:
         yield cluster
 

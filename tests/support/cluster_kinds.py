@@ -71,7 +71,7 @@ def engine_is_there(request: pytest.FixtureRequest, engines: Engines) -> None:
 def kind_cluster(
     engines: Engines, request: pytest.FixtureRequest, start_cluster: Callable[..., Cluster]
 ) -> Iterator[Cluster]:
-    """The shared full cluster, or one of the kind that ends with the module."""
+    """The module's full cluster, or one of the kind."""
     if engines == FULL:
         yield request.getfixturevalue("fake_cluster")
         return

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from atelier_api.families import FAMILIES
+from atelier_api.families import FAMILIES, FamilyFacts
 from atelier_api.fields import MISSING, Node, tree
 from atelier_api.layouts import LAYOUTS
 from atelier_api.read import problems
@@ -28,7 +28,10 @@ SMALLEST: Document = {
 
 
 def document(**changes: Any) -> Document:
-    """The smallest document with values set below `spec`: `document(adapter__rank=0)`. Its source has the references that it needs."""
+    """The smallest document with values set below `spec`: `document(adapter__rank=0)`.
+
+    Its source has the references, and its hyperparameters the precision, without which its family could not be trained.
+    """
     result = copy.deepcopy(SMALLEST)
     for path, value in changes.items():
         *blocks, field = path.split("__")
@@ -40,12 +43,23 @@ def document(**changes: Any) -> Document:
         for source in result["spec"]["data"]["sources"]:
             if source == SMALLEST["spec"]["data"]["sources"][0]:
                 source["references"] = ["originals"]
+    if _needs_fp32(result["spec"]["model"]):
+        result["spec"]["hyperparameters"].setdefault("precision", "fp32")
     return result
 
 
 def _trains_on_pairs(model: Any) -> bool:
-    facts = FAMILIES.get(model["family"]) if isinstance(model, dict) and isinstance(model.get("family"), str) else None
+    facts = _facts(model)
     return facts is not None and facts.references > 0
+
+
+def _needs_fp32(model: Any) -> bool:
+    facts = _facts(model)
+    return facts is not None and bool(facts.needs_fp32)
+
+
+def _facts(model: Any) -> FamilyFacts | None:
+    return FAMILIES.get(model["family"]) if isinstance(model, dict) and isinstance(model.get("family"), str) else None
 
 
 PATTERN_EXAMPLES = {
@@ -86,7 +100,10 @@ FEW = {
     "spec.data.resolution": [16, 32, 256, 512, 1000, 1024, 4096],
     "spec.data.bucketAlign": [8, 16, 24, 32, 64, 256],
     "spec.data.clip.frames": [1, 48, 49, 81, 1025],
+    "spec.data.clip.shownFrames": [1, 2, 13, 49],
     "spec.validation.frames": [1, 48, 49],
+    "spec.data.audio.minSeconds": [1, 3, 60, 61],
+    "spec.data.audio.maxSeconds": [1, 60, 600],
     "spec.validation.width": [8, 100, 512, 1024],
     "spec.validation.height": [8, 100, 512, 1024],
     "spec.hyperparameters.globalBatchSize": [1, 2, 6, 8, 12, 64, 65536],
@@ -201,6 +218,8 @@ def _mend(sound: Document, path: str) -> None:
             prompt["references"] = ["a.png"][: _trains_on_pairs(spec["model"])]
     elif path == "spec.publish.formats":
         spec.setdefault("publish", {})["formats"] = [LAYOUTS[spec.get("adapter", {}).get("type", "lora")][0]]
+    elif path == "spec.hyperparameters.precision":
+        spec["hyperparameters"]["precision"] = "fp32"
     elif path == "spec.model.source":
         spec["model"]["source"] = "base"
     else:

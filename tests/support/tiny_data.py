@@ -1,5 +1,6 @@
 """Small training sets and run files for tests of the runtime."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from atelier_api.families import FAMILIES
 from atelier_api.run_file import RunFile
 from atelier_runtime.data import Dataset, MicroBatch, build_dataset
 from atelier_runtime.families.sd3 import StableDiffusion3
@@ -66,11 +68,51 @@ def grey_frames(values: list[int], width: int = 64, height: int = 48) -> list[ND
     return [np.full((height, width, 3), value, np.uint8) for value in values]
 
 
+CODECS = {
+    "wav": ("pcm_s16le", "s16"),
+    "flac": ("flac", "s16"),
+    "mp3": ("libmp3lame", "fltp"),
+    "ogg": ("libopus", "fltp"),
+    "mka": ("pcm_f32le", "flt"),
+}
+"""Codec and format of samples by the ending of a file."""
+
+
+def tone(seconds: float, rate: int, *frequencies: float) -> NDArray[np.float32]:
+    """A waveform [channels, N], a tone of half the loudness on each channel."""
+    time = np.arange(round(seconds * rate)) / rate
+    return np.stack([0.5 * np.sin(2 * np.pi * frequency * time) for frequency in frequencies]).astype(np.float32)
+
+
+def write_tone(path: Path, waveform: NDArray[np.float32], rate: int) -> Path:
+    """A sound file of a waveform [channels, N] of one, two or six channels."""
+    codec, form = CODECS[path.suffix[1:]]
+    layout = {1: "mono", 2: "stereo", 6: "5.1"}[len(waveform)]
+    array = waveform if form == "fltp" else np.ascontiguousarray(waveform.T).reshape(1, -1)
+    if form == "s16":
+        array = np.round(array * 32767).astype(np.int16)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout)
+        frame = av.AudioFrame.from_ndarray(array, format=form, layout=layout)
+        frame.sample_rate = rate
+        for packet in (*stream.encode(frame), *stream.encode()):
+            container.mux(packet)
+    return path
+
+
+def slow_down(checkpoint: Path, rate: int) -> Path:
+    """Has a checkpoint's autoencoder take sounds at another rate: a tiny one has less to do at a low one."""
+    path = checkpoint / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sampling_rate": rate}))
+    return checkpoint
+
+
 def training_run_file(
     folder: Path, sources: list[Path], model_folder: Path, family: str = "sd3", **spec: Any
 ) -> RunFile:
     """A run over these sources in fp32, with its cache below `folder`. `spec` has the blocks `data` and `hyperparameters`."""
-    data = {"sources": [{"uri": str(source)} for source in sources], "resolution": 32, **spec.get("data", {})}
+    size = {} if FAMILIES[family].modality == "audio" else {"resolution": 32}
+    data = {"sources": [{"uri": str(source)} for source in sources], **size, **spec.get("data", {})}
     hyperparameters = {"steps": 4, "precision": "fp32", **spec.get("hyperparameters", {})}
     model = {"family": family, "source": str(model_folder)}
     resolved = run_file(folder, model=model, data=data, hyperparameters=hyperparameters)

@@ -41,6 +41,7 @@ class Samples:
     sizes: Tensor
     frames: Features | None
     references: tuple[Tensor, ...]
+    shared: Features
 
     def conditions(self, family: Family, slots: range) -> Conditions:
         rows = list(slots)
@@ -49,6 +50,7 @@ class Samples:
             sizes=self.sizes[rows],
             frames=None if self.frames is None else {name: tensor[rows] for name, tensor in self.frames.items()},
             references=tuple(reference[rows] for reference in self.references),
+            shared=self.shared,
         )
 
 
@@ -194,7 +196,8 @@ def _predict(
 def _draw(case: Case, family: Family, wrapped: nn.Module, ema: Ema) -> Tensor:
     """A prediction by the average, on all ranks alike, as sampling does it between two steps."""
     assert case.samples is not None
-    time = torch.tensor([0.5]) if family.facts.objective == "flow" else torch.tensor([500])
+    steps = family.facts.objective == "diffusion" and family.facts.noise_schedule == "betas"
+    time = torch.tensor([500]) if steps else torch.tensor([0.5])
     conditions = case.samples.conditions(family, range(1))
     with ema.swapped(), torch.no_grad():
         return _predict(case, family, wrapped, case.samples.latents[1:2], time, conditions).float()
@@ -227,4 +230,5 @@ def samples_of(tiny: FamilyCase, captions: Sequence[str]) -> Samples:
         sizes=told.sizes,
         frames=told.frames,
         references=told.references,
+        shared=told.shared,
     )

@@ -23,6 +23,12 @@ NAMES = (
     "cosmos2",
     "omnigen",
     "kolors",
+    "longcat_video_edit",
+    "ltx_i2v",
+    "ace_step",
+    "qwen_image_edit",
+    "longcat_image_edit",
+    "stable_cascade",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}

@@ -3,12 +3,13 @@
 Sizes are those of the published configs: tests/runtime/test_family_facts.py builds each one without memory and compares.
 
 `activation_bytes_per_token` is measured there on a whole forward pass over one sample (1024 x 1024 pixels, clips 81 frames of
-832 x 480) as: bytes of all storages that autograd saves, weights apart / layers / (latent tokens + text tokens). It assumes CUDA's
-autocast, so norms and their inputs are kept in fp32, and flash attention, which keeps query, key, value, output and one number
-per query. With adapters on `all` as well it is 1.14 to 1.32 times as much, in full-rank training 1.17 (UNet) to 1.76 times.
+832 x 480, sounds 240 seconds) as: bytes of all storages that autograd saves, weights apart / layers / (latent tokens + text tokens).
+It assumes CUDA's autocast, so norms and their inputs are kept in fp32, and flash attention, which keeps query, key, value, output and
+one number per query; of a family that needs fp32 it is half of what that keeps. With adapters on `all` as well it is 1.14 to 1.32 times as much, in full-rank training 1.17 (UNet) to 1.76 times.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 
@@ -46,23 +47,31 @@ class Flavour:
 class FamilyFacts:
     """One family. `frame_rule` (m, r): a clip has n = r modulo m frames. `shift` is the fallback where a checkpoint names none.
 
-    `latent_factor` and `temporal_factor` are the autoencoder's, `patch` is the side of a token in latent pixels. `pipelines` are
-    the `_class_name`s in `model_index.json` of checkpoints that the family can train. Above `guidance_above` the stock pipeline
-    contrasts with the negative prompt. `backward_blocks` is how many average blocks' activations the backward pass holds with
-    recompute: one and its gradients, but more in a UNet, whose widest level is many times the average. `lora_component` is the
-    component that takes a LoRA where the stock pipeline has no loader for one. `kohya`: LoRA files of ComfyUI and kohya-ss have
-    names for its layers. `library` is the Python module that has the pipeline and the denoisers. `references` is how many reference
-    pictures a sample may have beside its target: a family that takes some trains on pairs, and each sample needs at least one.
-    `reference_edge` is the edge of the square whose area they are scaled to, where that is not `data.resolution`.
+    `latent_factor` and `temporal_factor` are the autoencoder's, a fraction where pixels are scaled in front of it; `patch` is the side
+    of a token in latent pixels. `autoencoder` names the components between pixels and latents, the one that encodes first.
+    `noise_schedule`: the noise of a diffusion family grows by the checkpoint's betas, at integer steps, or as a cosine of a continuous
+    time. `needs_fp32` is why a family cannot be trained in bf16, empty where it can. `pipelines` are the `_class_name`s in
+    `model_index.json` of checkpoints that the family can train. Above `guidance_above` the stock pipeline contrasts with the negative
+    prompt. `backward_blocks` is how many average blocks' activations the backward pass holds with recompute: one and its gradients,
+    but more in a UNet, whose widest level is many times the average. `lora_component` is the component that takes a LoRA where the
+    stock pipeline has no loader for one. `kohya`: LoRA files of ComfyUI and kohya-ss have names for its layers. `library` is the
+    Python module that has the pipeline and the denoisers. `references` is how many reference pictures a sample may have beside its
+    target: a family that takes some trains on pairs, and each sample needs at least one.
+    `reference_edge` is the edge of the square whose area they are scaled to, where that is not `data.resolution`. `continues`: the
+    denoiser is shown as many first frames of a clip as a run says, of a number that fits `frame_rule`.
+    `sample_rate` is in samples per second, of a family of sounds; its `latent_factor` is in samples, its `patch` in latents.
+    `own_shift`: the stock pipeline shifts its noise levels by `shift` itself, whatever the checkpoint's scheduler says.
+    `negative_prompts`: what it contrasts with can be written; else it is something learnt. `sample_edge` is
+    that of what the stock pipeline draws, in the aspect of the reference and as large, where it takes no size.
     """
 
     name: str
     title: str
-    modality: Literal["image", "video"]
+    modality: Literal["image", "video", "audio"]
     objective: Literal["flow", "diffusion"]
     pixel_multiple: int
     latent_channels: int
-    latent_factor: int
+    latent_factor: int | Fraction
     patch: int
     shift: float | Literal["dynamic", "none"]
     licence: str
@@ -76,15 +85,26 @@ class FamilyFacts:
     kohya: bool = True
     references: int = 0
     reference_edge: int | None = None
+    sample_edge: int | None = None
     lora_component: str | None = None
     library: str = "diffusers"
+    continues: bool = False
+    sample_rate: int | None = None
+    own_shift: bool = False
+    negative_prompts: bool = True
+    autoencoder: tuple[str, ...] = ("vae",)
+    noise_schedule: Literal["betas", "cosine"] = "betas"
+    needs_fp32: str = ""
 
     def reference_resolution(self, resolution: int) -> int:
         """Edge in pixels of the square whose area references have in a run of `resolution`."""
         return self.reference_edge or resolution
 
     def latent_tokens(self, width: int, height: int, frames: int = 1) -> int:
-        """Tokens of one sample of `width` x `height` pixels and `frames` frames."""
+        """Tokens of one sample of `width` x `height` pixels and `frames` frames; of a sound of `frames` samples."""
+        if self.modality == "audio":
+            latents = -(-frames // self.latent_factor)
+            return -(-latents // self.patch)
         edge = self.latent_factor * self.patch
         latent_frames = (frames - 1) // self.temporal_factor + 1
         return (width // edge) * (height // edge) * latent_frames

@@ -1,4 +1,4 @@
-"""`spec.data`: pictures or clips with captions, and how they are cut and cached."""
+"""`spec.data`: pictures, clips or sounds with captions, and how they are cut and cached."""
 
 from typing import Annotated, Literal
 
@@ -52,6 +52,27 @@ class Clip(Block):
     fps: Annotated[Decimal, Field(gt=0, le=120)] | None = Field(
         default=None, description="Frame rate that clips are resampled to. Default: the family's own."
     )
+    shown_frames: int = Field(
+        default=1,
+        ge=1,
+        le=1025,
+        description="First frames of a clip that the model is shown, for families that continue clips: 1 is image to video. Must fit the family's rule and leave frames to draw.",
+    )
+
+
+class Audio(Block):
+    """How sounds are cut; only for audio families."""
+
+    max_seconds: int = Field(
+        default=60, ge=1, le=600, description="Of a longer file the first so many seconds are trained on."
+    )
+    min_seconds: int = Field(default=3, ge=1, le=600, description="Shorter files are left out and listed.")
+    bucket_seconds: int = Field(
+        default=10,
+        ge=1,
+        le=600,
+        description="Files whose lengths are the same when rounded up to a multiple of this are trained together.",
+    )
 
 
 class Data(Block):
@@ -76,3 +97,4 @@ class Data(Block):
     )
     captions: Captions = Field(default_factory=Captions, description="Captions.")
     clip: Clip = Field(default_factory=Clip, description="Cutting of clips, for video families.")
+    audio: Audio = Field(default_factory=Audio, description="Cutting of sounds, for audio families.")

@@ -12,7 +12,7 @@ class Timesteps(Block):
 
     sampling: Literal["logit-normal", "uniform", "beta"] = Field(
         default="logit-normal",
-        description="Density of sigma before the shift, flow families only. Diffusion families draw their integer step uniformly.",
+        description="Density of sigma before the shift, flow families only. Diffusion families draw their time uniformly.",
     )
     logit_mean: Annotated[Decimal, Field(ge=-10, le=10)] = Field(
         default=0.0, description="Mean of the logit-normal density."

@@ -1,4 +1,4 @@
-"""`spec.validation` and `spec.publish`: pictures while training, and what comes out."""
+"""`spec.validation` and `spec.publish`: samples while training, and what comes out."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ PICTURE_FIELDS = {"first": "image", "last": "lastImage"}
 
 
 class ValidationPrompt(Block):
-    """One picture that is drawn again and again."""
+    """One sample that is drawn again and again."""
 
     text: str = Field(max_length=1024, description="Prompt.")
     negative: str | None = Field(default=None, max_length=1024, description="Negative prompt.")
@@ -21,7 +21,7 @@ class ValidationPrompt(Block):
         default=None,
         min_length=1,
         max_length=2048,
-        description="First frame, for image-to-video checkpoints: a file (relative to the run's YAML) or `s3://bucket/key`.",
+        description="First frame, for image-to-video checkpoints: a file (relative to the run's YAML) or `s3://bucket/key`. Where `data.clip.shownFrames` is above 1, a clip that begins with these frames.",
     )
     last_image: str | None = Field(
         default=None,
@@ -33,6 +33,10 @@ class ValidationPrompt(Block):
         default=[],
         max_length=MOST_REFERENCES,
         description="Reference pictures that are edited, for families that train on pairs: files, or `s3://bucket/key`.",
+    )
+
+    lyrics: str | None = Field(
+        default=None, max_length=4096, description="Words that are sung, for audio families; lines as they are."
     )
 
     @property
@@ -62,6 +66,9 @@ class Validation(Block):
     height: int | None = Field(default=None, ge=8, le=4096, description="Height in pixels. Default: `data.resolution`.")
     frames: int | None = Field(
         default=None, ge=1, le=1025, description="Frames, for video families. Default: `data.clip.frames`."
+    )
+    seconds: int | None = Field(
+        default=None, ge=1, le=600, description="Length, for audio families. Default: `data.audio.maxSeconds`."
     )
 
     @property

@@ -117,7 +117,10 @@ def _levers(run: TrainingRun, model: ModelFacts, machine: Machine) -> Iterator[l
         yield [{"spec.adapter": {"type": "lora"}}]
     if model.family.modality == "video":
         yield list(_fewer_frames(run, model))
-    yield list(_smaller(run, model))
+    if model.family.modality == "audio":
+        yield list(_shorter(run))
+    else:
+        yield list(_smaller(run, model))
 
 
 def _more_gpus(run: TrainingRun, machine: Machine) -> Iterator[Changes]:
@@ -145,6 +148,14 @@ def _fewer_frames(run: TrainingRun, model: ModelFacts) -> Iterator[Changes]:
         fewer -= (fewer - remainder) % modulus
         if fewer > modulus:
             yield {"spec.data.clip.frames": fewer}
+
+
+def _shorter(run: TrainingRun) -> Iterator[Changes]:
+    """Less of long sounds."""
+    audio = run.spec.data.audio
+    for seconds in _halvings(audio.max_seconds):
+        if seconds >= audio.min_seconds:
+            yield {"spec.data.audio.maxSeconds": seconds}
 
 
 def _smaller(run: TrainingRun, model: ModelFacts) -> Iterator[Changes]:

@@ -22,13 +22,11 @@ INDEX = "model_index.json"
 LONGEST_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format itself."""
 
-DENOISERS = ("transformer", "transformer_2", "unet", "dit")
+DENOISERS = ("transformer", "transformer_2", "unet", "dit", "prior")
 """Components of a pipeline that can be trained."""
 
 ENCODERS = ("text_encoder", "image_encoder")
 """How the names of components begin that encode what the denoiser is told."""
-
-AUTOENCODER = "vae"
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,17 @@ class Tensors:
 
     @property
     def largest_block(self) -> int:
-        """The largest group of tensors whose names agree up to the first number: one block of a list of blocks. 0: no lists."""
+        """The largest group of tensors whose names agree up to the first number: one block of a list of blocks. 0: no lists.
+
+        Up to the second where that follows at once: a list of lists.
+        """
         blocks: dict[str, int] = {}
         for name, count in self.values.items():
             parts = name.split(".")
             place = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
             if place is not None:
-                block = ".".join(parts[: place + 1])
+                length = place + 2 if parts[place + 1 : place + 2] and parts[place + 1].isdecimal() else place + 1
+                block = ".".join(parts[:length])
                 blocks[block] = blocks.get(block, 0) + count
         return max(blocks.values(), default=0)
 
@@ -89,7 +91,7 @@ def checkpoint_facts(model: ModelSpec, folder: Path) -> ModelFacts:
         mlp_width=shape.mlp_width,
         text_tokens=flavour.text_tokens,
         encoder_parameters=sum(encoders),
-        vae_parameters=_tensors(folder / AUTOENCODER).total if AUTOENCODER in components else 0,
+        vae_parameters=sum(_tensors(folder / name).total for name in family.autoencoder if name in components),
         activation_bytes_per_token=max(1, flavour.activation_bytes_per_token * shape.width // flavour.width),
         largest_block=denoiser.largest_block or denoiser.total,
         experts=len(denoisers),
@@ -98,7 +100,7 @@ def checkpoint_facts(model: ModelSpec, folder: Path) -> ModelFacts:
 
 def shape_of(config: Mapping[str, Any]) -> Shape | None:
     """The shape that a denoiser's `config.json` tells; None when it names its sizes in another way."""
-    if "block_out_channels" in config:
+    if "down_block_types" in config:
         return _unet_shape(config)
     heads, head_width = config.get("num_attention_heads"), config.get("attention_head_dim")
     if isinstance(heads, int) and isinstance(head_width, int):

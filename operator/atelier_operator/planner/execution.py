@@ -1,6 +1,7 @@
 """The execution plan of a run, and the RunFile made of both. Pure."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from atelier_api.errors import ConfigError
 from atelier_api.families import FAMILIES
@@ -78,11 +79,15 @@ def _resolved(spec: TrainingRunSpec, paths: Paths) -> TrainingRunSpec:
     sources = [
         source.model_copy(update={"uri": uri}) for source, uri in zip(spec.data.sources, paths.data_uris, strict=True)
     ]
-    data = {"sources": sources, "bucket_align": bucket_alignment(spec, family)}
-    validation = {
-        side: getattr(spec.validation, side) or spec.data.resolution // family.pixel_multiple * family.pixel_multiple
-        for side in ("width", "height")
-    }
+    data: dict[str, Any] = {"sources": sources}
+    validation: dict[str, Any] = {}
+    if family.modality == "audio":
+        validation["seconds"] = spec.validation.seconds or spec.data.audio.max_seconds
+    else:
+        data["bucket_align"] = bucket_alignment(spec, family)
+        # A size that follows the reference is for the pipeline to say.
+        edge = None if family.sample_edge else spec.data.resolution // family.pixel_multiple * family.pixel_multiple
+        validation = {side: getattr(spec.validation, side) or edge for side in ("width", "height")}
     if family.modality == "video":
         data["clip"] = spec.data.clip.model_copy(update={"fps": spec.data.clip.fps or family.frame_rate})
         validation["frames"] = spec.validation.frames or spec.data.clip.frames

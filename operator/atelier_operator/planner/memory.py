@@ -9,7 +9,7 @@ a bf16 copy of full-rank weights (2 more); `adamw-bf16` keeps all four in bf16 (
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from atelier_api.families import FAMILIES, FamilyFacts, Flavour
 from atelier_api.rules import bucket_alignment
@@ -38,6 +38,9 @@ GATHERED_BLOCKS = 2
 AUTOENCODER_VALUES_PER_PIXEL = 128 * 6
 """Values an autoencoder holds per pixel while it decodes (measured): six tensors of 128 channels at full resolution."""
 
+AUTOENCODER_VALUES_PER_SAMPLE = 643
+"""Values an autoencoder of sounds holds for each sample in time while it encodes (measured; 606 while it decodes)."""
+
 AUTOENCODER_FRAMES = 7
 """Frames that a causal video autoencoder holds at once, whatever the clip's length (measured): four, and what it caches of others."""
 
@@ -45,6 +48,14 @@ GUIDED_SAMPLES = 2
 """Samples in a forward pass with classifier-free guidance."""
 
 Strategy = Literal["single", "ddp", "fsdp2"]
+
+
+class Extent(NamedTuple):
+    """The size of a sample in pixels and frames; a sound is of 1 x 1, and its frames are samples."""
+
+    width: int
+    height: int
+    frames: int
 
 
 @dataclass(frozen=True)
@@ -143,11 +154,12 @@ def predict(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, device: Li
     train = _train_parts(spec, model, choice, device)
     precision = _precision_bytes(spec)
     frozen = (model.encoder_parameters + model.vae_parameters) * precision
-    size = bucket_size(spec, model.family)
     # Batches of the encoding shrink by themselves to what fits: one sample has to.
+    extent = trained_extent(spec, model.family)
     if model.family.references:
-        size = max(size, model.family.reference_resolution(spec.data.resolution))
-    encode = frozen + _autoencoder(model.family, size, size, precision) + train.overhead
+        size = max(extent.width, model.family.reference_resolution(spec.data.resolution))
+        extent = extent._replace(width=size, height=size)
+    encode = frozen + _autoencoder(model.family, extent, precision) + train.overhead
     return Prediction(train, encode, _sample_phase(spec, model, train, frozen) if spec.validation.prompts else 0)
 
 
@@ -173,6 +185,24 @@ def bucket_size(spec: TrainingRunSpec, family: FamilyFacts) -> int:
     """Edge in pixels of the square bucket, rounded up: no bucket is much larger than this square."""
     align = bucket_alignment(spec, family)
     return -(-spec.data.resolution // align) * align
+
+
+def trained_extent(spec: TrainingRunSpec, family: FamilyFacts) -> Extent:
+    """The largest sample that is trained on, or nearly."""
+    if family.sample_rate is not None:
+        return Extent(1, 1, spec.data.audio.max_seconds * family.sample_rate)
+    size = bucket_size(spec, family)
+    return Extent(size, size, spec.data.clip.frames if family.modality == "video" else 1)
+
+
+def _drawn_extent(spec: TrainingRunSpec, family: FamilyFacts) -> Extent:
+    """A sample of a prompt."""
+    validation, data = spec.validation, spec.data
+    if family.sample_rate is not None:
+        return Extent(1, 1, (validation.seconds or data.audio.max_seconds) * family.sample_rate)
+    frames = (validation.frames or data.clip.frames) if family.modality == "video" else 1
+    edge = family.sample_edge or data.resolution
+    return Extent(validation.width or edge, validation.height or edge, frames)
 
 
 def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, device: Literal["cpu", "cuda"]) -> Parts:
@@ -206,11 +236,10 @@ def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, devic
 
 def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> int:
     """What the forward pass keeps, and the largest block's temporaries in the backward pass."""
-    size = bucket_size(spec, model.family)
-    frames = spec.data.clip.frames if model.family.modality == "video" else 1
     references = max(len(source.references) for source in spec.data.sources)
-    tokens = model.family.latent_tokens(size, size, frames) + model.text_tokens
-    tokens = choice.micro_batch_size * (tokens + _reference_tokens(spec, model.family, references))
+    tokens = model.family.latent_tokens(*trained_extent(spec, model.family)) + model.text_tokens
+    edge = model.family.reference_resolution(spec.data.resolution)
+    tokens = choice.micro_batch_size * (tokens + _reference_tokens(model.family, references, edge))
     kept = model.activation_bytes_per_token * _precision_bytes(spec) // 2
     if isinstance(spec.adapter, FullAdapter) or not _only(spec.adapter, "attention"):
         kept = int(kept * WIDE_TARGETS)
@@ -229,33 +258,33 @@ def _kept_by_adapter(spec: TrainingRunSpec, model: ModelFacts, tokens: int) -> i
     return sum(kept_bytes(adapter, layer, tokens, _precision_bytes(spec)) for layer in _adapted_layers(adapter, model))
 
 
-def _reference_tokens(spec: TrainingRunSpec, family: FamilyFacts, references: int) -> int:
-    """Tokens of the reference pictures of one sample: they are attended to like its own."""
-    edge = family.reference_resolution(spec.data.resolution)
+def _reference_tokens(family: FamilyFacts, references: int, edge: int) -> int:
+    """Tokens of the reference pictures of one sample, each of the area of a square of `edge`: they are attended to like its own."""
     edge = -(-edge // family.pixel_multiple) * family.pixel_multiple
     return references * family.latent_tokens(edge, edge)
 
 
 def _sample_phase(spec: TrainingRunSpec, model: ModelFacts, train: Parts, frozen: int) -> int:
     """The state of training without its activations, the stock pipeline's other models, and the larger of its two steps."""
-    validation, family = spec.validation, model.family
-    width, height = validation.width or spec.data.resolution, validation.height or spec.data.resolution
-    frames = (validation.frames or spec.data.clip.frames) if family.modality == "video" else 1
+    family, extent = model.family, _drawn_extent(spec, model.family)
     precision = _precision_bytes(spec)
-    references = max(len(prompt.references) for prompt in validation.prompts)
-    tokens = family.latent_tokens(width, height, frames) + model.text_tokens
-    tokens = GUIDED_SAMPLES * (tokens + _reference_tokens(spec, family, references))
+    references = max(len(prompt.references) for prompt in spec.validation.prompts)
+    edge = family.reference_resolution(family.sample_edge or spec.data.resolution)
+    tokens = family.latent_tokens(*extent) + model.text_tokens
+    tokens = GUIDED_SAMPLES * (tokens + _reference_tokens(family, references, edge))
     denoise = tokens * model.activation_bytes_per_token * precision // 2
-    working = max(denoise, _autoencoder(family, width, height, precision))
+    working = max(denoise, _autoencoder(family, extent, precision))
     # DDP keeps its gradient buckets; the averages are swapped in while sampling, and the weights kept aside.
     state = train.total - train.activations
     aside = train.trained_weights if train.ema else 0
     return state + aside + frozen + working
 
 
-def _autoencoder(family: FamilyFacts, width: int, height: int, precision_bytes: int) -> int:
+def _autoencoder(family: FamilyFacts, extent: Extent, precision_bytes: int) -> int:
+    if family.modality == "audio":
+        return extent.frames * AUTOENCODER_VALUES_PER_SAMPLE * precision_bytes
     frames = AUTOENCODER_FRAMES if family.modality == "video" else 1
-    return width * height * frames * AUTOENCODER_VALUES_PER_PIXEL * precision_bytes
+    return extent.width * extent.height * frames * AUTOENCODER_VALUES_PER_PIXEL * precision_bytes
 
 
 def _only(adapter: LoraAdapter | LycorisAdapter, preset: str) -> bool:

@@ -27,7 +27,7 @@ def install_lora(denoiser: nn.Module, adapter: LoraAdapter, family: Family, *, d
         parameter.requires_grad_(trained)
         if trained:
             parameter.data = parameter.data.to(dtype)
-    denoiser.train()  # for the dropout in front of the first matrix; published denoisers have none of their own
+    denoiser.train()  # for the dropout in front of the first matrix, and what a denoiser has of its own
     return report(denoiser, count_by_pattern(modules))
 
 

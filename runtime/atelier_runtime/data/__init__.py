@@ -1,9 +1,10 @@
-"""Training data: from folders of pictures or clips to encoded micro-batches.
+"""Training data: from folders of pictures, clips or sounds to encoded micro-batches.
 
 source    files and captions            scan      content, size, readability      captions  which text
-image     pictures to pixels            video     clips to pixels                 buckets   sizes
+image     pictures to pixels            video     clips to pixels                 sound     sounds to waveforms
 cache     encoded samples on disk       encode    building what is missing        keys      names of entries
 prepare   choosing the samples          build     all of it, in order             funnel    what was left out and why
+buckets   sizes
 order     which samples a step takes    dataset   what a micro-batch is made of   loader    micro-batches of a rank
 """
 

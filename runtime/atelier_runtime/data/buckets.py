@@ -1,7 +1,7 @@
 """Aspect buckets: the sizes that samples are resized and cropped to. Pure arithmetic.
 
 A bucket has (nearly) the area of a square of `resolution` pixels and the aspect of the picture rounded to two decimals; both
-edges are multiples of an alignment. All pictures whose aspect leads to the same size share a bucket.
+edges are multiples of an alignment. All pictures whose aspect leads to the same size share a bucket. Sounds share one by their length.
 """
 
 import math
@@ -14,7 +14,7 @@ from atelier_api.v1alpha1.data import Data
 
 @dataclass(frozen=True, order=True, slots=True)
 class Bucket:
-    """A size of training samples in pixels; `frames` is 1 for pictures."""
+    """A size of training samples in pixels; `frames` is 1 for pictures. A sound is of 1 x 1, and its frames are samples."""
 
     width: int
     height: int
@@ -23,12 +23,16 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How one picture fills its bucket: resized to `resized` (height, width), then cut at `top`, `left` to the bucket's size."""
+    """How one picture fills its bucket: resized to `resized` (height, width), then cut at `top`, `left` to the bucket's size.
+
+    `length`: of a sound, how many samples of its bucket it fills.
+    """
 
     resized: tuple[int, int]
     top: int
     left: int
     bucket: Bucket
+    length: int = 0
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -74,6 +78,15 @@ def place(width: int, height: int, bucket: Bucket, draw: tuple[float, float] | N
 def place_whole(width: int, height: int) -> Placement:
     """Resizes a picture to this size as a whole: nothing is cut, and its aspect is given up."""
     return Placement((height, width), 0, 0, Bucket(width, height))
+
+
+def place_sound(samples: int, unit: int, step: int, most: int) -> Placement:
+    """Keeps whole units of a sound, up to `most`; its bucket is that rounded up to a multiple of `step`, at most `most`.
+
+    All in samples; `unit` is what one latent is made of, and a divisor of `step` and `most`.
+    """
+    length = min(samples, most) // unit * unit
+    return Placement((1, 1), 0, 0, Bucket(1, 1, min(-(-length // step) * step, most)), length)
 
 
 def _offset(spare: int, fraction: float | None) -> int:

@@ -23,8 +23,9 @@ from atelier_runtime.data.encode import Builder, Encoders, LatentJob, Limits, Te
 from atelier_runtime.data.funnel import Fate, Funnel, refuse_empty
 from atelier_runtime.data.keys import Encoding, FolderHashes, pipeline_flags, text_components
 from atelier_runtime.data.order import SampleOrder
-from atelier_runtime.data.prepare import Sample, Scan, clip_rule, extensions, reading_threads, select
-from atelier_runtime.family import Family
+from atelier_runtime.data.prepare import Sample, Scan, cutting_rule, extensions, reading_threads, select
+from atelier_runtime.data.scan import ClipRule, SoundRule
+from atelier_runtime.family import Family, Song
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def build_dataset(run_file: RunFile, family: Family, dist: Ranks, report: Report
     Encoders are loaded only where entries are missing, and freed before this returns. Raises DataError when no sample is left,
     ConfigError for settings that the family cannot take, StoreError when the cache cannot be written.
     """
-    rule = clip_rule(run_file.spec.data, family.facts)
+    rule = cutting_rule(run_file, family)
     alignment(run_file.spec.data, family.facts)  # a wrong one is refused before any file is read
     folder = _cache_folder(run_file)
     team = _Team(dist, folder_share(dist, folder), Announcer(dist, report))
@@ -52,7 +53,8 @@ def build_dataset(run_file: RunFile, family: Family, dist: Ranks, report: Report
     encoding = on_rank_zero(dist, partial(_encoding, run_file, family))
     cache = Cache(folder)
     keyed = _keyed(chosen, encoding, family)
-    rejected = _fill(run_file, family, team, _Work(keyed, cache))
+    shared = encoding.shared_key() if family.shares else None
+    rejected = _fill(run_file, family, team, _Work(keyed, cache, shared))
     for item in keyed:
         if item.latents in rejected:
             funnel.reject(item.sample.name, Fate.UNREADABLE, rejected[item.latents])
@@ -64,7 +66,8 @@ def build_dataset(run_file: RunFile, family: Family, dist: Ranks, report: Report
         refuse_empty(outcome, kinds)
     if dist.rank == 0:
         log.info("samples chosen", extra=outcome.model_dump(exclude={"rejected"}))
-    columns, fingerprint = _columns(kept, cache)
+    columns, fingerprint = _columns(kept, cache, rule.unit if isinstance(rule, SoundRule) else 0)
+    told = cache.read(_row(cache, shared)) if shared else {}
     cache.forget_keys()
     return Dataset(
         columns,
@@ -73,7 +76,8 @@ def build_dataset(run_file: RunFile, family: Family, dist: Ranks, report: Report
         CaptionDraws(run_file.spec.data.captions.dropout, run_file.spec.hyperparameters.seed),
         funnel=outcome,
         fingerprint=fingerprint,
-        frame_rate=rule.fps if rule else None,
+        frame_rate=rule.fps if isinstance(rule, ClipRule) else None,
+        shared={name: tensor.clone() for name, tensor in told.items()},
         device=dist.device,
     )
 
@@ -104,10 +108,11 @@ class _Keyed:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be in the cache, and where that is."""
+    """What is to be in the cache, and where that is. `shared` is the key of what all samples are told."""
 
     keyed: Sequence[_Keyed]
     cache: Cache
+    shared: bytes | None
 
 
 def _cache_folder(run_file: RunFile) -> Path:
@@ -126,17 +131,20 @@ def _encoding(run_file: RunFile, family: Family) -> Encoding:
     root = Path(run_file.model_folder)
     config = components.read_pipeline_config(root)
     hashes = FolderHashes(Path(run_file.cache_uri) / "hashes.json")
-    others = text_components(config, family.denoisers)
-    given = components.given_frames(family, root)
+    others = text_components(config, (*family.denoisers, *family.facts.autoencoder))
+    given = components.given_frames(family, root, run_file.spec.data.clip.shown_frames)
+    encoder = family.facts.autoencoder[0]
     # Frames that the network is shown lie beside the latents, and may have gone through an image encoder as well.
-    autoencoder = hashes.of(root, ["vae", *others], given) if given else hashes.of(root, ["vae"])
-    rule = clip_rule(run_file.spec.data, family.facts)
+    autoencoder = hashes.of(root, [encoder, *others], given) if given else hashes.of(root, [encoder])
+    rule = cutting_rule(run_file, family)
+    # Two pipelines of a family may put a caption into different templates, and read it with the same encoder.
+    text = pipeline_flags(config) | {"pipeline": family.pipeline_of(config)}
     encoding = Encoding(
         family=family.name,
         autoencoder=autoencoder,
-        text_encoders=hashes.of(root, others, pipeline_flags(config)),
+        text_encoders=hashes.of(root, others, text),
         precision=run_file.spec.hyperparameters.precision,
-        fps=rule.fps if rule else None,
+        rate=rule.rate if isinstance(rule, SoundRule) else rule.fps if rule else None,
     )
     hashes.save()
     return encoding
@@ -157,7 +165,8 @@ def _keyed(samples: Sequence[Sample], encoding: Encoding, family: Family) -> lis
             sample,
             encoding.latent_key(sample.content, sample.placement),
             tuple(encoding.reference_key(each.content, each.placement) for each in sample.references),
-            tuple(text_key(caption, sample) for caption in sample.captions),
+            tuple(encoding.song_key(song) for song in sample.songs)
+            or tuple(text_key(caption, sample) for caption in sample.captions),
             text_key(EMPTY, sample),
         )
         for sample in samples
@@ -171,8 +180,10 @@ def _jobs(keyed: Sequence[_Keyed], family: Family) -> tuple[list[TextJob], list[
     references: dict[bytes, LatentJob] = {}
     for item in keyed:
         sample, seen = item.sample, item.sample.references if family.text_sees_references else ()
-        for key, caption in ((item.empty, EMPTY), *zip(item.captions, sample.captions, strict=True)):
-            texts[key] = TextJob(key, caption, seen)
+        texts[item.empty] = TextJob(item.empty, EMPTY, seen)
+        songs: Sequence[Song | None] = sample.songs or [None] * len(sample.captions)
+        for key, caption, song in zip(item.captions, sample.captions, songs, strict=True):
+            texts[key] = TextJob(key, caption, seen, song)
         files[item.latents] = LatentJob(item.latents, sample.path, sample.content, sample.placement)
         for key, each in zip(item.references, sample.references, strict=True):
             references[key] = LatentJob(key, each.path, each.content, each.placement)
@@ -194,18 +205,21 @@ def _fill(run_file: RunFile, family: Family, team: _Team, work: _Work) -> dict[b
         dtype=dtype,
         threads=reading_threads(run_file),
         limits=Limits(),
-        given=components.given_frames(family, run_file.model_folder),
+        given=components.given_frames(family, run_file.model_folder, run_file.spec.data.clip.shown_frames),
     )
     texts, files, references = _jobs(work.keyed, family)
     if team.share.index == 0:
         remove_leftovers(work.cache.folder)
     try:
+        if work.shared:
+            builder.shared(work.shared)
         rejected = builder.captions(texts)
-        rejected |= builder.latents(files, clip_rule(run_file.spec.data, family.facts))
+        rejected |= builder.latents(files, cutting_rule(run_file, family))
         rejected |= builder.references(references)
     finally:
         encoders.free()
     keys = {job.key for job in texts} | {job.key for job in (*files, *references)}
+    keys |= {work.shared} if work.shared else set()
     _wait_for(work.cache, keys - rejected.keys())
     return rejected
 
@@ -226,8 +240,8 @@ def _wait_for(cache: Cache, keys: Set[bytes]) -> None:
         time.sleep(1.0)
 
 
-def _columns(keyed: Sequence[_Keyed], cache: Cache) -> tuple[Columns, str]:
-    """The samples as rows of the cache, and a digest over all of them."""
+def _columns(keyed: Sequence[_Keyed], cache: Cache, unit: int) -> tuple[Columns, str]:
+    """The samples as rows of the cache, and a digest over all of them. `unit`: samples of a sound that make a latent; else 0."""
     digest = hashlib.sha256()
     captions, first = [], [0]
     references = np.full((len(keyed), max(len(item.references) for item in keyed)), -1, np.int64)
@@ -244,6 +258,7 @@ def _columns(keyed: Sequence[_Keyed], cache: Cache) -> tuple[Columns, str]:
         first=np.array(first, np.int64),
         empty=np.array([_row(cache, item.empty) for item in keyed], np.int64),
         references=references,
+        padded=np.array([item.sample.placement.bucket.frames // unit if unit else 0 for item in keyed], np.int32),
     )
     return columns, digest.hexdigest()
 

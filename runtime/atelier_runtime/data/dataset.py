@@ -19,10 +19,11 @@ from atelier_runtime.family import Features
 class MicroBatch:
     """What one forward pass of one rank trains on.
 
-    `latents` [B, C, H, W] or [B, C, F, H, W] (the posterior's mean where `std` is given), `text` per sample at true length,
-    `sizes` [B, 6] in pixels (resized height and width, crop top and left, target height and width), `weights` [B] 0 or 1,
+    `latents` [B, C, H, W], [B, C, F, H, W] or, of sounds, [B, C, T] (the posterior's mean where `std` is given), `text` per sample at
+    true length, `sizes` [B, 6] in pixels (resized height and width, crop top and left, target height and width), `weights` [B] 0 or 1,
     `slots` places in the global batch, `names` file names, `frames` [B, ...] what is known of the frames that the network is shown,
-    `references` clean latents [B, C, H, W] of the reference pictures.
+    `references` clean latents [B, C, H, W] of the reference pictures, `lengths` [B] how many latents of a sound are its own: behind
+    them are zeros.
     """
 
     latents: Tensor
@@ -34,6 +35,7 @@ class MicroBatch:
     names: tuple[str, ...]
     frames: Features | None = None
     references: tuple[Tensor, ...] = ()
+    lengths: Tensor | None = None
 
     def pinned(self) -> "MicroBatch":
         """The same in page-locked memory, from which copies to a GPU do not block."""
@@ -46,6 +48,7 @@ class MicroBatch:
             weights=self.weights.pin_memory(),
             frames=self.frames and {name: tensor.pin_memory() for name, tensor in self.frames.items()},
             references=tuple(tensor.pin_memory() for tensor in self.references),
+            lengths=None if self.lengths is None else self.lengths.pin_memory(),
         )
 
 
@@ -54,6 +57,7 @@ class Columns:
     """The kept samples, one row each. Captions of sample i are the cache rows `captions[first[i]:first[i + 1]]`.
 
     `empty` [N] is the row of the empty caption. `references` [N, n] are rows of the reference pictures, -1 behind a sample's last.
+    `padded` [N] is how many latents a sound's bucket has; 0 where latents are not padded.
     """
 
     names: Sequence[str]
@@ -63,6 +67,7 @@ class Columns:
     first: NDArray[np.int64]
     empty: NDArray[np.int64]
     references: NDArray[np.int64]
+    padded: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class Dataset:
         funnel: FunnelReport,
         fingerprint: str,
         frame_rate: float | None,
+        shared: Features,
         device: torch.device,
     ) -> None:
         self.order = order
@@ -93,7 +99,9 @@ class Dataset:
         self.hash = fingerprint
         """Digest of all samples and captions: equal for equal training sets."""
         self.frame_rate = frame_rate
-        """Frames per second of clips; None for pictures."""
+        """Frames per second of clips; None for others."""
+        self.shared = shared
+        """What all samples are told."""
         self.device = device
         self._columns = columns
         self._cache = cache
@@ -106,10 +114,12 @@ class Dataset:
         """The micro-batch of these slots of a step, all of one bucket. Caption dropout is applied."""
         columns = self._columns
         entries = [self._cache.read(int(columns.latents[slot.sample])) for slot in slots]
-        stds = [entry["std"] for entry in entries if "std" in entry]
+        padded = int(columns.padded[slots[0].sample])
+        lengths = torch.tensor([entry["mean"].shape[-1] for entry in entries]) if padded else None
+        stds = [_padded(entry["std"], padded) for entry in entries if "std" in entry]
         frames = [name for name in entries[0] if name.startswith(FRAMES)]
         return MicroBatch(
-            latents=torch.stack([entry["mean"] for entry in entries]),
+            latents=torch.stack([_padded(entry["mean"], padded) for entry in entries]),
             std=torch.stack(stds) if stds else None,
             text=[self._cache.read(self._caption_row(slot, step, epoch)) for slot in slots],
             sizes=torch.from_numpy(columns.sizes[[slot.sample for slot in slots]]).to(torch.float32),
@@ -119,6 +129,7 @@ class Dataset:
             frames={name.removeprefix(FRAMES): torch.stack([entry[name] for entry in entries]) for name in frames}
             or None,
             references=self._references(slots),
+            lengths=lengths,
         )
 
     def _references(self, slots: Sequence[Slot]) -> tuple[Tensor, ...]:
@@ -134,3 +145,8 @@ class Dataset:
             return int(columns.empty[slot.sample])
         first, end = int(columns.first[slot.sample]), int(columns.first[slot.sample + 1])
         return int(columns.captions[first + chosen(end - first, draws.seed, epoch, slot.sample)])
+
+
+def _padded(latents: Tensor, length: int) -> Tensor:
+    """Latents [C, T] with zeros behind them, [C, length]; others, of `length` 0, as they are."""
+    return torch.nn.functional.pad(latents, (0, length - latents.shape[-1])) if length else latents

@@ -21,13 +21,15 @@ from torch import Tensor
 
 from atelier_runtime.data.buckets import Bucket, Placement
 from atelier_runtime.data.cache import FRAMES, Cache, ShardWriter
+from atelier_runtime.data.captions import EMPTY
 from atelier_runtime.data.collective import Announcer, Ranks, Share, gather, in_rounds
 from atelier_runtime.data.image import fit, read_picture
 from atelier_runtime.data.keys import content_sha256, file_sha256
 from atelier_runtime.data.prepare import Reference
-from atelier_runtime.data.scan import ClipRule
+from atelier_runtime.data.scan import Rule, SoundRule
+from atelier_runtime.data.sound import read_sound
 from atelier_runtime.data.video import read_clip
-from atelier_runtime.family import Family, Frame
+from atelier_runtime.family import Family, Frame, Song
 
 log = logging.getLogger(__name__)
 
@@ -49,16 +51,20 @@ class LatentJob:
 
 @dataclass(frozen=True, slots=True)
 class TextJob:
-    """A caption to encode, with the references that its encoder looks at."""
+    """A caption to encode, with the references that its encoder looks at.
+
+    `song` is what a sound's encoder is told; None where its caption is dropped.
+    """
 
     key: bytes
     caption: str
     references: tuple[Reference, ...] = ()
+    song: Song | None = None
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes of work. Pixels are counted over all frames of a batch."""
+    """Sizes of work. Pixels are counted over all frames of a batch; of sounds, samples."""
 
     batch_pixels: int = 4 * 1024 * 1024
     batch_samples: int = 32
@@ -138,8 +144,21 @@ class Builder:
 
         return self._run("encoding captions", self._missing(jobs), self._limits.batch_captions, work)
 
-    def latents(self, jobs: Sequence[LatentJob], rule: ClipRule | None) -> dict[bytes, str]:
+    def shared(self, key: bytes) -> None:
+        """Encode what all samples are told, where that is not in the cache."""
+
+        def work(chunk: Sequence[TextJob]) -> tuple[int, list[tuple[bytes, str]]]:
+            with torch.no_grad():
+                features = self._family.encode_shared(self._encoders.pipe)
+            self._writer.add(key, {name: self._stored(tensor) for name, tensor in features.items()})
+            return len(chunk), []
+
+        self._run("encoding what all samples share", self._missing([TextJob(key, EMPTY)]), 1, work)
+
+    def latents(self, jobs: Sequence[LatentJob], rule: Rule) -> dict[bytes, str]:
         """Encode the files that are not in the cache, bucket by bucket. Gives keys that turned out unusable, with the reason."""
+        if isinstance(rule, SoundRule):
+            return self._files("encoding sounds", jobs, rule, self._encode_waveforms)
         stage = "encoding pictures" if rule is None else "encoding clips"
         return self._files(stage, jobs, rule, self._encode_pixels)
 
@@ -151,7 +170,7 @@ class Builder:
         self,
         stage: str,
         jobs: Sequence[LatentJob],
-        rule: ClipRule | None,
+        rule: Rule,
         encode: Callable[[Sequence[tuple[LatentJob, Tensor]]], list[dict[str, Tensor]]],
     ) -> dict[bytes, str]:
         missing = self._missing(sorted(jobs, key=lambda job: (job.placement.bucket, job.key)))
@@ -220,6 +239,8 @@ class Builder:
             if self._family.text_sees_references:
                 pictures = [pictures for _, pictures in batch]
                 return self._family.encode_instructions(self._encoders.pipe, captions, pictures)
+            if self._family.facts.modality == "audio":
+                return self._family.encode_songs(self._encoders.pipe, [job.song for job, _ in batch])
             return self._family.encode_text(self._encoders.pipe, captions)
 
     def _encode_pixels(self, batch: Sequence[tuple[LatentJob, Tensor]]) -> list[dict[str, Tensor]]:
@@ -231,6 +252,10 @@ class Builder:
         columns = {"mean": latents.mean} | ({} if latents.std is None else {"std": latents.std})
         columns |= {FRAMES + name: tensor for name, tensor in frames.items()}
         return [{name: self._stored(tensor[i]) for name, tensor in columns.items()} for i in range(len(batch))]
+
+    def _encode_waveforms(self, batch: Sequence[tuple[LatentJob, Tensor]]) -> list[dict[str, Tensor]]:
+        """One by one, each at its own length: beside a longer one a sound would end in what is not its own."""
+        return [entry for one in batch for entry in self._encode_pixels([one])]
 
     def _encode_references(self, batch: Sequence[tuple[LatentJob, Tensor]]) -> list[dict[str, Tensor]]:
         pixels = torch.stack([pixels for _, pixels in batch]).to(self._ranks.device)
@@ -280,7 +305,7 @@ class Budget:
 
 
 def _read_ahead(
-    pool: ThreadPoolExecutor, jobs: Sequence[LatentJob], rule: ClipRule | None, *, ahead: int
+    pool: ThreadPoolExecutor, jobs: Sequence[LatentJob], rule: Rule, *, ahead: int
 ) -> Iterator[Tensor | str]:
     """What `_read` gives for each job, in order, with up to `ahead` of them read or being read before they are asked for."""
     waiting: deque[Future[Tensor | str]] = deque()
@@ -292,14 +317,16 @@ def _read_ahead(
         yield waiting.popleft().result()
 
 
-def _read(job: LatentJob, rule: ClipRule | None) -> Tensor | str:
-    """Pixels of a file, or why there are none: it was readable before, but may have changed since."""
+def _read(job: LatentJob, rule: Rule) -> Tensor | str:
+    """Pixels of a file, or the waveform of a sound, or why there are none: it was readable before, but may have changed since."""
     try:
         if rule is None:
             data = Path(job.path).read_bytes()
             return fit(read_picture(data), job.placement) if content_sha256(data) == job.content else CHANGED
         if file_sha256(Path(job.path)) != job.content:
             return CHANGED
+        if isinstance(rule, SoundRule):
+            return read_sound(Path(job.path), rule.rate, job.placement.length)
         return read_clip(Path(job.path), rule.frames, rule.fps, job.placement)
     except Exception as error:  # whatever a decoder raises, one bad file must not end the run
         return str(error) or type(error).__name__

@@ -54,5 +54,6 @@ def refuse_empty(report: FunnelReport, looked_for: str) -> NoReturn:
     first = next(iter(report.rejected.items()))
     raise DataError(
         f"spec.data.sources leaves 0 of {report.found} files to train on ({left_out}); at least one must be left; "
-        f"the first is {first[0]}: {first[1]}; mend the files, or relax spec.data (maxUpscale, resolution, captions.fallback, clip)"
+        f"the first is {first[0]}: {first[1]}; mend the files, or relax spec.data "
+        "(maxUpscale, resolution, captions.fallback, clip, audio)"
     )

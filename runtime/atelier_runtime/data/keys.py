@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from atelier_runtime.data.buckets import Placement
+from atelier_runtime.family import Song
 
 log = logging.getLogger(__name__)
 
@@ -21,19 +22,23 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Encoding:
-    """What all entries of a run share: the family, the identities of its encoders, the precision, and for clips the rate."""
+    """What all entries of a run share: the family, the identities of its encoders, the precision.
+
+    `rate` is that of clips in frames, and of sounds in samples per second.
+    """
 
     family: str
     autoencoder: str
     text_encoders: str
     precision: str
-    fps: float | None
+    rate: float | None
 
     def latent_key(self, content: str, placement: Placement) -> bytes:
         """Key of the latents of a file with the SHA-256 `content`, placed so. 32 bytes."""
-        bucket = placement.bucket
+        # A sound's latents are those of its own length, whatever else is in its bucket.
+        frames = placement.length or placement.bucket.frames
         return _digest(
-            "latents", self.family, self.autoencoder, self.precision, self.fps, content, placement.sizes, bucket.frames
+            "latents", self.family, self.autoencoder, self.precision, self.rate, content, placement.sizes, frames
         )
 
     def reference_key(self, content: str, placement: Placement) -> bytes:
@@ -43,6 +48,15 @@ class Encoding:
     def text_key(self, caption: str, references: Iterable[str] = ()) -> bytes:
         """Key of the text features of a caption, and of the reference pictures (by SHA-256) that its encoder sees. 32 bytes."""
         return _digest("text", self.family, self.text_encoders, self.precision, caption, *references)
+
+    def song_key(self, song: Song) -> bytes:
+        """Key of the text features of a sound: they depend on its lyrics and its length too. 32 bytes."""
+        told = (song.caption, song.lyrics, song.seconds)
+        return _digest("song", self.family, self.text_encoders, self.precision, *told)
+
+    def shared_key(self) -> bytes:
+        """Key of what all samples are told. 32 bytes."""
+        return _digest("shared", self.family, self.text_encoders, self.precision)
 
 
 def crop_draw(seed: int, content: str) -> tuple[float, float]:
@@ -62,14 +76,14 @@ def content_sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def text_components(pipeline_config: Mapping[str, Any], denoisers: Iterable[str]) -> tuple[str, ...]:
-    """Components of a checkpoint that text features can depend on: all that `model_index.json` names but the others' own."""
-    others = {*denoisers, "vae", "scheduler"}
+def text_components(pipeline_config: Mapping[str, Any], others: Iterable[str]) -> tuple[str, ...]:
+    """Components that text features can depend on: all that `model_index.json` names but `others` and the scheduler."""
+    left_out = {*others, "scheduler"}
     return tuple(
         sorted(
             name
             for name, value in pipeline_config.items()
-            if isinstance(value, list) and name not in others and any(part is not None for part in value)
+            if isinstance(value, list) and name not in left_out and any(part is not None for part in value)
         )
     )
 

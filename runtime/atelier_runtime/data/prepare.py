@@ -9,18 +9,38 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from atelier_api.errors import ConfigError
-from atelier_api.families import FamilyFacts
 from atelier_api.run_file import RunFile
 from atelier_api.v1alpha1.data import Captions, Data, DataSource
-from atelier_runtime.data.buckets import Placement, alignment, bucket_for, enlargement, place, place_whole
+from atelier_runtime import components
+from atelier_runtime.data.buckets import (
+    Bucket,
+    Placement,
+    alignment,
+    bucket_for,
+    enlargement,
+    place,
+    place_sound,
+    place_whole,
+)
 from atelier_runtime.data.captions import alternatives
 from atelier_runtime.data.collective import Announcer, Ranks, Share, gather, in_rounds, on_rank_zero
 from atelier_runtime.data.funnel import Fate, Funnel
 from atelier_runtime.data.keys import crop_draw
-from atelier_runtime.data.scan import CaptionText, ClipRule, Probe, ScanMemory, in_threads, probe, read_caption
+from atelier_runtime.data.scan import (
+    CaptionText,
+    ClipRule,
+    Probe,
+    Rule,
+    ScanMemory,
+    SoundRule,
+    in_threads,
+    probe,
+    read_caption,
+)
 from atelier_runtime.data.source import (
     CLIPS,
     PICTURES,
+    SOUNDS,
     FileFacts,
     Found,
     RemoteCopy,
@@ -30,7 +50,7 @@ from atelier_runtime.data.source import (
     list_objects,
     with_references,
 )
-from atelier_runtime.family import Family
+from atelier_runtime.family import Family, Song
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +60,16 @@ _ROUND_FILES_PER_THREAD = 8
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
-    """A file and what is in it. `caption` is None without a caption file. A reference that is not there is told like a broken one."""
+    """A file and what is in it. `caption` is None without a caption file, `lyrics` without one of lyrics.
+
+    A reference that is not there is told like a broken one.
+    """
 
     found: Found
     probe: Probe
     caption: CaptionText | None
     references: tuple[Probe, ...] = ()
+    lyrics: CaptionText | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +83,10 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A kept sample: `content` is the file's SHA-256, `captions` the alternatives it trains on."""
+    """A kept sample: `content` is the file's SHA-256, `captions` the alternatives it trains on.
+
+    `songs` are what a sound's text encoder is told instead of each caption alone.
+    """
 
     name: str
     path: str
@@ -68,12 +95,19 @@ class Sample:
     captions: tuple[str, ...]
     repeats: int
     references: tuple[Reference, ...] = ()
+    songs: tuple[Song, ...] = ()
 
 
-def clip_rule(data: Data, facts: FamilyFacts) -> ClipRule | None:
-    """How clips are cut; None for families of pictures. Raises ConfigError where no frame rate is known."""
+def cutting_rule(run_file: RunFile, family: Family) -> Rule:
+    """How samples are cut; None for families of pictures. Raises ConfigError where no rate is known."""
+    data, facts = run_file.spec.data, family.facts
     if facts.modality == "image":
         return None
+    if facts.modality == "audio":
+        cut, rate = data.audio, components.sample_rate(family, run_file.model_folder)
+        return SoundRule.of_seconds(
+            rate, facts.latent_factor, least=cut.min_seconds, most=cut.max_seconds, step=cut.bucket_seconds
+        )
     fps = data.clip.fps or facts.frame_rate
     if fps is None:
         raise ConfigError(
@@ -82,8 +116,10 @@ def clip_rule(data: Data, facts: FamilyFacts) -> ClipRule | None:
     return ClipRule(data.clip.frames, fps)
 
 
-def extensions(rule: ClipRule | None) -> tuple[str, ...]:
+def extensions(rule: Rule) -> tuple[str, ...]:
     """The kinds of file that are samples."""
+    if isinstance(rule, SoundRule):
+        return SOUNDS
     return PICTURES if rule is None else CLIPS
 
 
@@ -96,11 +132,12 @@ def reading_threads(run_file: RunFile) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A file, and what an earlier scan saw in it, in its caption file and in its references."""
+    """A file, and what an earlier scan saw in it, in the texts beside it and in its references."""
 
     found: Found
     probe: Probe | None
     caption: CaptionText | None
+    lyrics: CaptionText | None
     references: tuple[Probe | None, ...]
 
     @classmethod
@@ -108,29 +145,32 @@ class _Known:
         references = tuple(
             _reference_probe(file) if isinstance(file, str) else memory.probe_of(file) for file in found.references
         )
-        caption = memory.caption_of(found.caption) if found.caption else None
-        return cls(found, memory.probe_of(found.file), caption, references)
+        caption, lyrics = (memory.caption_of(file) if file else None for file in (found.caption, found.lyrics))
+        return cls(found, memory.probe_of(found.file), caption, lyrics, references)
 
     @property
     def is_complete(self) -> bool:
         is_captioned = self.caption is not None or self.found.caption is None
-        return self.probe is not None and is_captioned and None not in self.references
+        is_sung = self.lyrics is not None or self.found.lyrics is None
+        return self.probe is not None and is_captioned and is_sung and None not in self.references
 
     def scanned(self) -> Scanned:
         """Only for a complete one."""
         assert self.probe is not None
-        return Scanned(
-            self.found, self.probe, self.caption, tuple(each for each in self.references if each is not None)
-        )
+        references = tuple(each for each in self.references if each is not None)
+        return Scanned(self.found, self.probe, self.caption, references, self.lyrics)
 
-    def looked_at(self, rule: ClipRule | None) -> Scanned:
+    def looked_at(self, rule: Rule) -> Scanned:
         """Reads what is not known yet."""
-        caption = self.caption
-        if caption is None and self.found.caption is not None:
-            caption = read_caption(self.found.caption)
+        caption = self.caption or _text_of(self.found.caption, "caption")
+        lyrics = self.lyrics or _text_of(self.found.lyrics, "lyrics")
         pairs = zip(self.found.references, self.references, strict=True)
         references = tuple(known or _reference_probe(file) for file, known in pairs)
-        return Scanned(self.found, self.probe or probe(self.found.file, rule), caption, references)
+        return Scanned(self.found, self.probe or probe(self.found.file, rule), caption, references, lyrics)
+
+
+def _text_of(file: FileFacts | None, what: str) -> CaptionText | None:
+    return None if file is None else read_caption(file, what)
 
 
 def _reference_probe(file: FileFacts | str) -> Probe:
@@ -141,9 +181,7 @@ def _reference_probe(file: FileFacts | str) -> Probe:
 class Scan:
     """Looks at all sources, with what is remembered from earlier scans. Collective."""
 
-    def __init__(
-        self, run_file: RunFile, rule: ClipRule | None, *, ranks: Ranks, share: Share, announcer: Announcer
-    ) -> None:
+    def __init__(self, run_file: RunFile, rule: Rule, *, ranks: Ranks, share: Share, announcer: Announcer) -> None:
         self._run_file = run_file
         self._rule = rule
         self._ranks = ranks
@@ -204,7 +242,7 @@ class Scan:
 def select(scanned: Sequence[Scanned], run_file: RunFile, family: Family, funnel: Funnel) -> list[Sample]:
     """The samples to train on, placed in their buckets; the others go to the funnel with a reason."""
     data, seed = run_file.spec.data, run_file.spec.hyperparameters.seed
-    rule = clip_rule(data, family.facts)
+    rule = cutting_rule(run_file, family)
     align = alignment(data, family.facts)
     samples = []
     for item in scanned:
@@ -212,20 +250,19 @@ def select(scanned: Sequence[Scanned], run_file: RunFile, family: Family, funnel
         if seen.reason:
             funnel.reject(name, Fate.UNREADABLE, seen.reason)
             continue
-        if rule is not None and seen.frames < rule.frames:
-            reason = f"{seen.frames} frames at {rule.fps:g} per second; spec.data.clip.frames asks for {rule.frames}"
+        if reason := _too_short(seen, rule):
             funnel.reject(name, Fate.TOO_SHORT, reason)
             continue
-        bucket = bucket_for(seen.width, seen.height, data.resolution, align, frames=seen.frames)
-        factor = enlargement(seen.width, seen.height, bucket)
-        if factor > data.max_upscale:
-            reason = (
-                f"{seen.width} x {seen.height} would be enlarged {factor:.2f} times to cover {bucket.width} x {bucket.height}; "
-                f"spec.data.maxUpscale is {data.max_upscale:g}"
-            )
-            funnel.reject(name, Fate.TOO_SMALL, reason)
-            continue
-        captions, reason = _captions(item.caption, data.captions)
+        if isinstance(rule, SoundRule):
+            placement = place_sound(seen.frames, rule.unit, rule.step, rule.most)
+        else:
+            bucket = bucket_for(seen.width, seen.height, data.resolution, align, frames=seen.frames)
+            if reason := _too_small(seen, bucket, data):
+                funnel.reject(name, Fate.TOO_SMALL, reason)
+                continue
+            draw = crop_draw(seed, seen.content) if data.crop == "random" else None
+            placement = place(seen.width, seen.height, bucket, draw)
+        captions, reason = _captions(item, data.captions)
         if not captions:
             funnel.reject(name, Fate.NO_CAPTION, reason)
             continue
@@ -233,18 +270,43 @@ def select(scanned: Sequence[Scanned], run_file: RunFile, family: Family, funnel
         if reason:
             funnel.reject(name, Fate.NO_REFERENCE, reason)
             continue
-        draw = crop_draw(seed, seen.content) if data.crop == "random" else None
-        placement = place(seen.width, seen.height, bucket, draw)
+        songs: tuple[Song, ...] = ()
+        if isinstance(rule, SoundRule):
+            lyrics = (item.lyrics.text or "").strip() if item.lyrics else ""
+            songs = tuple(Song(caption, lyrics, placement.length / rule.rate) for caption in captions)
         repeats = data.sources[item.found.source].repeats
         path = item.found.file.path
-        samples.append(Sample(name, path, seen.content, placement, captions, repeats, references))
+        samples.append(Sample(name, path, seen.content, placement, captions, repeats, references, songs))
     return samples
 
 
-def _captions(caption: CaptionText | None, spec: Captions) -> tuple[tuple[str, ...], str]:
-    """The texts of a sample, or none and why. A caption file that cannot be read is not covered up by the fallback."""
-    if caption is not None and caption.text is None:
-        return (), caption.reason
+def _too_short(seen: Probe, rule: Rule) -> str:
+    """Why there is not enough of a clip or sound; empty where there is."""
+    if isinstance(rule, SoundRule) and seen.frames < rule.least:
+        asked = rule.least / rule.rate
+        return f"{seen.frames / rule.rate:.2f} seconds; spec.data.audio.minSeconds asks for {asked:.2f}"
+    if isinstance(rule, ClipRule) and seen.frames < rule.frames:
+        return f"{seen.frames} frames at {rule.fps:g} per second; spec.data.clip.frames asks for {rule.frames}"
+    return ""
+
+
+def _too_small(seen: Probe, bucket: Bucket, data: Data) -> str:
+    """Why a picture cannot fill its bucket; empty where it can."""
+    factor = enlargement(seen.width, seen.height, bucket)
+    if factor <= data.max_upscale:
+        return ""
+    return (
+        f"{seen.width} x {seen.height} would be enlarged {factor:.2f} times to cover {bucket.width} x {bucket.height}; "
+        f"spec.data.maxUpscale is {data.max_upscale:g}"
+    )
+
+
+def _captions(item: Scanned, spec: Captions) -> tuple[tuple[str, ...], str]:
+    """The texts of a sample, or none and why. A file of a caption or of lyrics that cannot be read is not covered up."""
+    caption = item.caption
+    for written in (caption, item.lyrics):
+        if written is not None and written.text is None:
+            return (), written.reason
     texts = alternatives(caption.text if caption else None, spec)
     return texts, "no caption file with text, and spec.data.captions.fallback is not set"
 
@@ -276,9 +338,10 @@ def _remember(memory: ScanMemory, scanned: Collection[Scanned]) -> None:
         for file, seen in zip(item.found.references, item.references, strict=True):
             if isinstance(file, FileFacts):
                 probes[file] = seen
-    captions = {
-        item.found.caption: item.caption
+    texts = {
+        file: text
         for item in scanned
-        if item.found.caption is not None and item.caption is not None
+        for file, text in ((item.found.caption, item.caption), (item.found.lyrics, item.lyrics))
+        if file is not None and text is not None
     }
-    memory.replace(probes, captions)
+    memory.replace(probes, texts)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from atelier_runtime.data.image import UnreadableError, read_picture
 from atelier_runtime.data.keys import content_sha256, file_sha256, replace_file
+from atelier_runtime.data.sound import probe_sound
 from atelier_runtime.data.source import FileFacts
 from atelier_runtime.data.video import probe_clip
 
@@ -36,8 +37,38 @@ class ClipRule:
 
 
 @dataclass(frozen=True, slots=True)
+class SoundRule:
+    """What sounds are cut to, in samples at `rate` per second: whole units of `unit`, from `least` to `most`.
+
+    One latent is made of a unit. Lengths that are the same when rounded up to a multiple of `step` share a bucket.
+    """
+
+    rate: int
+    unit: int
+    least: int
+    most: int
+    step: int
+
+    @classmethod
+    def of_seconds(cls, rate: int, unit: int, *, least: int, most: int, step: int) -> "SoundRule":
+        """`least`, `most` and `step` in seconds, rounded to whole units: the first two down, the last up."""
+
+        def whole(samples: int) -> int:
+            return samples // unit * unit
+
+        return cls(rate, unit, whole(least * rate), whole(most * rate), whole(step * rate + unit - 1))
+
+
+Rule = ClipRule | SoundRule | None
+"""How samples are cut; None for pictures."""
+
+
+@dataclass(frozen=True, slots=True)
 class Probe:
-    """What is in a file. `reason` says why it is unreadable, empty if it is not; `frames` is 1 for pictures."""
+    """What is in a file. `reason` says why it is unreadable, empty if it is not; `frames` is 1 for pictures.
+
+    A sound is of 1 x 1, and its frames are samples.
+    """
 
     content: str
     width: int
@@ -54,12 +85,14 @@ class CaptionText:
     reason: str
 
 
-def probe(file: FileFacts, rule: ClipRule | None) -> Probe:
-    """Reads a file whole: a picture, or a clip under `rule`. Never raises for what is wrong with the file."""
+def probe(file: FileFacts, rule: Rule) -> Probe:
+    """Reads a file whole: a picture, or what `rule` leaves of a clip or sound. Never raises for what is wrong with the file."""
     try:
         if rule is not None:
             content = file_sha256(Path(file.path))
             try:
+                if isinstance(rule, SoundRule):
+                    return Probe(content, 1, 1, probe_sound(Path(file.path), rule.rate, rule.most), "")
                 clip = probe_clip(Path(file.path), rule.frames, rule.fps)
             except UnreadableError as error:
                 return Probe(content, 0, 0, 0, str(error))
@@ -75,21 +108,25 @@ def probe(file: FileFacts, rule: ClipRule | None) -> Probe:
         return Probe("", 0, 0, 0, error.strerror or str(error))
 
 
-def read_caption(file: FileFacts) -> CaptionText:
-    """Reads a caption file. Never raises for what is wrong with the file."""
+def read_caption(file: FileFacts, what: str = "caption") -> CaptionText:
+    """Reads a caption file, or one of what else is written. Never raises for what is wrong with the file."""
+    path = Path(file.path)
     try:
-        return CaptionText(Path(file.path).read_text(encoding="utf-8-sig"), "")
+        return CaptionText(path.read_text(encoding="utf-8-sig"), "")
     except UnicodeDecodeError:
-        return CaptionText(None, f"its caption {Path(file.path).name} is not UTF-8")
+        return CaptionText(None, f"its {what} {path.name} is not UTF-8")
     except OSError as error:
-        return CaptionText(None, f"its caption {Path(file.path).name} cannot be read: {error.strerror}")
+        return CaptionText(None, f"its {what} {path.name} cannot be read: {error.strerror}")
 
 
 class ScanMemory:
     """Results of earlier scans of one source. Entries of files that are gone or changed are dropped when it is saved."""
 
-    def __init__(self, folder: Path, uri: str, rule: ClipRule | None) -> None:
-        look = "picture" if rule is None else f"clip {rule.frames} {rule.fps!r}"
+    def __init__(self, folder: Path, uri: str, rule: Rule) -> None:
+        if isinstance(rule, SoundRule):
+            look = f"sound {rule.rate} {rule.most}"
+        else:
+            look = "picture" if rule is None else f"clip {rule.frames} {rule.fps!r}"
         name = hashlib.sha256(f"{uri}\n{look}".encode()).hexdigest()[:32]
         self._path = folder / "scans" / f"{name}.json"
         self._probes, self._captions = _read(self._path)

@@ -1,4 +1,4 @@
-"""Where samples lie: a folder or an S3 prefix, listed in a fixed order together with the captions beside the files.
+"""Where samples lie: a folder or an S3 prefix, listed in a fixed order together with the captions and lyrics beside the files.
 
 A prefix is copied once into the cache. The local name of an object contains its key, size and time, so an object that was
 replaced is fetched again and everything else is not.
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 PICTURES = ("png", "jpg", "jpeg", "webp", "bmp", "tiff", "tif", "gif")
 CLIPS = ("mp4", "mov", "mkv", "webm", "avi")
+SOUNDS = ("wav", "flac", "mp3", "ogg")
 _TRANSFERS = 8
 
 
@@ -43,9 +44,10 @@ class FileFacts:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A picture or clip of a source. `name` is its path below the source, with forward slashes.
+    """A picture, clip or sound of a source. `name` is its path below the source, with forward slashes.
 
-    `references` has an entry for each of the source's places of reference pictures: the file there, or why there is none.
+    `lyrics` is what a sound has beside its caption. `references` has an entry for each of the source's places of reference pictures:
+    the file there, or why there is none.
     """
 
     source: int
@@ -53,6 +55,7 @@ class Found:
     file: FileFacts
     caption: FileFacts | None
     references: tuple[FileFacts | str, ...] = ()
+    lyrics: FileFacts | None = None
 
 
 def is_remote(uri: str) -> bool:
@@ -73,7 +76,7 @@ def folder_paths(field: str, uri: str) -> dict[str, Path]:
     root = Path(uri)
     if not root.is_dir():
         raise DataError(
-            f"{field} is {uri!r}; no such folder is there; give a folder of pictures or clips, or s3://bucket/prefix"
+            f"{field} is {uri!r}; no such folder is there; give a folder of pictures, clips or sounds, or s3://bucket/prefix"
         )
     return {name: root / name for name in _walk(root)}
 
@@ -149,9 +152,20 @@ def _local_name(info: ObjectInfo) -> str:
 
 
 def _paired(source: int, paths: dict[str, Path], extensions: Sequence[str]) -> list[Found]:
-    """Samples with the caption file of the same name but `.txt`."""
+    """Samples with the caption file of the same name but `.txt`, sounds also with that of their lyrics."""
+
+    def beside(name: str, ending: str) -> FileFacts | None:
+        path = paths.get(_stem(name) + ending)
+        return None if path is None else FileFacts.of(str(path))
+
     return [
-        Found(source, name, FileFacts.of(str(path)), _facts(paths.get(str(PurePosixPath(name).with_suffix(".txt")))))
+        Found(
+            source,
+            name,
+            FileFacts.of(str(path)),
+            beside(name, ".txt"),
+            lyrics=beside(name, ".lyrics.txt") if _extension(name) in SOUNDS else None,
+        )
         for name, path in sorted(paths.items())
         if _extension(name) in extensions
     ]
@@ -179,10 +193,6 @@ def _reference(sample: Found, table: Mapping[str, list[Path]], number: int) -> F
 
 def _stem(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
-
-
-def _facts(path: Path | None) -> FileFacts | None:
-    return None if path is None else FileFacts.of(str(path))
 
 
 def _walk(root: Path) -> Iterator[str]:

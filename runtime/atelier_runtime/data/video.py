@@ -32,10 +32,17 @@ class ClipFacts:
 
 def read_clip(path: Path, frames: int, fps: float, placement: Placement) -> Tensor:
     """Pixels [3, F, H, W] in [-1, 1]. Raises UnreadableError where the file is damaged or has fewer frames."""
-    pictures = [fit(_upright(frame), placement) for frame in _resampled(path, frames, fps)]
-    if len(pictures) < frames:
-        raise UnreadableError(f"{len(pictures)} frames at {fps:g} per second instead of {frames}")
-    return torch.stack(pictures, dim=1)
+    return torch.stack([fit(picture, placement) for picture in read_frames(path, frames, fps)], dim=1)
+
+
+def read_frames(path: Path, frames: int, fps: float) -> Iterator[Image.Image]:
+    """Upright RGB pictures of the first frames. Raises UnreadableError where the file is damaged, and after the last of too few."""
+    count = 0
+    for frame in _resampled(path, frames, fps):
+        yield _upright(frame)
+        count += 1
+    if count < frames:
+        raise UnreadableError(f"{count} frames at {fps:g} per second instead of {frames}")
 
 
 def probe_clip(path: Path, frames: int, fps: float) -> ClipFacts:

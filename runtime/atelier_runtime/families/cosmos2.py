@@ -12,6 +12,7 @@ after the true length, all of which take part in attention. Source: diffusers' `
 from collections.abc import Sequence
 from functools import cached_property
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,7 +66,7 @@ class Cosmos2(Family):
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     blocks = (Blocks("transformer_blocks"),)
 
-    def provided_components(self) -> dict[str, Any]:
+    def provided_components(self, folder: Path) -> dict[str, Any]:
         """The safety checker, which no checkpoint holds: without one the pipeline would load it whole, to encode text as well."""
         _resize_without_torchvision()
         return {"safety_checker": Guardrail()}

@@ -8,6 +8,7 @@ clean - noise; both are hidden here. Latents [B, 4, H/8, W/8] of SDXL's autoenco
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +32,7 @@ class OmniGen(Family):
     blocks = (Blocks("layers", "text|tokens"),)
     frozen_parameters = (r"patch_embedding\.input_image_proj\..*",)  # for pictures among the input
 
-    def provided_components(self) -> dict[str, Any]:
+    def provided_components(self, folder: Path) -> dict[str, Any]:
         """None, but the pipeline can be built after this call without torchvision, which it would use on pictures alone."""
         from diffusers.pipelines.omnigen import pipeline_omnigen, processor_omnigen
 

@@ -1,50 +1,23 @@
 """Qwen-Image: a flow transformer of two streams, with true classifier-free guidance (arXiv:2508.02324).
 
-Latents [B, 16, H/8, W/8] of an autoencoder of clips, the posterior's mode, normalised per channel, enter as 2 x 2 patches,
-[B, HW/256, 64]; time is sigma itself. Text: Qwen2.5-VL after a template whose first 34 tokens are dropped, at most 512 tokens, of
-which a mask hides the padding. Source: diffusers' `pipeline_qwenimage.py` and `transformer_qwenimage.py`.
+Text: Qwen2.5-VL after a template whose first 34 tokens are dropped, at most 512 tokens, of which a mask hides the padding. Source:
+diffusers' `pipeline_qwenimage.py`; all else is in `atelier_runtime.qwen_image_parts`.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents, SampleRequest
-from atelier_runtime.lora_layout import LoraLayout, Rule
+from atelier_runtime.family import Features, SampleRequest
+from atelier_runtime.qwen_image_parts import QwenImageNetwork
 
 TEXT_TOKENS = 512  # what the pipeline keeps when it samples; `encode_prompt` alone would keep 1024
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
-
-LAYOUT = LoraLayout(
-    architecture="qwen-image",
-    flat=True,
-    rules=(
-        Rule(
-            r"transformer_blocks\.\d+\."
-            r"(?:attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|(?:img|txt)_mlp\.net\.(?:0\.proj|2)|(?:img|txt)_mod\.1)",
-            r"\g<0>",
-        ),
-    ),
-)
-"""The names are diffusers' own. The stock pipeline's `load_lora_weights` reads it."""
 
 
-class QwenImage(Family):
+class QwenImage(QwenImageNetwork):
     name = "qwen_image"
     pipeline = "QwenImagePipeline"
-    lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
-    lora_layout = LAYOUT
-    blocks = (Blocks("transformer_blocks", "text,tokens"),)
-
-    def dead_modules(self, denoiser: nn.Module) -> tuple[str, ...]:
-        """The last block drops its text stream: what its queries have gathered, and all that is made of it."""
-        last = len(denoiser.get_submodule("transformer_blocks")) - 1  # type: ignore[arg-type]
-        names = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
-        return tuple(f"transformer_blocks.{last}.{name}" for name in names)
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [L, 3584] and `mask` [L], all true: after padding in a batch the mask tells the true length."""
@@ -53,37 +26,8 @@ class QwenImage(Family):
             mask = torch.ones(embeds.shape[:2], device=embeds.device)
         return [{"embeds": row[kept], "mask": kept[kept]} for row, kept in zip(embeds, mask.bool(), strict=True)]
 
-    def encode_pixels(self, pipe: Any, pixels: Tensor) -> Latents:
-        """Latents of [B, 3, H, W] pixels in [-1, 1], each a clip of one frame to the autoencoder."""
-        mode = pipe.vae.encode(pixels.unsqueeze(2).to(pipe.vae.dtype)).latent_dist.mode().squeeze(2)
-        mean, std = (
-            torch.tensor(values, device=mode.device, dtype=mode.dtype).view(1, -1, 1, 1)
-            for values in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
-        )
-        return Latents(mean=(mode - mean) / std)
-
-    def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
-        """Noise - clean, [B, 16, H, W]."""
-        mask = conditions.text["mask"]
-        rows, columns = noisy.shape[-2] // 2, noisy.shape[-1] // 2
-        tokens = denoiser(
-            hidden_states=F.pixel_unshuffle(noisy, 2).flatten(2).transpose(1, 2),
-            encoder_hidden_states=conditions.text["embeds"],
-            # Without a mask attention has faster kernels, so the pipeline gives none where nothing is padded.
-            encoder_hidden_states_mask=None if mask.all() else mask,
-            timestep=time,
-            img_shapes=[[(1, rows, columns)]] * len(noisy),
-            return_dict=False,
-        )[0]
-        return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), 2)
-
     def sampling_arguments(self, pipe: Any, request: SampleRequest) -> dict[str, Any]:
-        """Guidance is a contrast with a negative prompt, which the pipeline leaves out where there is none, be it empty."""
-        arguments = super().sampling_arguments(pipe, request)
-        if "guidance_scale" in arguments:
-            guided = {"true_cfg_scale": arguments.pop("guidance_scale"), "negative_prompt": request.negative or ""}
-            arguments |= guided
-        return arguments | {"max_sequence_length": TEXT_TOKENS}
+        return super().sampling_arguments(pipe, request) | {"max_sequence_length": TEXT_TOKENS}
 
 
 FAMILY = QwenImage()

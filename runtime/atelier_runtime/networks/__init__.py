@@ -1,9 +1,39 @@
 """Networks and pipelines of published models that diffusers lacks, under the class names that their checkpoints give.
 
-They are diffusers models and pipelines in every other respect, so that nothing else of the runtime knows the difference.
+They are diffusers models and pipelines in every other respect, so that nothing else of the runtime knows the difference. Each is read
+when it is first asked for: every process of a run imports this package, and needs one of them at most. A pipeline's denoiser is here
+beside it, also where diffusers has that.
 """
 
-from atelier_runtime.networks.longcat_video import LongCatVideoTransformer3DModel
-from atelier_runtime.networks.longcat_video_pipeline import LongCatVideoPipeline
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["LongCatVideoPipeline", "LongCatVideoTransformer3DModel"]
+if TYPE_CHECKING:
+    from atelier_runtime.networks.longcat_video import LongCatVideoTransformer3DModel
+    from atelier_runtime.networks.longcat_video_pipeline import LongCatVideoPipeline
+    from atelier_runtime.networks.stable_cascade_encoder import EfficientNetEncoder
+    from atelier_runtime.networks.stable_cascade_pipeline import StableCascadePipeline, StableCascadeUNet
+
+__all__ = [
+    "EfficientNetEncoder",
+    "LongCatVideoPipeline",
+    "LongCatVideoTransformer3DModel",
+    "StableCascadePipeline",
+    "StableCascadeUNet",
+]
+
+_MODULES = {
+    "EfficientNetEncoder": "stable_cascade_encoder",
+    "LongCatVideoPipeline": "longcat_video_pipeline",
+    "LongCatVideoTransformer3DModel": "longcat_video",
+    "StableCascadePipeline": "stable_cascade_pipeline",
+    "StableCascadeUNet": "stable_cascade_pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The class of that name (PEP 562); it is kept, so this is asked once for each."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return globals()[name]

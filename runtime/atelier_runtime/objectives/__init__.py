@@ -23,5 +23,6 @@ def build_objective(spec: ObjectiveSpec, facts: FamilyFacts, scheduler_config: M
     for problem in unused_objective(spec, facts):
         raise ConfigError(problem.message)
     if facts.objective == "flow":
-        return FlowObjective(spec, resolve_shift(spec.timesteps.shift, scheduler_config, facts.shift))
-    return DiffusionObjective(spec, scheduler_config)
+        config = {} if facts.own_shift else scheduler_config
+        return FlowObjective(spec, resolve_shift(spec.timesteps.shift, config, facts.shift))
+    return DiffusionObjective(spec, facts, scheduler_config)

@@ -19,10 +19,10 @@ from atelier_runtime.objectives.timesteps import SMALLEST_MASS, no_mass
 
 @dataclass(frozen=True)
 class Prepared:
-    """One micro-batch, ready for `Family.predict`: everything but `time` of a diffusion family is fp32.
+    """One micro-batch, ready for `Family.predict`: everything is fp32 but DDPM steps.
 
-    `noisy` and `target` have the shape of the clean latents; `time` is [B], sigma for flow and the DDPM step (long) for diffusion;
-    `weight` is [B].
+    `noisy` and `target` have the shape of the clean latents; `time` is [B], sigma for flow and for diffusion the DDPM step (long), or
+    of a cosine schedule the time in (0, 1] (fp32); `weight` is [B].
     """
 
     noisy: Tensor

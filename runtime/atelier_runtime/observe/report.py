@@ -1,6 +1,7 @@
 """The report of a run: one HTML file that needs nothing else, for a person to open.
 
-Pictures are embedded, the curve is drawn as SVG here, colours follow the reader's light or dark setting, and there is no script.
+Pictures and sounds are embedded, the curve is drawn as SVG here, colours follow the reader's light or dark setting, and there is no
+script.
 """
 
 import base64
@@ -25,10 +26,18 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Sound:
+    """An encoded sound of a kind that browsers play."""
+
+    data: bytes
+    media_type: str
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything the report shows. `facts` are the tiles at the top, `rows` are (step, loss) of every step.
 
-    `samples` maps a step to its pictures, one per prompt, None where one is missing. `settings` is the run's YAML.
+    `samples` maps a step to its pictures or sounds, one per prompt, None where one is missing. `settings` is the run's YAML.
     """
 
     title: str
@@ -36,7 +45,7 @@ class ReportData:
     facts: Sequence[tuple[str, str]]
     rows: Sequence[tuple[int, float]]
     prompts: Sequence[str]
-    samples: dict[int, Sequence[Picture | None]]
+    samples: dict[int, Sequence[Picture | Sound | None]]
     funnel: FunnelReport
     seconds: dict[str, float]
     settings: str
@@ -86,26 +95,28 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return f"<div class=scroll><table><tr>{top}</tr>{body}</table></div>"
 
 
-def _gallery(prompts: Sequence[str], samples: dict[int, Sequence[Picture | None]]) -> str:
+def _gallery(prompts: Sequence[str], samples: dict[int, Sequence[Picture | Sound | None]]) -> str:
     steps = sorted(samples)
     head = (
         "<tr><th></th>" + "".join(f"<th>{'before' if step == 0 else f'step {step}'}</th>" for step in steps) + "</tr>"
     )
     rows = []
     for index, prompt in enumerate(prompts):
-        cells = "".join(f"<td>{_picture(samples[step], index, prompt)}</td>" for step in steps)
+        cells = "".join(f"<td>{_sample(samples[step], index, prompt)}</td>" for step in steps)
         rows.append(f"<tr><td class=prompt>{_text(prompt)}</td>{cells}</tr>")
     return f"<div class=scroll><table class=grid>{head}{''.join(rows)}</table></div>"
 
 
-def _picture(pictures: Sequence[Picture | None], index: int, prompt: str) -> str:
-    picture = pictures[index] if index < len(pictures) else None
-    if picture is None:
+def _sample(samples: Sequence[Picture | Sound | None], index: int, prompt: str) -> str:
+    sample = samples[index] if index < len(samples) else None
+    if sample is None:
         return "<span class=soft>missing</span>"
-    kind = " class=small" if picture.width < 128 else ""
-    data = base64.b64encode(picture.data).decode()
-    size = f'width="{max(picture.width, 96)}"'
-    return f'<img{kind} alt="{html.escape(prompt, quote=True)}" {size} src="data:{picture.media_type};base64,{data}">'
+    source = f'src="data:{sample.media_type};base64,{base64.b64encode(sample.data).decode()}"'
+    name = html.escape(prompt, quote=True)
+    if isinstance(sample, Sound):
+        return f'<audio controls preload=metadata aria-label="{name}" {source}></audio>'
+    kind = " class=small" if sample.width < 128 else ""
+    return f'<img{kind} alt="{name}" width="{max(sample.width, 96)}" {source}>'
 
 
 def _funnel(funnel: FunnelReport) -> str:

@@ -108,6 +108,7 @@ class EncodedSamples:
         video = facts.modality == "video"
         self.device = device
         self.frame_rate = 16.0 if video else None
+        self.shared: dict[str, Tensor] = {}
         edge = work.edge // facts.latent_factor
         depth = [(work.frames - 1) // facts.temporal_factor + 1] if video else []
         self._shape = (facts.latent_channels, *depth, edge, edge)

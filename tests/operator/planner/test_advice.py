@@ -61,6 +61,11 @@ REFUSED: dict[str, tuple[TrainingRun, Machine, tuple[str, ...]]] = {
         gpu(24),
         ("spec.data.clip.frames 61",),
     ),
+    "long sounds": (
+        run("ace_step", data__audio__maxSeconds=600, hyperparameters__globalBatchSize=8),
+        gpu(16),
+        ("spec.data.audio.maxSeconds 150",),
+    ),
     "samples beside the state": (
         run("wan", data__resolution=256, data__clip__frames=5, validation=PROMPTS),
         gpu(15),

@@ -51,6 +51,12 @@ def test_two_experts_are_counted(tmp_path: Path) -> None:
     assert (found.mlp_width, found.encoder_parameters, found.vae_parameters) == (100, 0, 0)
 
 
+def test_the_largest_block_of_a_list_of_lists_is_one_of_the_inner_list(tmp_path: Path) -> None:
+    lists = {f"down_blocks.{level}.{block}.depthwise.weight": (64, 64) for level in (0, 1) for block in (0, 1)}
+    found = facts(write_checkpoint(tmp_path / "base", denoiser=lists | {"down_blocks.1.1.mapper.weight": (64, 8)}))
+    assert found.largest_block == 64 * 64 + 64 * 8
+
+
 def test_files_of_two_precisions_hold_the_same_tensors_and_are_counted_once(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "base")
     before = facts(folder)
@@ -110,7 +116,7 @@ HARMED: dict[str, tuple[Callable[[Path], Any], str]] = {
         _write(
             "model_index.json", b'{"_class_name": "StableDiffusion3Pipeline", "vae": ["diffusers", "AutoencoderKL"]}'
         ),
-        "names none of transformer, transformer_2, unet, dit; there is nothing to train",
+        "names none of transformer, transformer_2, unet, dit, prior; there is nothing to train",
     ),
     "no config": (_remove("transformer/config.json"), "transformer/config.json is missing"),
     "no weights": (_remove(WEIGHTS), "transformer holds no .safetensors file"),
@@ -184,6 +190,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], Shape | None]] = {
         },
         Shape(1 + 1 + 2, 64, 256),
     ),
+    "a UNet that names no kinds of blocks": (
+        {"block_out_channels": [2048, 2048], "num_attention_heads": [32, 32]},
+        None,
+    ),
     "other names": ({"hidden_size": 512}, None),
     "no blocks": ({"num_layers": 0, "num_attention_heads": 4, "attention_head_dim": 4}, None),
 }
@@ -219,6 +229,6 @@ def test_the_facts_of_a_real_checkpoint_are_what_its_modules_count(family: str, 
     denoisers = [counts[name] for name in DENOISERS if name in counts]
     assert found.parameters == denoisers[0]
     assert found.experts == len(denoisers)
-    assert found.vae_parameters == counts["vae"]
+    assert found.vae_parameters == sum(counts[name] for name in FAMILIES[family].autoencoder)
     assert found.encoder_parameters == sum(count for name, count in counts.items() if name.startswith("text_encoder"))
     assert 0 < found.largest_block < found.parameters

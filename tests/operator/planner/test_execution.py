@@ -192,6 +192,18 @@ def test_the_run_file_has_what_the_spec_leaves_to_the_family() -> None:
     assert clip.validation.frames == 81
 
 
+def test_the_run_file_of_sounds_has_their_length_and_no_pixels() -> None:
+    sounds = resolved(run("ace_step", data__audio__maxSeconds=90)).spec
+    assert (sounds.validation.seconds, sounds.validation.width, sounds.data.bucket_align) == (90, None, None)
+    said = run("ace_step", validation={"prompts": [{"text": "a waltz"}], "seconds": 20})
+    assert resolved(said).spec.validation.seconds == 20
+
+
+def test_the_run_file_has_no_size_of_samples_that_follows_their_reference() -> None:
+    validation = resolved(run("longcat_image_edit", data__resolution=1000)).spec.validation
+    assert (validation.width, validation.height) == (None, None)
+
+
 def test_what_the_user_says_stays_in_the_run_file() -> None:
     size = {"prompts": [{"text": "x"}], "width": 512, "height": 768}
     spec = resolved(run(data__bucketAlign=32, validation=size)).spec

@@ -8,7 +8,13 @@ import pytest
 from atelier_api.families import FAMILIES
 from atelier_api.v1alpha1 import TrainingRun
 from atelier_operator.planner import ModelFacts, Prediction, table_facts
-from atelier_operator.planner.memory import GIB, Choice, predict, trained_parameters
+from atelier_operator.planner.memory import (
+    AUTOENCODER_VALUES_PER_SAMPLE,
+    GIB,
+    Choice,
+    predict,
+    trained_parameters,
+)
 from planned_runs import run
 
 # Peak of a training step without what a process holds before it has a model: tensors alive at once in two steps of the published
@@ -160,6 +166,24 @@ def test_activations_grow_with_samples_pixels_frames_and_precision() -> None:
     assert kept(run(), gradient_checkpointing=True) < kept(run()) / 5
 
 
+def test_sounds_are_counted_by_their_seconds_whatever_pixels_there_would_be() -> None:
+    half, whole = (run("ace_step", data__audio__maxSeconds=seconds) for seconds in (60, 120))
+    facts = table_facts(whole.spec.model)
+    tokens = 120 * 25 // 2
+    assert facts.family.latent_tokens(1, 1, 120 * 48_000) == tokens
+    kept = [predicted(each).train.activations for each in (half, whole)]
+    assert kept[1] / kept[0] == pytest.approx((tokens + facts.text_tokens) / (tokens / 2 + facts.text_tokens))
+    assert predicted(whole).encode - predicted(half).encode == 60 * 48_000 * AUTOENCODER_VALUES_PER_SAMPLE * 2
+
+
+def test_a_sound_that_is_drawn_is_paid_for_by_its_own_seconds() -> None:
+    def drawn(**length: int) -> int:
+        return predicted(run("ace_step", validation={"prompts": [{"text": "a waltz"}], **length})).sample
+
+    assert drawn() == drawn(seconds=60)  # as long as those that are trained on
+    assert drawn(seconds=90) - drawn() == 30 * 48_000 * AUTOENCODER_VALUES_PER_SAMPLE * 2
+
+
 def test_references_are_paid_for_like_the_target() -> None:
     alone, pairs = predicted(run(model__flavour="dev")), predicted(run("flux_kontext"))
     edge = FAMILIES["flux"].latent_tokens(1024, 1024)
@@ -190,6 +214,18 @@ def test_a_sample_drawn_from_a_reference_needs_more() -> None:
     facts = replace(table_facts(pairs.spec.model), activation_bytes_per_token=10**6)
     more = predicted(pairs, facts).sample - predicted(alone, facts).sample
     assert more == 2 * facts.family.latent_tokens(1024, 1024) * 10**6
+
+
+def test_a_sample_whose_size_follows_its_reference_is_not_smaller_in_a_run_of_small_targets() -> None:
+    prompts = [{"text": "make it red", "references": ["a.png"]}]
+    pairs = run("flux_kontext", data__resolution=512, validation={"prompts": prompts})
+    # So much that denoising needs more than decoding.
+    facts = replace(table_facts(pairs.spec.model), activation_bytes_per_token=10**6)
+    fixed = replace(facts, family=replace(facts.family, sample_edge=1024))
+    more = predicted(pairs, fixed).sample - predicted(pairs, facts).sample
+    whole, small = (facts.family.latent_tokens(edge, edge) for edge in (1024, 512))
+    assert more == 2 * 2 * (whole - small) * 10**6
+    assert predicted(pairs, fixed).train == predicted(pairs, facts).train
 
 
 def test_samples_load_the_encoders_beside_the_training_state() -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from atelier_api.families import FAMILIES
 from atelier_api.v1alpha1.data import Data
-from atelier_runtime.data.buckets import Bucket, alignment, bucket_for, enlargement, place
+from atelier_runtime.data.buckets import Bucket, alignment, bucket_for, enlargement, place, place_sound
 
 
 def data(**fields: object) -> Data:
@@ -72,6 +72,21 @@ def test_every_picture_covers_its_bucket_after_resizing(
 def test_sizes_are_resized_crop_and_target_height_before_width() -> None:
     placement = place(200, 100, Bucket(64, 64), None)
     assert placement.sizes == (64, 128, 0, 32, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("samples", "length", "bucket"),
+    [
+        pytest.param(1000, 1000, 1000, id="a bucket whole"),
+        pytest.param(1001, 1000, 1000, id="less than a unit too many"),
+        pytest.param(1010, 1010, 1500, id="a unit too many"),
+        pytest.param(2900, 2400, 2400, id="longer than anything that is used"),
+        pytest.param(2300, 2300, 2400, id="the last bucket"),
+    ],
+)
+def test_a_sound_keeps_whole_units_in_the_next_larger_bucket(samples: int, length: int, bucket: int) -> None:
+    placement = place_sound(samples, unit=10, step=500, most=2400)
+    assert (placement.length, placement.bucket) == (length, Bucket(1, 1, bucket))
 
 
 def test_random_crops_reach_both_ends() -> None:

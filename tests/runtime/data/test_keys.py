@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 
 from atelier_runtime.data import keys as keys_module
-from atelier_runtime.data.buckets import Bucket, place
+from atelier_runtime.data.buckets import Bucket, place, place_sound
 from atelier_runtime.data.keys import Encoding, FolderHashes, crop_draw, pipeline_flags, text_components
+from atelier_runtime.family import Song
 
-ENCODING = Encoding("sd3", autoencoder="a" * 64, text_encoders="b" * 64, precision="bf16", fps=None)
+ENCODING = Encoding("sd3", autoencoder="a" * 64, text_encoders="b" * 64, precision="bf16", rate=None)
 PLACEMENT = place(100, 80, Bucket(64, 48))
 
 
@@ -21,7 +22,7 @@ PLACEMENT = place(100, 80, Bucket(64, 48))
         pytest.param(replace(ENCODING, autoencoder="e" * 64).latent_key("c" * 64, PLACEMENT), id="autoencoder"),
         pytest.param(replace(ENCODING, precision="fp32").latent_key("c" * 64, PLACEMENT), id="precision"),
         pytest.param(replace(ENCODING, family="flux").latent_key("c" * 64, PLACEMENT), id="family"),
-        pytest.param(replace(ENCODING, fps=16.0).latent_key("c" * 64, PLACEMENT), id="frame rate"),
+        pytest.param(replace(ENCODING, rate=16.0).latent_key("c" * 64, PLACEMENT), id="frame rate"),
         pytest.param(ENCODING.text_key("c" * 64), id="kind"),
     ],
 )
@@ -43,6 +44,33 @@ def test_text_keys_change_with_caption_encoders_family_and_precision_only() -> N
     assert key != replace(ENCODING, family="flux").text_key("a cat")
     assert key != replace(ENCODING, precision="fp32").text_key("a cat")
     assert key == replace(ENCODING, autoencoder="e").text_key("a cat")
+
+
+SONG = Song("a waltz", "one two three", 12.5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(ENCODING.song_key(replace(SONG, caption="a march")), id="caption"),
+        pytest.param(ENCODING.song_key(replace(SONG, lyrics="one two")), id="lyrics"),
+        pytest.param(ENCODING.song_key(replace(SONG, seconds=12.0)), id="length"),
+        pytest.param(replace(ENCODING, text_encoders="e").song_key(SONG), id="encoders"),
+        pytest.param(ENCODING.text_key(SONG.caption), id="kind"),
+        pytest.param(ENCODING.shared_key(), id="what is shared"),
+    ],
+)
+def test_keys_of_sounds_change_with_all_that_their_text_encoder_is_told(other: bytes) -> None:
+    assert ENCODING.song_key(SONG) == ENCODING.song_key(replace(SONG))
+    assert ENCODING.song_key(SONG) != other
+
+
+def test_latents_of_a_sound_are_those_of_its_length_whatever_bucket_it_is_in() -> None:
+    keys = [
+        ENCODING.latent_key("c", place_sound(samples, 10, step, 400))
+        for samples, step in ((205, 50), (205, 100), (209, 50), (195, 50))
+    ]
+    assert keys[0] == keys[1] == keys[2] != keys[3]
 
 
 def test_keys_change_with_the_schema(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +97,7 @@ def test_text_components_are_all_but_denoisers_autoencoder_and_scheduler() -> No
         "image_encoder": [None, None],
         "force_zeros": True,
     }
-    assert text_components(config, ["transformer"]) == ("text_encoder", "tokenizer")
+    assert text_components(config, ["transformer", "vae"]) == ("text_encoder", "tokenizer")
     assert pipeline_flags(config) == {"force_zeros": True}
 
 

@@ -1,6 +1,6 @@
 """Training on pairs: reference pictures are found, encoded, cached and left out with a reason, with the stock encoders."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +219,20 @@ def test_a_reference_that_changes_while_the_cache_is_built_is_listed(
         dataset, _ = built(run, family)
         assert (dataset.funnel.kept, dataset.funnel.no_reference) == (2, 1)
         assert dataset.funnel.rejected == {"001.png": "of its reference: it changed while the cache was built"}
+
+
+class Elsewhere(Counting):
+    """A checkpoint with the same encoders in another of the family's pipelines."""
+
+    def pipeline_of(self, pipeline_config: Mapping[str, Any]) -> str:
+        return "FluxPipeline"
+
+
+def test_text_belongs_to_the_pipeline_whose_template_it_stands_in(run: RunFile) -> None:
+    built(run)
+    _, family = built(run, Elsewhere())
+    assert (family.targets, family.references) == (0, 0)
+    assert sorted(family.captions) == ["", "make it red 0", "make it red 1", "make it red 2"]
 
 
 def test_text_that_sees_references_belongs_to_both(run: RunFile, tmp_path: Path) -> None:

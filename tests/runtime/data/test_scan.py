@@ -1,12 +1,13 @@
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from atelier_runtime.data import scan as scan_module
-from atelier_runtime.data.scan import CaptionText, ClipRule, Probe, ScanMemory, probe, read_caption
+from atelier_runtime.data.scan import CaptionText, ClipRule, Probe, ScanMemory, SoundRule, probe, read_caption
 from atelier_runtime.data.source import FileFacts
-from tiny_data import grey_frames, picture, write_clip, write_truncated_picture
+from tiny_data import grey_frames, picture, tone, write_clip, write_tone, write_truncated_picture
 
 
 def facts(path: Path) -> FileFacts:
@@ -48,6 +49,24 @@ def test_captions_may_start_with_a_byte_order_mark_and_must_be_utf8(tmp_path: Pa
     assert read_caption(facts(path)) == CaptionText(None, "its caption a.txt is not UTF-8")
     path.unlink()
     assert "cannot be read" in read_caption(FileFacts(str(path), 1, 1)).reason
+    lyrics = tmp_path / "a.lyrics.txt"
+    lyrics.write_bytes("Käfer".encode("latin-1"))
+    assert read_caption(facts(lyrics), "lyrics") == CaptionText(None, "its lyrics a.lyrics.txt is not UTF-8")
+
+
+def test_a_sound_gives_the_samples_that_it_has_at_the_rate_up_to_what_is_used(tmp_path: Path) -> None:
+    path = write_tone(tmp_path / "a.wav", tone(1.5, 8000, 440), 8000)
+    rule = SoundRule.of_seconds(4000, 100, least=1, most=60, step=10)
+    seen = probe(facts(path), rule)
+    assert (seen.width, seen.height, seen.frames, seen.reason) == (1, 1, 6000, "")
+    assert probe(facts(path), replace(rule, most=4000)).frames == 4000
+    path.write_text("no sound")
+    assert probe(facts(path), rule).reason
+
+
+def test_lengths_of_sounds_are_whole_units() -> None:
+    rule = SoundRule.of_seconds(44_100, 1920, least=1, most=2, step=3)
+    assert (rule.least, rule.most, rule.step) == (22 * 1920, 45 * 1920, 69 * 1920)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from atelier_api.errors import DataError, StoreError
 from atelier_api.v1alpha1.storage import S3Settings
 from atelier_runtime.data import source as source_module
 from atelier_runtime.data.collective import Share
-from atelier_runtime.data.source import CLIPS, PICTURES, RemoteCopy, list_folder, list_objects
+from atelier_runtime.data.source import CLIPS, PICTURES, SOUNDS, RemoteCopy, list_folder, list_objects
 from atelier_runtime.store import LocalStore, ObjectInfo
 
 
@@ -36,6 +36,25 @@ def test_pictures_and_clips_are_told_apart(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "b.mp4", "c.mov", "d.mkv", "e.webm", "f.avi", "g.MP4")
     assert names(tmp_path) == ["a.png"]
     assert names(tmp_path, CLIPS) == ["b.mp4", "c.mov", "d.mkv", "e.webm", "f.avi", "g.MP4"]
+
+
+def test_sounds_are_paired_with_their_lyrics_and_others_have_none(tmp_path: Path) -> None:
+    touch(
+        tmp_path, "a.wav", "a.txt", "a.lyrics.txt", "b.FLAC", "c.mp3", "c.lyrics.txt", "d.ogg", "e.png", "e.lyrics.txt"
+    )
+    found = {item.name: item for item in list_folder(0, str(tmp_path), SOUNDS)}
+    beside = {
+        name: tuple(file and Path(file.path).name for file in (item.caption, item.lyrics))
+        for name, item in found.items()
+    }
+    assert beside == {
+        "a.wav": ("a.txt", "a.lyrics.txt"),
+        "b.FLAC": (None, None),
+        "c.mp3": (None, "c.lyrics.txt"),
+        "d.ogg": (None, None),
+    }
+    [picture] = list_folder(0, str(tmp_path), PICTURES)
+    assert picture.lyrics is None
 
 
 def test_captions_are_paired_by_name(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Real diffusers classes at tiny size. A wrong sign, time, packing, text length or
 one, so nothing but the comparison with the pipeline would reveal it.
 """
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -49,9 +50,10 @@ def predicted(
 @torch.no_grad()
 def test_sampling_with_the_family_follows_the_stock_pipeline_step_by_step(case: Case, guided: bool) -> None:
     recording = record(case.pipe, sampling_arguments(case, guided=guided))
-    assert len(recording.after) == 4
+    assert len(recording.after) == case.tiny.steps
     for ours, theirs in walk(case, recording, guided=guided):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        # Rounding grows with the latents: a cosine's first step makes those of a random network forty times as large as noise.
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * max(1.0, float(theirs.std())), rtol=1e-5)
 
 
 @pytest.mark.cell("latents")
@@ -61,6 +63,8 @@ def test_the_pipeline_decodes_our_latents_to_what_the_autoencoder_makes_of_its_o
     case: Case, deviation: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe, pixels = case.pipe, case.pixels(1)
+    if not hasattr(pipe, "vae"):
+        pytest.skip("another diffusion model decodes its latents, none that gives them back")
     mean, std = own_latents(pipe.vae, pixels.unsqueeze(2) if case.tiny.clips else pixels)
     latents = case.family.encode_pixels(pipe, pixels)
     if deviation and latents.std is None:
@@ -78,7 +82,7 @@ def test_the_pipeline_decodes_our_latents_to_what_the_autoencoder_makes_of_its_o
     decoded = output.frames.transpose(1, 2) if case.family.facts.modality == "video" else output[0]
     assert decoded.std() > 1e-3
     tolerance = case.tiny.picture_step + 1e-5
-    torch.testing.assert_close(decoded, (expected / 2 + 0.5).clamp(0, 1), atol=tolerance, rtol=1e-5)
+    torch.testing.assert_close(decoded, case.tiny.finish(expected), atol=tolerance, rtol=1e-5)
 
 
 def own_latents(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | float]:
@@ -93,8 +97,9 @@ def test_latents_have_the_shape_of_the_facts(case: Case) -> None:
     facts, pixels = case.family.facts, case.pixels(1)
     shape = case.family.encode_pixels(case.pipe, pixels).mean.shape
     frames = [(case.tiny.frames - 1) // facts.temporal_factor + 1] if facts.modality == "video" else []
-    height, width = (size // facts.latent_factor for size in pixels.shape[-2:])
-    assert list(shape) == [1, facts.latent_channels, *frames, height, width]
+    edges = pixels.shape[-1:] if facts.modality == "audio" else pixels.shape[-2:]
+    channels = case.tiny.channels or facts.latent_channels
+    assert list(shape) == [1, channels, *frames, *(size // facts.latent_factor for size in edges)]
 
 
 @pytest.mark.cell("batch")
@@ -133,9 +138,9 @@ def test_each_frame_that_is_shown_changes_the_prediction(case: Case) -> None:
     noisy, time, _ = case.noised(case.latents(2), LEVELS)
     for denoiser in case.denoisers.values():
         expected = case.family.predict(denoiser, noisy, time, told)
-        for frame in case.given:
+        for place in case.places:
             other = pixels.clone()
-            other[:, :, 0 if frame == "first" else -1] *= -1
+            other[:, :, place] *= -1
             frames = case.family.encode_frames(case.pipe, other, case.given)
             changed = case.family.predict(denoiser, noisy, time, replace(told, frames=frames))
             assert (changed - expected).abs().max() > 1e-5
@@ -268,6 +273,8 @@ def test_the_loss_falls_on_four_real_samples(fresh: Case, adapter: Any, rate: fl
 @pytest.mark.cell("bf16")
 @torch.no_grad()
 def test_a_bf16_forward_pass_is_close_to_fp32(case: Case, tmp_path: Path) -> None:
+    if case.family.facts.needs_fp32:
+        pytest.skip(f"bf16 is refused: {case.family.facts.needs_fp32}")
     save_tiny(case.name, tmp_path)
     conditions = case.conditions(PROMPTS)
     for name, exact in case.denoisers.items():
@@ -294,7 +301,8 @@ def test_the_program_of_the_report_loads_an_exported_lora_into_the_stock_pipelin
     files = export_lora(result.weights, result.file, case.family, tmp_path / "exports", provenance=PROVENANCE)
     program = usage(result.file, case.family, [file.path.relative_to(tmp_path).as_posix() for file in files])
     lines = program.splitlines()
-    loading = lines[[line.startswith("pipe = ") for line in lines].index(True) + 1 : -1]
+    made, drawn = (next(i for i, line in enumerate(lines) if part in line) for part in ("pipe = ", "your prompt"))
+    loading = lines[made + 1 : drawn]
     pipe = make_case(name).pipe
     monkeypatch.chdir(tmp_path)
     exec("\n".join(loading), {"pipe": pipe})
@@ -311,7 +319,8 @@ def test_blocks_are_lists_of_modules_that_return_the_streams_they_claim(case: Ca
     denoiser = next(iter(case.denoisers.values()))
     clean = case.latents(2)
     grid, patch = clean.shape[2:], case.family.facts.patch
-    tokens = (grid[0] if len(grid) == 3 else 1) * (grid[-2] // patch) * (grid[-1] // patch)
+    edges = grid[-1:] if case.family.facts.modality == "audio" else grid[-2:]
+    tokens = (grid[0] if len(grid) == 3 else 1) * math.prod(-(-edge // patch) for edge in edges)
     tokens += sum(each[0, 0].numel() // patch**2 for each in case.conditions(PROMPTS).references)
     for part in case.family.blocks:
         blocks = denoiser.get_submodule(part.attribute)

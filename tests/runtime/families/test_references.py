@@ -1,5 +1,7 @@
 """Families that train on pairs: what a reference does to the prediction, the same asked of each."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,6 +29,31 @@ def test_the_reference_changes_the_prediction_of_its_own_sample_only(case: Case)
     ours, other = predicted(case, [0, 0]), predicted(case, [0, 1])
     torch.testing.assert_close(ours[0], other[0], atol=1e-6, rtol=1e-6)
     assert (ours[1] - other[1]).abs().max() > 1e-5
+
+
+@torch.no_grad()
+def test_each_reference_among_the_tokens_changes_the_prediction(case: Case) -> None:
+    noisy, time, _ = case.noised(case.latents(1), (0.9,))
+    denoiser, told = next(iter(case.denoisers.values())), case.conditions(PROMPTS[:1])
+    expected = case.family.predict(denoiser, noisy, time, told)
+    assert len(told.references) == case.tiny.references
+    for place in range(len(told.references)):
+        others = [-each if place == number else each for number, each in enumerate(told.references)]
+        changed = case.family.predict(denoiser, noisy, time, replace(told, references=tuple(others)))
+        assert (changed - expected).abs().max() > 1e-5
+
+
+@torch.no_grad()
+def test_text_that_sees_the_references_is_another_for_each(case: Case) -> None:
+    family, pipe = case.family, case.pipe
+    if not family.text_sees_references:
+        pytest.skip("its text encoder sees no pictures")
+    shown, others = case.references(0), case.references(1)
+    [expected] = family.encode_instructions(pipe, PROMPTS[:1], [shown])
+    for place in range(len(shown)):
+        changed = [others[place] if place == number else each for number, each in enumerate(shown)]
+        [features] = family.encode_instructions(pipe, PROMPTS[:1], [changed])
+        assert (features["embeds"] - expected["embeds"]).abs().max() > 1e-4
 
 
 @torch.no_grad()

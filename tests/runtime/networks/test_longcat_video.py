@@ -169,7 +169,7 @@ def network(zero_pad: bool) -> LongCatVideoTransformer3DModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("conditions", [0, 1], ids=["text alone", "a clean first frame"])
+@pytest.mark.parametrize("conditions", [0, 1, 2], ids=["text alone", "a clean first frame", "two clean frames"])
 @pytest.mark.parametrize("zero_pad", [True, False], ids=["padding attended as zero", "padding masked"])
 @torch.no_grad()
 def test_the_network_equals_its_equations_written_with_loops(zero_pad: bool, conditions: int) -> None:

@@ -177,19 +177,19 @@ def test_zero_terminal_snr_has_no_signal_in_the_last_step() -> None:
     clean = torch.randn(1, 4, 8, 8)
     made = objective.prepare(clean, generators(1), stage=last, tokens=64)
     assert made.time.item() == 999
-    assert objective.scheduler.alphas_cumprod[-1] == 0  # type: ignore[attr-defined]
+    assert objective.schedule.alpha_bars[-1] == 0  # type: ignore[attr-defined]
     assert torch.equal(made.target, -clean)  # v = a eps - b x0 with a = 0, b = 1
 
 
 def test_zero_terminal_snr_off_leaves_the_checkpoints_betas_to_the_bit() -> None:
     objective = build_objective(Objective(), FACTS, CONFIG)
-    assert torch.equal(objective.scheduler.betas, scheduler().betas)  # type: ignore[attr-defined]
+    assert torch.equal(objective.schedule.alpha_bars, scheduler().alphas_cumprod)  # type: ignore[attr-defined]
 
 
 def test_a_checkpoint_that_rescales_its_betas_is_trained_with_them() -> None:
     config = {**CONFIG, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     objective = build_objective(Objective(), FACTS, config)
-    assert objective.scheduler.alphas_cumprod[-1] == 0  # type: ignore[attr-defined]
+    assert objective.schedule.alpha_bars[-1] == 0  # type: ignore[attr-defined]
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from PIL import Image
 
 from atelier_api.progress import FunnelReport
 from atelier_runtime.observe.curve import loss_curve
-from atelier_runtime.observe.report import Picture, ReportData, render_report
+from atelier_runtime.observe.report import Picture, ReportData, Sound, render_report
 
 
 def picture(colour: str) -> Picture:
@@ -54,6 +54,15 @@ def test_all_sample_rounds_stand_side_by_side_and_a_missing_picture_says_so() ->
     assert "before" in text
     assert "step 50" in text
     assert "missing" in text
+
+
+def test_sounds_are_embedded_with_something_to_play_them() -> None:
+    played = render_report(data(samples={0: [Sound(b"abc", "audio/flac"), None]}, prompts=['a "waltz"', "a march"]))
+    assert (
+        '<audio controls preload=metadata aria-label="a &quot;waltz&quot;" src="data:audio/flac;base64,YWJj">' in played
+    )
+    assert "<img" not in played
+    assert "missing" in played
 
 
 def test_rejected_files_are_named_with_their_reason() -> None:

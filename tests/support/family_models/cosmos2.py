@@ -1,6 +1,7 @@
 """Cosmos-Predict2, text to image."""
 
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -56,7 +57,7 @@ def tiny() -> Cosmos2TextToImagePipeline:
         ),
         vae=seeded(lambda: AutoencoderKLWan(z_dim=16, temperal_downsample=[False, True, True], **autoencoder)),
         scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
-        **FAMILY.provided_components(),
+        **FAMILY.provided_components(Path()),
     )
 
 

@@ -1,6 +1,7 @@
 """OmniGen."""
 
 import inspect
+from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, OmniGenPipeline, OmniGenTransformer2DModel
@@ -29,7 +30,7 @@ def tokenizer() -> LlamaTokenizer:
 
 
 def tiny() -> OmniGenPipeline:
-    FAMILY.provided_components()
+    FAMILY.provided_components(Path())
     reader = tokenizer()
     factors = [1.0] * 8
     return OmniGenPipeline(

@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Callable
+from functools import wraps
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -13,10 +15,13 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
+
+from atelier_runtime.vision_language import PictureReader
 
 Module = TypeVar("Module", bound=nn.Module)
 TEXT_TOKENS = 16
@@ -178,3 +183,34 @@ def euler_scheduler(**betas: Any) -> EulerDiscreteScheduler:
     return EulerDiscreteScheduler(
         beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1, beta_start=0.00085, **betas
     )
+
+
+class Qwen2VLProcessor(PictureReader):
+    """Under the name that published checkpoints have in `model_index.json`."""
+
+    __module__ = "transformers"
+
+
+def picture_reader(encoder: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
+    """A processor for the encoder, which makes 4 to 12 tokens of a picture. Adds the tokens that stand around it and for it."""
+    special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    tokenizer.add_special_tokens({"extra_special_tokens": special}, replace_extra_special_tokens=False)
+    encoder.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    limits = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 12}
+    return Qwen2VLProcessor(Qwen2VLImageProcessorPil(size=limits), tokenizer)
+
+
+def scale_references_down(pipelines: ModuleType) -> None:
+    """Has the stock pipelines of a module scale pictures to a 256th of the area: 64 x 64 pixels where they ask for a megapixel.
+
+    They cannot be asked, and a megapixel takes seconds in every test.
+    """
+    stock: Any = pipelines.calculate_dimensions
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @wraps(stock)
+    def scaled(area: float, ratio: float) -> Any:
+        return stock(area / 256, ratio)
+
+    pipelines.calculate_dimensions = scaled  # type: ignore[attr-defined]

@@ -1,5 +1,7 @@
 """Qwen-Image."""
 
+from typing import Any
+
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
@@ -15,7 +17,8 @@ from family_models.published_parts import qwen25_vl_7b
 from family_models.scene import HEIGHT, WIDTH
 
 
-def tiny() -> QwenImagePipeline:
+def tiny(**network: Any) -> QwenImagePipeline:
+    """`network`: what its transformer has that the published one has not."""
     text_width = 32
     pipe = QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
@@ -36,6 +39,7 @@ def tiny() -> QwenImagePipeline:
                 num_attention_heads=2,
                 joint_attention_dim=text_width,
                 axes_dims_rope=(4, 6, 6),
+                **network,
             )
         ),
     )

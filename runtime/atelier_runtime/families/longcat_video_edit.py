@@ -1,0 +1,58 @@
+"""LongCat-Video, image to video and the continuation of clips: the weights of `longcat_video`, shown the beginning of the clip.
+
+The first frame, or as many first frames as `data.clip.shownFrames` says, are the first k latents, encoded alone and clean, at time 0.
+The network lets their tokens see only each other and no text, and all others see them. The loss is on the rest. Without frames the
+prediction is that from text alone. Source: `atelier_runtime/networks/longcat_video_pipeline.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from atelier_runtime.family import Conditions, Features, Frame, SampleRequest
+from atelier_runtime.longcat_video_parts import LongCatVideoNetwork
+
+
+class LongCatVideoEdit(LongCatVideoNetwork):
+    """LongCat-Video, trained to draw on from what it is shown."""
+
+    name = "longcat_video_edit"
+
+    def given_frames(self, pipeline_config: Mapping[str, Any], denoiser_config: Mapping[str, Any]) -> tuple[Frame, ...]:
+        return ("first",)
+
+    def encode_frames(self, pipe: Any, pixels: Tensor, given: tuple[Frame, ...]) -> Features:
+        """`first` [B, 16, k, H, W]: latents of the first frames alone, 4 (k - 1) + 1 of them."""
+        return {"first": self.encode_pixels(pipe, pixels[:, :, : len(given)]).mean}
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
+        """Noise - clean, [B, 16, F, H, W], of no meaning in the latents that are shown; `time` is [B]."""
+        if conditions.frames is None:
+            return super().predict(denoiser, noisy, time, conditions)
+        text, first = conditions.text, conditions.frames["first"].to(noisy.dtype)
+        clean = first.shape[2]
+        latents = torch.cat([first, noisy[:, :, clean:]], dim=2)
+        times = functional.pad(time[:, None].expand(-1, noisy.shape[2] - clean), (clean, 0))
+        return -denoiser(
+            latents, times * 1000, text["embeds"], text["mask"], num_cond_latents=clean, return_dict=False
+        )[0]
+
+    def loss_mask(self, latents: Tensor, conditions: Conditions) -> Tensor | None:
+        """[1, 1, F, 1, 1], 0 for the latents that are shown."""
+        if conditions.frames is None:
+            return None
+        mask = latents.new_ones(1, 1, latents.shape[2], 1, 1)
+        mask[:, :, : conditions.frames["first"].shape[2]] = 0
+        return mask
+
+    def sampling_arguments(self, pipe: Any, request: SampleRequest) -> dict[str, Any]:
+        arguments, pictures = super().sampling_arguments(pipe, request), request.pictures
+        if len(pictures) == 1:
+            return arguments | {"image": pictures[0]}
+        return arguments | {"video": list(pictures), "num_cond_frames": len(pictures)}
+
+
+FAMILY = LongCatVideoEdit()
