@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from atelier_api.families import FAMILIES
+from atelier_api.family_rules import COARSE_ALIGNMENT, FINE_BELOW
 from atelier_api.fields import MISSING
 from atelier_api.layouts import LAYOUTS, LYCORIS
 from atelier_api.options import ONLY, Only, node_at
-from atelier_api.rules import COARSE_ALIGNMENT, FINE_BELOW, HUB_URI, S3_URI, SCHEME
+from atelier_api.rules import HUB_URI, S3_URI, SCHEME
 from atelier_api.v1alpha1.profile import EQUAL, NFS_PATH, ONE_KIND, VOLUME_KINDS
 from atelier_api.v1alpha1.validation import PICTURE_FIELDS
 

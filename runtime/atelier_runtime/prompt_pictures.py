@@ -9,14 +9,13 @@ from tempfile import NamedTemporaryFile
 from PIL import Image
 
 from atelier_api.errors import ConfigError
-from atelier_api.families import FamilyFacts
 from atelier_api.run_file import RunFile
-from atelier_api.v1alpha1.data import Data
 from atelier_api.v1alpha1.validation import PICTURE_FIELDS
 from atelier_runtime import components
 from atelier_runtime.data.buckets import Bucket, place
 from atelier_runtime.data.image import UnreadableError, fitted, read_picture
-from atelier_runtime.data.prepare import clip_rule
+from atelier_runtime.data.prepare import cutting_rule
+from atelier_runtime.data.scan import ClipRule
 from atelier_runtime.data.video import read_frames
 from atelier_runtime.family import Family, Frame
 from atelier_runtime.store import ObjectMissing, open_store
@@ -43,7 +42,7 @@ def prompt_pictures(run_file: RunFile, family: Family) -> list[PromptPictures]:
     validation, data = run_file.spec.validation, run_file.spec.data
     bucket = Bucket(validation.width or data.resolution, validation.height or data.resolution)
     given = components.given_frames(family, run_file.model_folder, data.clip.shown_frames)
-    frames_in = _reader_of_frames(data, family.facts)
+    frames_in = _reader_of_frames(run_file, family)
     pictures = []
     for index, prompt in enumerate(validation.prompts):
         frames = [
@@ -72,12 +71,12 @@ def _shown(run_file: RunFile, index: int, given: Sequence[Frame]) -> Iterator[st
             yield PICTURE_FIELDS[frame]
 
 
-def _reader_of_frames(data: Data, facts: FamilyFacts) -> Reader:
+def _reader_of_frames(run_file: RunFile, family: Family) -> Reader:
     """For the files of frames that are shown: pictures, or where several first frames are shown a clip at the training's rate."""
-    rule = clip_rule(data, facts)
-    if rule is None or data.clip.shown_frames == 1:
+    rule, count = cutting_rule(run_file, family), run_file.spec.data.clip.shown_frames
+    if not isinstance(rule, ClipRule) or count == 1:
         return _picture_in
-    return partial(_first_frames, count=data.clip.shown_frames, fps=rule.fps)
+    return partial(_first_frames, count=count, fps=rule.fps)
 
 
 def _picture_in(content: bytes) -> list[Image.Image]:

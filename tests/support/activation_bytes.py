@@ -133,8 +133,9 @@ def bytes_per_token(
 ) -> float:
     """Bytes that a block keeps per token of a sample, on the average of the blocks, for LoRA on `attention` over weights in bf16.
 
-    `model` is a published denoiser on the meta device. One sample of 1024 x 1024 pixels, 81 frames of 832 x 480 or 240 seconds, with a
-    reference of the same size where the family takes one. A family that needs fp32 is measured in it; half of that is what the table would say.
+    `model` is a published denoiser on the meta device. One sample of 1024 x 1024 pixels, 81 frames of 832 x 480 or 240 seconds, with
+    a reference of the same size where the family takes one. A family that needs fp32 is measured in it; half of that is what the
+    table would say.
     """
     adapters.install(model, LoraAdapter(rank=16, targets=["attention"]), family)
     facts = family.facts

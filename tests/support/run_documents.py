@@ -214,7 +214,7 @@ def _mend(sound: Document, path: str) -> None:
     elif path.startswith("spec.data.sources"):
         spec["data"]["sources"] = [{"uri": "pictures", "references": ["originals"][: _trains_on_pairs(spec["model"])]}]
     elif re.fullmatch(r"spec\.validation\.prompts\[.*\.references(\[.*)?", path):
-        for prompt in spec["validation"]["prompts"]:
+        for prompt in spec["validation"].get("prompts", []):  # an earlier problem of them may have removed them
             prompt["references"] = ["a.png"][: _trains_on_pairs(spec["model"])]
     elif path == "spec.publish.formats":
         spec.setdefault("publish", {})["formats"] = [LAYOUTS[spec.get("adapter", {}).get("type", "lora")][0]]

@@ -5,7 +5,8 @@ Sizes are those of the published configs: tests/runtime/test_family_facts.py bui
 `activation_bytes_per_token` is measured there on a whole forward pass over one sample (1024 x 1024 pixels, clips 81 frames of
 832 x 480, sounds 240 seconds) as: bytes of all storages that autograd saves, weights apart / layers / (latent tokens + text tokens).
 It assumes CUDA's autocast, so norms and their inputs are kept in fp32, and flash attention, which keeps query, key, value, output and
-one number per query; of a family that needs fp32 it is half of what that keeps. With adapters on `all` as well it is 1.14 to 1.32 times as much, in full-rank training 1.17 (UNet) to 1.76 times.
+one number per query; of a family that needs fp32 it is half of what that keeps. With adapters on `all` as well it is 1.14 to 1.32
+times as much, in full-rank training 1.17 (UNet) to 1.76 times.
 """
 
 from dataclasses import dataclass

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
+from atelier_api.family_rules import bucket_alignment
 from atelier_api.read import problems, validated
-from atelier_api.rules import bucket_alignment, processes_per_node
+from atelier_api.rules import processes_per_node
 from atelier_api.v1alpha1 import TrainingRun
 from atelier_api.v1alpha1.adapter import LoconAdapter, LohaAdapter, LoraAdapter
 from atelier_operator.planner.memory import GIB, ModelFacts

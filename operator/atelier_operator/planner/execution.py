@@ -5,8 +5,9 @@ from typing import Any
 
 from atelier_api.errors import ConfigError
 from atelier_api.families import FAMILIES
+from atelier_api.family_rules import bucket_alignment
 from atelier_api.layouts import written
-from atelier_api.rules import bucket_alignment, processes_per_node, world_size
+from atelier_api.rules import processes_per_node, world_size
 from atelier_api.run_file import ExecutionPlan, RunFile, RunIdentity
 from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
 from atelier_operator.planner.advice import refusal

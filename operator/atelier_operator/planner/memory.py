@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 from atelier_api.families import FAMILIES, FamilyFacts, Flavour
-from atelier_api.rules import bucket_alignment
+from atelier_api.family_rules import bucket_alignment
 from atelier_api.v1alpha1 import TrainingRunSpec
 from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter, LycorisAdapter
 from atelier_api.v1alpha1.model import ModelSpec

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from atelier_api.families import FamilyFacts
-from atelier_api.rules import edge_multiple
+from atelier_api.family_rules import edge_multiple
 from atelier_api.v1alpha1.data import Data
 
 

@@ -105,9 +105,8 @@ def cutting_rule(run_file: RunFile, family: Family) -> Rule:
         return None
     if facts.modality == "audio":
         cut, rate = data.audio, components.sample_rate(family, run_file.model_folder)
-        return SoundRule.of_seconds(
-            rate, facts.latent_factor, least=cut.min_seconds, most=cut.max_seconds, step=cut.bucket_seconds
-        )
+        unit = int(facts.latent_factor)  # a fraction only of pictures
+        return SoundRule.of_seconds(rate, unit, least=cut.min_seconds, most=cut.max_seconds, step=cut.bucket_seconds)
     fps = data.clip.fps or facts.frame_rate
     if fps is None:
         raise ConfigError(

@@ -50,7 +50,8 @@ class Tiny:
     what it does to what the autoencoder decodes. `channels` are those of its latents, where a tiny autoencoder with as many as
     published would be slow. `width`, `height` and `frames` are those of its samples, larger where its autoencoder would leave
     nothing of the usual scene; `seconds` that of sounds. `shown` is how many first frames it is shown, of a family that continues
-    clips. `steps` is what its pipeline makes of 4 steps. `references` is how many reference pictures its samples have, where the family takes some.
+    clips. `steps` is what its pipeline makes of 4 steps. `references` is how many reference pictures its samples have, where the
+    family takes some.
     """
 
     make: Callable[[], Any]
