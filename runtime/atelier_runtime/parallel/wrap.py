@@ -115,7 +115,7 @@ def _recomputed(block: Callable[..., Any], *arguments: Any) -> Any:
     What is a view already has the same strides both times.
     """
     views = [a.view_as(a) if isinstance(a, Tensor) and a.requires_grad else a for a in arguments]
-    return checkpoint(block.__call__, *views, use_reentrant=False)
+    return checkpoint(block, *views, use_reentrant=False)
 
 
 def _flatten(module: nn.Module) -> Iterator[nn.Module]:
