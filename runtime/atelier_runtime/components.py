@@ -37,6 +37,11 @@ def scheduler_config(folder: str | Path) -> dict[str, Any]:
     return _read_json(folder, "scheduler/scheduler_config.json")
 
 
+def denoiser_config(folder: str | Path, name: str) -> dict[str, Any]:
+    """`config.json` of a denoiser. Raises ConfigError where there is none."""
+    return _read_json(folder, f"{name}/config.json")
+
+
 def denoiser_names(family: Family, folder: str | Path) -> tuple[str, ...]:
     """The family's denoisers that this checkpoint has, in the family's order. Raises ConfigError where it lacks the first."""
     config = _checked_config(family, folder)
@@ -57,7 +62,7 @@ def given_frames(family: Family, folder: str | Path, shown_frames: int = 1) -> t
     if family.facts.modality != "video":
         return ()
     config = _checked_config(family, folder)
-    given = family.given_frames(config, _read_json(folder, f"{family.denoisers[0]}/config.json"))
+    given = family.given_frames(config, denoiser_config(folder, family.denoisers[0]))
     again: Frame = "first"
     return (*[again] * (shown_frames - 1), *given) if family.facts.continues else given
 

@@ -162,6 +162,10 @@ class Family(ABC):
         """
         return ()
 
+    def architecture(self, denoiser_config: Mapping[str, Any]) -> str:
+        """Id of the denoiser's architecture in the `modelspec` header of a result. `denoiser_config` is its `config.json`."""
+        return self.name if self.lora_layout is None else self.lora_layout.architecture
+
     def provided_components(self, folder: Path) -> dict[str, Any]:
         """Components that the stock pipeline is given beside those of the checkpoint, or instead of them. Asked each time before it is
         built from the checkpoint in `folder`.

@@ -131,7 +131,9 @@ def test_twenty_steps_a_kill_and_twenty_more_equal_forty(adapter: str, tmp_path:
             "ema": {"decay": "0.9"},
             "optimizer": {"type": "adamw-bf16" if adapter == "lora" else "adamw"},
         },
-        parallelism={"processesPerNode": 2 if adapter == "lora" else 1},  # a second process takes half a minute of two cores
+        parallelism={
+            "processesPerNode": 2 if adapter == "lora" else 1
+        },  # a second process takes half a minute of two cores
         storage={"checkpoint": {"everySteps": 20}},
     )
     process = broken.start()

@@ -29,6 +29,7 @@ NAMES = (
     "qwen_image_edit",
     "longcat_image_edit",
     "stable_cascade",
+    "sd15",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}

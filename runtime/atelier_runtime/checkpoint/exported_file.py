@@ -87,8 +87,7 @@ def noise_range(run_file: RunFile, family: Family, names: Sequence[str], compone
 def details_of(run_file: RunFile, family: Family, component: str, provenance: Provenance) -> dict[str, str]:
     """The `modelspec.*` header (sai_model_spec 1.0.0) and where the weights come from."""
     spec, adapter = run_file.spec, run_file.spec.adapter
-    layout = family.lora_layout
-    architecture = family.name if layout is None else layout.architecture
+    architecture = family.architecture(components.denoiser_config(run_file.model_folder, component))
     details: dict[str, str | int | float | bool | None] = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture if adapter.type == "full" else f"{architecture}/lora",

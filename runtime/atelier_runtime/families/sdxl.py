@@ -10,26 +10,14 @@ from typing import Any
 
 from atelier_runtime.family import Features
 from atelier_runtime.family_parts.text_time_unet import TextTimeUNet
-from atelier_runtime.lora_layout import LoraLayout, Rule
-
-LAYOUT = LoraLayout(
-    architecture="stable-diffusion-xl-v1-base",
-    flat=True,
-    rules=(
-        Rule(
-            r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+\."
-            r"(?:proj_in|proj_out|transformer_blocks\.\d+\.(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.net\.(?:0\.proj|2)))",
-            r"\g<0>",
-        ),
-    ),
-)
-"""The stock pipeline's `load_lora_weights` reads it."""
+from atelier_runtime.family_parts.unet import LORA_RULES
+from atelier_runtime.lora_layout import LoraLayout
 
 
 class StableDiffusionXL(TextTimeUNet):
     name = "sdxl"
     pipeline = "StableDiffusionXLPipeline"
-    lora_layout = LAYOUT
+    lora_layout = LoraLayout(architecture="stable-diffusion-xl-v1-base", flat=True, rules=LORA_RULES)
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [77, 2048] and `pooled` [1280].

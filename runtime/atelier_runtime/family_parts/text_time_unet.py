@@ -1,31 +1,17 @@
-"""What families around a `UNet2DConditionModel` share that is told of a pooled text and of sizes (`addition_embed_type="text_time"`).
+"""What families around a UNet share that is told of a pooled text and of sizes (`addition_embed_type="text_time"`).
 
-Latents [B, 4, H/8, W/8]. The network predicts epsilon or v, by the checkpoint's scheduler, at the integer steps of its noise schedule.
 Beside the tokens of the text it is given one vector for the whole text, and the picture's original size, crop and size. Source:
-diffusers' `unet_2d_condition.py` and `pipeline_stable_diffusion_xl.py`.
+diffusers' `unet_2d_condition.py` and `pipeline_stable_diffusion_xl.py`; all else is in `atelier_runtime.family_parts.unet`.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from atelier_runtime.family import Blocks, Conditions, Family
-
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of self- and cross-attention
-MLP = ("ff.net.0.proj", "ff.net.2")
+from atelier_runtime.family import Conditions
+from atelier_runtime.family_parts.unet import UNet
 
 
-class TextTimeUNet(Family):
+class TextTimeUNet(UNet):
     """A family whose denoiser is such a UNet; its text features are `embeds` [L, D] and `pooled` [P]."""
 
-    denoisers = ("unet",)
-    lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": (*ATTENTION, *MLP, "proj_in", "proj_out")}  # noqa: RUF012
-    blocks = (Blocks("down_blocks", "maps"), Blocks("mid_block.attentions", "maps"), Blocks("up_blocks", "maps"))
-
-    def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
-        """Epsilon or v, [B, 4, H/8, W/8]."""
-        return denoiser(
-            noisy,
-            time,
-            encoder_hidden_states=conditions.text["embeds"],
-            added_cond_kwargs={"text_embeds": conditions.text["pooled"], "time_ids": conditions.sizes},
-            return_dict=False,
-        )[0]
+    def added_conditions(self, conditions: Conditions) -> dict[str, Tensor]:
+        return {"text_embeds": conditions.text["pooled"], "time_ids": conditions.sizes}

@@ -236,3 +236,10 @@ def test_the_planner_imports_neither_torch_nor_a_client() -> None:
     }
     assert heavy.isdisjoint(loaded)
     assert {"atelier_api", "pydantic", "yaml"} <= set(loaded)
+
+
+@pytest.mark.parametrize("clip", [None, "2.5"], ids=["default", "given"])
+def test_no_family_forces_a_limit_of_the_gradient(clip: str | None) -> None:
+    given = {} if clip is None else {"hyperparameters__gradientClip": clip}
+    limits = {resolved(run(name, **given)).spec.hyperparameters.gradient_clip for name in FAMILIES}
+    assert limits == {1.0 if clip is None else 2.5}

@@ -20,7 +20,7 @@ from atelier_runtime.checkpoint.export import check_formats, export_full, export
 from atelier_runtime.families import get_family
 from atelier_runtime.lora_layout import LoraLayout
 from export_runs import FULL, PROVENANCE, Trained, run_file, trained
-from family_models import tiny_pipeline
+from family_models import save_tiny, tiny_pipeline
 
 LORA = {"type": "lora", "rank": 4, "alpha": 9, "targets": ["all"]}
 
@@ -157,7 +157,7 @@ def test_flux_at_its_published_width_is_split_again_by_diffusers(tmp_path: Path)
     for module, height in heights.items():
         state[f"{module}.lora_A.default.weight"] = torch.randn(rank, width, generator=generator)
         state[f"{module}.lora_B.default.weight"] = torch.randn(height * width, rank, generator=generator)
-    file = run_file("flux", tmp_path, LORA, publish={"formats": ["kohya"]})
+    file = run_file("flux", save_tiny("flux", tmp_path), LORA, publish={"formats": ["kohya"]})
     export_lora({"transformer": state}, file, get_family("flux"), tmp_path, provenance=PROVENANCE)
 
     read = FluxPipeline.lora_state_dict(str(tmp_path / "kohya"), weight_name="fox.safetensors")

@@ -12,9 +12,12 @@ from diffusers.models.transformers import transformer_cosmos
 from atelier_api.errors import ConfigError
 from atelier_api.families import FAMILIES
 from atelier_api.model_files import lora_loading
+from atelier_api.v1alpha1.objective import Objective, Timesteps
 from atelier_runtime import components
 from atelier_runtime.checkpoint.export import export_lora
 from atelier_runtime.families import get_family
+from atelier_runtime.family import Stage
+from atelier_runtime.objectives import build_objective
 from atelier_runtime.objectives.timesteps import ConstantShift, resolve_shift
 from export_runs import PROVENANCE, trained
 from family_cases import PROMPTS, Case, make_case
@@ -163,3 +166,13 @@ def test_an_exported_lora_draws_what_the_training_side_draws_loaded_as_the_repor
     loaded = draw(pipe, result.arguments)
     assert abs(loaded - ours).max() <= 1e-5
     assert abs(loaded - base).max() > 1e-3
+
+
+def test_noise_levels_are_not_clamped_to_those_of_edm() -> None:
+    """The sampler goes from sigma 80 to 0.002; training draws beyond, and none twice."""
+    objective = build_objective(Objective(timesteps=Timesteps(sampling="uniform")), FAMILY.facts, {})
+    generators = [torch.Generator().manual_seed(seed) for seed in range(1000)]
+    time = objective.prepare(torch.zeros(1000, 1, 1, 1), generators, stage=Stage("transformer"), tokens=1).time
+    assert time.max() > 80 / 81
+    assert time.min() < 0.002 / 1.002
+    assert len(time.unique()) == 1000

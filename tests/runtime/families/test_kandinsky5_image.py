@@ -93,3 +93,21 @@ def test_a_denoiser_that_takes_a_picture_is_refused(case: Case) -> None:
     editing = seeded(lambda: Kandinsky5Transformer3DModel(**config | {"visual_cond": True}))
     with pytest.raises(ConfigError, match=r"takes a picture beside the noise .*: set spec.model.source to a T2I"):
         FAMILY.predict(editing, torch.zeros(1, 16, 4, 4), torch.ones(1), case.conditions(["a fox"]))
+
+
+@pytest.mark.parametrize(("height", "width"), [(512, 768), (1024, 1024)], ids=str)
+def test_positions_of_a_picture_are_not_scaled_as_those_of_a_clip(case: Case, height: int, width: int) -> None:
+    """At edges of 480 to 854 a clip's are divided by 2, which the pipeline of pictures does not do."""
+    told: list[tuple[float, ...]] = []
+    handle = case.pipe.transformer.visual_rope_embeddings.register_forward_pre_hook(
+        lambda _, args: told.append(tuple(args[2]))
+    )
+    with torch.no_grad():
+        FAMILY.predict(
+            case.pipe.transformer,
+            torch.zeros(1, 16, height // 8, width // 8),
+            torch.ones(1),
+            case.conditions(PROMPTS[:1]),
+        )
+    handle.remove()
+    assert told == [(1.0, 1.0, 1.0)]

@@ -1,12 +1,14 @@
 """The flow objective: its numbers, its refusals, and draws that depend on nothing but a sample's own generator."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atelier_api.errors import ConfigError
-from atelier_api.families import FamilyFacts
+from atelier_api.families import FAMILIES, FamilyFacts
 from atelier_api.v1alpha1.objective import Noise, Objective, Timesteps
 from atelier_runtime.family import Stage
 from atelier_runtime.objectives import build_objective
@@ -109,3 +111,47 @@ def test_all_samples_of_a_stage_lie_in_its_range() -> None:
 def test_an_option_of_diffusion_families_is_refused_by_name(spec: Objective, field: str) -> None:
     with pytest.raises(ConfigError, match=rf"{field}; only for diffusion families, and tiny_flow is of flow"):
         build_objective(spec, FLOW, {})
+
+
+FLOWS = [facts for facts in FAMILIES.values() if facts.objective == "flow"]
+
+
+def drawn(facts: FamilyFacts, config: dict[str, object], tokens: int = 16, **timesteps: object) -> list[float]:
+    """Noise levels of 20 samples of a checkpoint with that scheduler."""
+    spec = Objective.model_validate({"timesteps": timesteps})
+    clean = torch.zeros(20, 1, 1, 1)
+    made = build_objective(spec, facts, config).prepare(clean, generators(*range(20)), stage=WHOLE, tokens=tokens)
+    return made.time.tolist()
+
+
+def shifted(facts: FamilyFacts, k: float, **timesteps: object) -> list[float]:
+    return [shift_sigma(sigma, k) for sigma in drawn(facts, {}, **({"shift": "none"} | timesteps))]
+
+
+@pytest.mark.parametrize("facts", FLOWS, ids=lambda facts: facts.name)
+def test_no_default_shift_beats_that_of_the_checkpoint(facts: FamilyFacts) -> None:
+    """But where the stock pipeline shifts by a number of its own."""
+    expected = facts.shift if facts.own_shift else 7.0
+    assert isinstance(expected, float)
+    assert drawn(facts, {"shift": 7.0}) == pytest.approx(shifted(facts, expected))
+
+
+@pytest.mark.parametrize("facts", FLOWS, ids=lambda facts: facts.name)
+def test_no_family_ignores_the_shift_of_the_run(facts: FamilyFacts) -> None:
+    assert drawn(facts, {"shift": 7.0}, shift="2.0") == pytest.approx(shifted(facts, 2.0))
+
+
+@pytest.mark.parametrize("facts", FLOWS, ids=lambda facts: facts.name)
+def test_no_family_ignores_the_density_of_the_run(facts: FamilyFacts) -> None:
+    """Uniform draws are the generators' own numbers."""
+    found = drawn(facts, {"shift": 7.0}, shift="none", sampling="uniform")
+    own = [1 - float(torch.rand((), generator=each, dtype=torch.float64)) for each in generators(*range(20))]
+    assert found == pytest.approx(own)
+
+
+@pytest.mark.parametrize("facts", [each for each in FLOWS if not each.own_shift], ids=lambda facts: facts.name)
+def test_a_dynamic_checkpoint_is_trained_with_a_dynamic_shift_and_not_only_sampled_with_it(facts: FamilyFacts) -> None:
+    dynamic = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
+    small, large = (drawn(facts, dynamic, tokens) for tokens in (256, 4096))
+    assert small == pytest.approx(shifted(facts, math.exp(0.5)))
+    assert large == pytest.approx(shifted(facts, math.exp(1.15)))
