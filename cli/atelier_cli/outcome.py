@@ -78,7 +78,7 @@ def loading(run_file: RunFile, exports: list[str]) -> Iterator[str]:
         # Of two experts, `_high_noise` is the first, also by the alphabet.
         denoisers = [name for name in DENOISERS if name in _classes(Path(run_file.model_folder))]
         for key, component in zip(sorted(lycoris), denoisers, strict=False):
-            yield from lycoris_loading(component, f"{root}/{key}")
+            yield from lycoris_loading(component, f"{root}/{key}", run_file.spec.adapter.type)
         return
     components = sorted(
         {key.split("/")[2] for key in exports if key.startswith("exports/diffusers/") and key.count("/") > 2}

@@ -24,6 +24,8 @@ ADAPTERS = {
     "locon": "LoCon",
     "diag-oft": "Diag-OFT",
     "boft": "BOFT",
+    "dylora": "DyLoRA",
+    "ia3": "(IA)³",
 }
 """Types of adapter as people write them."""
 
@@ -145,13 +147,26 @@ def processes(count: int) -> str:
 
 def adapter_text(adapter: Adapter) -> str:
     """`LoRA of rank 16, alpha 16, on attention`."""
-    from atelier_api.v1alpha1.adapter import BoftAdapter, DiagOftAdapter, FullAdapter, LokrAdapter, alpha_of
+    from atelier_api.v1alpha1.adapter import (
+        BoftAdapter,
+        DiagOftAdapter,
+        DyloraAdapter,
+        FullAdapter,
+        Ia3Adapter,
+        LokrAdapter,
+        alpha_of,
+    )
 
     if isinstance(adapter, FullAdapter):
         return "none, full rank"
     name, on = ADAPTERS[adapter.type], f"on {', '.join(adapter.targets)}"
     if isinstance(adapter, DiagOftAdapter | BoftAdapter):
         return f"{name} of blocks up to {adapter.block_size}, {on}"
+    if isinstance(adapter, Ia3Adapter):
+        inputs = f", of {', '.join(adapter.input_targets)} on inputs" if adapter.input_targets else ""
+        return f"{name} {on}{inputs}"
+    if isinstance(adapter, DyloraAdapter):
+        return f"{name} of rank {adapter.rank} in blocks of {adapter.rank_block}, alpha {alpha_of(adapter):g}, {on}"
     factor = f"factor {adapter.factor}, " if isinstance(adapter, LokrAdapter) else ""
     dora = ", weight-decomposed" if adapter.dora else ""
     return f"{name} of {factor}rank {adapter.rank}, alpha {alpha_of(adapter):g}{dora}, {on}"

@@ -130,13 +130,25 @@ def _adapter_rules() -> Iterator[CelRule]:
             f"{', '.join(names)} {'belong' if len(names) > 1 else 'belongs'} to type {' or '.join(kinds)}",
         )
     scaled = [kind for kind in LYCORIS if "dora" in variants[kind]]
-    rotating = [kind for kind in LYCORIS if kind not in scaled]
+    rotating = [kind for kind in LYCORIS if "blockSize" in variants[kind]]
     dora = f"(self.adapter.type in {_literal(scaled)} && has(self.adapter.dora) && self.adapter.dora)"
     yield CelRule(
         "hyperparameters.optimizer.type",
         f"self.hyperparameters.optimizer.type != 'adamw-bf16' || !(self.adapter.type in {_literal(rotating)} || {dora})",
         f"with {', '.join(rotating)} and dora of {', '.join(scaled)}, adamw-bf16 would round the changed weights to bf16",
     )
+    rank, block = (_given_or_default(name, "dylora") for name in ("rank", "rankBlock"))
+    yield CelRule(
+        "adapter.rankBlock",
+        f"self.adapter.type != 'dylora' || {rank} % {block} == 0",
+        "must divide spec.adapter.rank",
+    )
+
+
+def _given_or_default(name: str, kind: str) -> str:
+    """A field of the adapter, whose defaults depend on its type and are not filled in."""
+    node = node_at("adapter").fields[name]
+    return f"(has(self.adapter.{name}) ? self.adapter.{name} : {node.defaults.get(kind, node.default)})"
 
 
 def _location_rules() -> Iterator[CelRule]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-LYCORIS = ("lokr", "loha", "locon", "diag-oft", "boft")
+LYCORIS = ("lokr", "loha", "locon", "diag-oft", "boft", "dylora", "ia3")
 """Types of adapter that lycoris-lora makes."""
 
 LAYOUTS: Mapping[str, tuple[str, ...]] = {

@@ -97,8 +97,23 @@ def lora_loading(facts: FamilyFacts, folder: str, name: str, options: str = "") 
     ]
 
 
-def lycoris_loading(component: str, path: str) -> list[str]:
-    """Lines of Python that merge a file of lycoris-lora into the denoiser `component` of `pipe`, the family's stock pipeline."""
+def lycoris_loading(component: str, path: str, kind: str) -> list[str]:
+    """Lines of Python that merge a file of lycoris-lora into the denoiser `component` of `pipe`, the family's stock pipeline.
+
+    `kind` is the type of adapter: the library's reader of whole files fails on IA³, whose layers are read one by one.
+    """
+    if kind == "ia3":
+        return [
+            "from lycoris.modules.ia3 import IA3Module",
+            "from safetensors.torch import load_file",
+            f'tensors = load_file("{path}")',
+            f"for name, layer in pipe.{component}.named_modules():",
+            '    key = "lycoris_" + name.replace(".", "_")',
+            '    if f"{key}.weight" in tensors:',
+            '        scales = IA3Module(key, layer, train_on_input=bool(tensors[f"{key}.on_input"]))',
+            '        scales.weight.data.copy_(tensors[f"{key}.weight"])',
+            "        scales.merge_to(1.0)",
+        ]
     return [
         "from lycoris import create_lycoris_from_weights",
         f'network, _ = create_lycoris_from_weights(1.0, "{path}", pipe.{component})',

@@ -12,7 +12,7 @@ from atelier_api.layouts import LAYOUTS, written
 from atelier_api.options import unused
 from atelier_api.problem import Problem, choice, refused, shown
 from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
-from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter, rebuilds_weights
+from atelier_api.v1alpha1.adapter import DyloraAdapter, FullAdapter, Ia3Adapter, LoraAdapter, rebuilds_weights
 
 PRESETS = ("attention", "mlp", "all")
 """Names in `adapter.targets` that a family translates; everything else there is a regular expression."""
@@ -121,12 +121,23 @@ def _sources_once(spec: TrainingRunSpec) -> Iterator[Problem]:
 def _targets(spec: TrainingRunSpec) -> Iterator[Problem]:
     if isinstance(spec.adapter, FullAdapter):
         return
-    for index, target in enumerate(spec.adapter.targets):
-        try:
-            re.compile(target)
-        except re.error as error:
-            allowed = f"must be a preset ({', '.join(PRESETS)}) or a regular expression: {error}"
-            yield refused(f"spec.adapter.targets[{index}]", target, allowed)
+    lists = {"targets": spec.adapter.targets}
+    if isinstance(spec.adapter, Ia3Adapter):
+        lists["inputTargets"] = spec.adapter.input_targets
+    for name, targets in lists.items():
+        for index, target in enumerate(targets):
+            try:
+                re.compile(target)
+            except re.error as error:
+                allowed = f"must be a preset ({', '.join(PRESETS)}) or a regular expression: {error}"
+                yield refused(f"spec.adapter.{name}[{index}]", target, allowed)
+
+
+def _rank_block(spec: TrainingRunSpec) -> Iterator[Problem]:
+    adapter = spec.adapter
+    if isinstance(adapter, DyloraAdapter) and adapter.rank % adapter.rank_block:
+        allowed = f"must divide spec.adapter.rank, which is {adapter.rank}"
+        yield refused("spec.adapter.rankBlock", adapter.rank_block, allowed)
 
 
 def _batch(spec: TrainingRunSpec) -> Iterator[Problem]:
@@ -209,6 +220,7 @@ RULES: tuple[Callable[[TrainingRunSpec], Iterator[Problem]], ...] = (
     _locations,
     _revision,
     _targets,
+    _rank_block,
     _sources_once,
     _batch,
     _schedule,

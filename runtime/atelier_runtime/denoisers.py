@@ -1,7 +1,8 @@
 """The denoisers of a run: loaded, with the adapter on, spread over the ranks, and gathered again for the export."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,11 +20,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Denoisers:
-    """The denoisers of a run: `models` as diffusers has them, `wrapped` as the strategy calls them."""
+    """The denoisers of a run: `models` as diffusers has them, `wrapped` as the strategy calls them.
+
+    `draws` are called before each step of the denoiser, where its adapter draws something once for the whole step.
+    """
 
     models: dict[str, nn.Module]
     wrapped: dict[str, nn.Module]
     stages: tuple[Stage, ...]
+    draws: Mapping[str, adapters.Draw] = field(default_factory=dict)
 
     @classmethod
     def load(cls, run_file: RunFile, family: Family, distributed: Distributed) -> "Denoisers":
@@ -36,6 +41,7 @@ class Denoisers:
         names = components.denoiser_names(family, run_file.model_folder)
         models: dict[str, nn.Module] = {}
         wrapped: dict[str, nn.Module] = {}
+        draws: dict[str, adapters.Draw] = {}
         for name in names:
             model = components.load_denoiser(run_file.model_folder, name, base_dtype, loading_device)
             if adapter.type == "lora":
@@ -51,9 +57,12 @@ class Denoisers:
                     "modules": report.modules,
                 },
             )
+            if report.draw is not None:
+                draws[name] = report.draw
             models[name] = model
             wrapped[name] = parallel.wrap(model, run_file.plan, family, distributed, compute_dtype=compute_dtype)
-        return cls(models, wrapped, family.stages(components.read_pipeline_config(run_file.model_folder), names))
+        stages = family.stages(components.read_pipeline_config(run_file.model_folder), names)
+        return cls(models, wrapped, stages, draws)
 
     def trainable(self) -> dict[str, Parameter]:
         """Trained parameters by `<denoiser>.<name>`, after sharding."""

@@ -7,10 +7,22 @@ metadata of exported files.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 Numbers = tuple[str, ...]
+
+
+def matched(target: str, names: Iterable[str], presets: Mapping[str, Sequence[str]]) -> set[str]:
+    """Those of `names` that a target of an adapter is for: a preset's by their last parts, or what a regular expression fully matches.
+
+    Raises re.error for what is neither.
+    """
+    if target in presets:
+        suffixes = tuple(f".{suffix}" for suffix in presets[target])
+        return {name for name in names if name.endswith(suffixes)}
+    expression = re.compile(target)
+    return {name for name in names if expression.fullmatch(name)}
 
 
 def count_by_pattern(names: Iterable[str]) -> dict[str, int]:

@@ -35,6 +35,10 @@ from atelier_runtime.train_state import TrainState
 log = logging.getLogger(__name__)
 
 
+STAGE_SLOT, ADAPTER_SLOT = -1, -2
+"""Slots of what is drawn once for a whole step: the stage, and what the adapter draws."""
+
+
 def sample_generator(seed: int, step: int, slot: int, generator: torch.Generator | None = None) -> torch.Generator:
     """The generator of one sample of one step. `slot` is its place in the global batch, so that draws do not depend on the ranks.
 
@@ -172,6 +176,8 @@ class Trainer:
         seed_torch(_step_seed(hyperparameters.seed, step, parts.distributed.rank), parts.distributed.device)
         stage = self._pick_stage(step)
         denoiser = parts.denoisers.wrapped[stage.denoiser]
+        if stage.denoiser in parts.denoisers.draws:
+            parts.denoisers.draws[stage.denoiser](sample_generator(hyperparameters.seed, step, ADAPTER_SLOT))
         optimizer = parts.state.optimizer
         rate = learning_rate_at(step, hyperparameters, parts.run_file.plan.learning_rate)
         for group in optimizer.param_groups:
@@ -234,7 +240,7 @@ class Trainer:
             return stages[0]
         tokens = self._parts.dataset.order.batch(step).tokens
         return self._parts.objective.pick_stage(
-            stages, sample_generator(self._parts.run_file.spec.hyperparameters.seed, step, -1), tokens=tokens
+            stages, sample_generator(self._parts.run_file.spec.hyperparameters.seed, step, STAGE_SLOT), tokens=tokens
         )
 
     def _confirm(self, facts: StepFacts | None) -> tuple[bool, bool]:

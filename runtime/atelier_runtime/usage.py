@@ -41,7 +41,7 @@ def _loading(run_file: RunFile, family: Family, pipeline: str, keys: Sequence[st
             yield from lora_loading(family.facts, folder, name, second)
     elif adapter in LYCORIS:
         for key, component in zip(keys, family.denoisers, strict=False):
-            yield from lycoris_loading(component, key)
+            yield from lycoris_loading(component, key, adapter)
 
 
 def _drawing(family: Family, inputs: Sequence[str]) -> Iterator[str]:

@@ -84,7 +84,7 @@ def test_a_variant_block_holds_the_fields_of_all_its_types() -> None:
 
 def test_a_field_of_several_types_has_the_default_of_each() -> None:
     adapter = tree().fields["spec"].fields["adapter"]
-    assert adapter.fields["rank"].defaults == {"lora": 16, "lokr": 1024, "loha": 32, "locon": 64}
+    assert adapter.fields["rank"].defaults == {"lora": 16, "lokr": 1024, "loha": 32, "locon": 64, "dylora": 128}
     assert adapter.fields["dora"].defaults == {}
     assert adapter.fields["dora"].default is False
 

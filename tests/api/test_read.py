@@ -80,7 +80,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a key of another type": (
         {"adapter": {"type": "full", "rank": 8}},
-        "spec.adapter.rank is not a field of this type; it belongs to type lora or lokr or loha or locon",
+        "spec.adapter.rank is not a field of this type; it belongs to type lora or lokr or loha or locon or dylora",
     ),
     "a key that is no text": ({"data__captions": {7: 1}}, "spec.data.captions.7 is not a field"),
     "a missing key": ({"hyperparameters": {}}, "spec.hyperparameters.steps is missing; optimizer steps of the run"),
@@ -139,7 +139,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an unknown type": (
         {"adapter__type": "lore"},
-        "spec.adapter.type is 'lore'; did you mean lora? allowed: lora, lokr, loha, locon, diag-oft, boft, full",
+        "spec.adapter.type is 'lore'; did you mean lora? allowed: lora, lokr, loha, locon, diag-oft, boft, dylora, ia3, full",
     ),
     "an unknown family": (
         {"model__family": "sdx"},

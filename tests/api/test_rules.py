@@ -129,6 +129,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"adapter": {"type": "locon", "targets": ["(to_q"]}},
         "spec.adapter.targets[0] is '(to_q'; must be a preset (attention, mlp, all) or a regular expression: missing )",
     ),
+    "a block of ranks that does not divide them": (
+        {"adapter": {"type": "dylora", "rank": 16, "rankBlock": 3}},
+        "spec.adapter.rankBlock is 3; must divide spec.adapter.rank, which is 16",
+    ),
+    "a block of more ranks than there are": (
+        {"adapter": {"type": "dylora", "rankBlock": 256}},
+        "spec.adapter.rankBlock is 256; must divide spec.adapter.rank, which is 128",
+    ),
+    "a broken target of inputs": (
+        {"adapter": {"type": "ia3", "inputTargets": ["mlp", "(to_q"]}},
+        "spec.adapter.inputTargets[1] is '(to_q'; must be a preset (attention, mlp, all) or a regular expression: missing )",
+    ),
     "a format twice": (
         {"publish__formats": ["kohya", "kohya"]},
         "spec.publish.formats is ['kohya', 'kohya']; must name each format once",
@@ -209,6 +221,11 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "adapter": {"type": "lokr", "dora": True},
         "publish__formats": ["lycoris"],
     },
+    "DyLoRA in blocks, in bf16": {
+        "adapter": {"type": "dylora", "rank": 32, "rankBlock": 8},
+        "hyperparameters__optimizer__type": "adamw-bf16",
+    },
+    "(IA)³ in bf16": {"adapter": {"type": "ia3"}, "hyperparameters__optimizer__type": "adamw-bf16"},
     "LoKr in bf16": {"adapter": {"type": "lokr"}, "hyperparameters__optimizer__type": "adamw-bf16"},
     "DoRA for diffusers": {"adapter": {"type": "lora", "dora": True}, "publish__formats": ["diffusers"]},
     "a model in a bucket": {"model__source": "s3://models/flux/"},

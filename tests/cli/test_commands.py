@@ -135,6 +135,9 @@ def test_plan_shows_the_strategy_and_the_memory_by_part(local_run: LocalRun) -> 
     [
         ('{"type": "lokr", "rank": 4}', "LoKr of factor 16, rank 4, alpha 4, on attention, about"),
         ('{"type": "loha", "dora": true}', "LoHa of rank 32, alpha 16, weight-decomposed, on attention, about"),
+        ('{"type": "dylora", "rankBlock": 8}', "DyLoRA of rank 128 in blocks of 8, alpha 64, on attention, about"),
+        ('{"type": "ia3"}', "(IA)³ on attention, about"),
+        ('{"type": "ia3", "targets": ["all"], "inputTargets": ["mlp"]}', "(IA)³ on all, of mlp on inputs, about"),
         ('{"type": "boft"}', "BOFT of blocks up to 64, on attention, about"),
         ('{"type": "full"}', "none, full rank, about"),
     ],

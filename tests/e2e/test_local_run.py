@@ -112,11 +112,11 @@ def test_a_finished_run_is_not_trained_again_and_can_be_made_longer(finished: tu
     assert sorted(history(longer)) == list(range(14))
 
 
-@pytest.mark.parametrize("adapter", ["lora", "lokr", "full"])
+@pytest.mark.parametrize("adapter", ["lora", "dylora", "full"])
 def test_twenty_steps_a_kill_and_twenty_more_equal_forty(adapter: str, tmp_path: Path) -> None:
     adapters = {
         "lora": {"type": "lora", "rank": 4, "alpha": 8, "dropout": "0.1"},
-        "lokr": {"type": "lokr", "factor": 4, "rank": 2},
+        "dylora": {"type": "dylora", "rank": 4, "rankBlock": 2},
         "full": {"type": "full"},
     }
     broken = tiny_run(
@@ -152,8 +152,12 @@ def test_twenty_steps_a_kill_and_twenty_more_equal_forty(adapter: str, tmp_path:
     different = [key for key in expected if not expected[key].equal(got[key])]
     assert different == []
     assert history(broken) == history(straight)
-    assert (straight.folder / "exports/lycoris/straight.safetensors").exists() is (adapter == "lokr")
-    assert ("create_lycoris_from_weights" in (straight.folder / "report.html").read_text()) is (adapter == "lokr")
+    file = straight.folder / "exports/lycoris/straight.safetensors"
+    assert file.exists() is (adapter == "dylora")
+    assert ("create_lycoris_from_weights" in (straight.folder / "report.html").read_text()) is (adapter == "dylora")
+    if adapter == "dylora":  # both blocks of the second matrices, which start at zero, have been drawn
+        ups = {key: tensor for key, tensor in load_file(file).items() if key.endswith("lora_up.weight")}
+        assert [key for key, tensor in ups.items() if not all(block.any() for block in tensor.split(2, dim=1))] == []
 
 
 def test_two_then_one_then_two_processes_train_the_same_samples(tmp_path: Path) -> None:

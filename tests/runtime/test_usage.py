@@ -82,6 +82,9 @@ def test_each_kind_of_adapter_is_loaded_in_its_way(tmp_path: Path) -> None:
     keys = [f"exports/lycoris/fox_{noise}_noise.safetensors" for noise in ("high", "low")]
     merged = usage(run_file("wan", tmp_path, {"type": "lokr"}), family, keys)
     assert [f'"{keys[0]}", pipe.transformer)' in merged, f'"{keys[1]}", pipe.transformer_2)' in merged] == [True, True]
+    scaled = usage(run_file("wan", tmp_path, {"type": "ia3"}), family, keys)
+    assert ast.parse(scaled)
+    assert [f'load_file("{keys[0]}")' in scaled, "in pipe.transformer_2.named_modules():" in scaled] == [True, True]
     whole = ["exports/diffusers/transformer/config.json", "exports/diffusers/transformer/model.safetensors"]
     full = usage(run_file("wan", tmp_path, {"type": "full"}), family, whole)
     assert full.count("exports/diffusers/transformer") == 1

@@ -93,6 +93,7 @@ EXAMPLES = {
     "spec.validation.prompts[].references[]": ["a.png", "s3://bucket/a.png", "gs://x"],
     "spec.storage.uri": ["runs", "s3://bucket/prefix", "s3://b", "file:///tmp/x"],
     "spec.adapter.targets[]": ["attention", "mlp", "all", r".*\.to_q"],
+    "spec.adapter.inputTargets[]": ["mlp", r".*\.net\.2"],
 }
 """Strings with a grammar of their own, sound and unsound."""
 

@@ -21,8 +21,8 @@ def draw(pipe: Any, arguments: dict[str, Any]) -> np.ndarray:
 
 
 def run(job: dict[str, Any]) -> None:
-    """`components` are model folders that replace the base's, `loras` arguments of `load_lora_weights`, `lycoris` files by
-    component."""
+    """`components` are model folders that replace the base's, `loras` arguments of `load_lora_weights`, `lycoris`
+    lines of Python for `pipe`, as users are shown them."""
     base = diffusers.DiffusionPipeline.from_pretrained(job["base"])
     replaced = {
         name: type(getattr(base, name)).from_pretrained(folder, torch_dtype=torch.float32)
@@ -31,11 +31,7 @@ def run(job: dict[str, Any]) -> None:
     pipe = type(base).from_pretrained(job["base"], **replaced)
     for lora in job["loras"]:
         pipe.load_lora_weights(lora.pop("folder"), **lora)
-    for component, path in job.get("lycoris", {}).items():
-        from lycoris import create_lycoris_from_weights
-
-        network, _ = create_lycoris_from_weights(1.0, path, getattr(pipe, component))
-        network.merge_to(1.0)
+    exec("\n".join(job.get("lycoris", [])), {"pipe": pipe})
     np.save(job["out"], draw(pipe, job["arguments"]))
 
 

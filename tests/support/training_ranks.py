@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from atelier_api.run_file import ExecutionPlan
-from atelier_api.v1alpha1.adapter import BoftAdapter, FullAdapter, LokrAdapter, LoraAdapter
+from atelier_api.v1alpha1.adapter import (
+    BoftAdapter,
+    DyloraAdapter,
+    FullAdapter,
+    Ia3Adapter,
+    LokrAdapter,
+    LoraAdapter,
+)
 from atelier_api.v1alpha1.hyperparameters import Hyperparameters, Optimizer
 from atelier_api.v1alpha1.objective import Objective
 from atelier_runtime import adapters, components, parallel
@@ -20,6 +27,7 @@ from atelier_runtime.family import Conditions, Family, Features
 from atelier_runtime.objectives import build_objective
 from atelier_runtime.optimizers import Ema, build_optimizer, clip_gradients
 from atelier_runtime.parallel.wrap import blocks_of
+from atelier_runtime.trainer import ADAPTER_SLOT, sample_generator
 from family_cases import Case as FamilyCase
 
 STEPS = 3
@@ -29,6 +37,8 @@ ADAPTERS: dict[str, Any] = {
     "full": FullAdapter(type="full"),
     "lokr": LokrAdapter(type="lokr", factor=4, targets=["all"]),
     "boft": BoftAdapter(type="boft", block_size=16, targets=["all"]),
+    "dylora": DyloraAdapter(type="dylora", rank=4, targets=["all"]),
+    "ia3": Ia3Adapter(type="ia3", input_targets=["mlp"], targets=["all"]),
 }
 
 
@@ -124,7 +134,7 @@ def train(strategy: str, case: Case) -> Trained:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     distributed = parallel.Distributed(rank, rank, world, torch.device("cpu"))
     plan, family = plan_of(strategy, world, case), get_family(case.family)
-    model, wrapped = _build(case, plan, family, distributed)
+    model, wrapped, draw = _build(case, plan, family, distributed)
     named = adapters.trainable(model)
     hyperparameters = Hyperparameters(steps=STEPS, optimizer=Optimizer(type=case.optimizer, epsilon=1e-3))
     optimizer = build_optimizer(list(named.values()), hyperparameters, plan.learning_rate)
@@ -139,6 +149,8 @@ def train(strategy: str, case: Case) -> Trained:
     for step in range(STEPS):
         if step == STEPS - 1:
             drawn = _draw(case, family, wrapped, ema)
+        if draw is not None:
+            draw(sample_generator(0, step, ADAPTER_SLOT))
         share = torch.zeros(())
         for micro in range(case.accumulation):
             size = plan.micro_batch_size
@@ -165,15 +177,15 @@ def train(strategy: str, case: Case) -> Trained:
 
 def _build(
     case: Case, plan: ExecutionPlan, family: Family, distributed: parallel.Distributed
-) -> tuple[nn.Module, nn.Module]:
+) -> tuple[nn.Module, nn.Module, adapters.Draw | None]:
     trained_dtype = torch.bfloat16 if case.optimizer == "adamw-bf16" else torch.float32
     frozen_dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     base_dtype = trained_dtype if case.adapter == "full" else frozen_dtype
     model = components.load_denoiser(case.folder, family.denoisers[0], base_dtype, distributed.device)
     torch.manual_seed(3 + distributed.rank)  # ranks draw different adapters: those of rank 0 must win
-    adapters.install(model, ADAPTERS[case.adapter], family, dtype=trained_dtype)
+    draw = adapters.install(model, ADAPTERS[case.adapter], family, dtype=trained_dtype).draw
     compute = torch.bfloat16 if case.precision == "bf16" else None
-    return model, parallel.wrap(model, plan, family, distributed, compute_dtype=compute)
+    return model, parallel.wrap(model, plan, family, distributed, compute_dtype=compute), draw
 
 
 def _losses(case: Case, family: Family, wrapped: nn.Module, objective: Any, step: int, slots: range) -> Tensor:

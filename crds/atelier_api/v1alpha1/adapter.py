@@ -18,7 +18,7 @@ Rank = Annotated[
 Alpha = Annotated[
     Annotated[Decimal, Field(gt=0, le=65536)] | None,
     Field(
-        description="Scale numerator: the update is multiplied by alpha / rank. Default: the rank; for `loha` and `locon` half the rank."
+        description="Scale numerator: the update is multiplied by alpha / rank, of `dylora` by alpha / the ranks in use. Default: the rank; for `loha`, `locon` and `dylora` half the rank."
     ),
 ]
 Dora = Annotated[bool, Field(description="Weight decomposition (DoRA, arXiv:2402.09353).")]
@@ -114,16 +114,46 @@ class BoftAdapter(Block):
     targets: Targets = Field(default=["attention"])
 
 
+class DyloraAdapter(Block):
+    """Low-rank adaptation that can be cut to a lower rank (DyLoRA, arXiv:2210.07558), in the layout of lycoris-lora."""
+
+    type: Literal["dylora"]
+    rank: Rank = 128
+    alpha: Alpha = None
+    rank_block: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="Ranks that are trained together: each step draws one block of them and uses it and those before it. Must divide the rank; the result can be cut to its multiples.",
+    )
+    targets: Targets = Field(default=["attention"])
+
+
+class Ia3Adapter(Block):
+    """A factor for each output or input of a layer ((IA)³, arXiv:2205.05638) through lycoris-lora."""
+
+    type: Literal["ia3"]
+    input_targets: list[Annotated[str, Field(min_length=1, max_length=512)]] = Field(
+        default=[],
+        max_length=32,
+        description="Those of the targets whose inputs are scaled instead of their outputs, in the same form. The paper has the last layer of each feed-forward here.",
+    )
+    targets: Targets = Field(default=["attention"])
+
+
 class FullAdapter(Block):
     """Full-rank: every weight of the denoiser is trained."""
 
     type: Literal["full"]
 
 
-ScaledLycorisAdapter = LokrAdapter | LohaAdapter | LoconAdapter
+DecomposableAdapter = LokrAdapter | LohaAdapter | LoconAdapter
+"""The types of lycoris-lora that know weight decomposition."""
+
+ScaledLycorisAdapter = DecomposableAdapter | DyloraAdapter
 """The types of lycoris-lora whose update is scaled by alpha / rank."""
 
-LycorisAdapter = ScaledLycorisAdapter | DiagOftAdapter | BoftAdapter
+LycorisAdapter = DecomposableAdapter | DiagOftAdapter | BoftAdapter | DyloraAdapter | Ia3Adapter
 """The types of lycoris-lora."""
 
 Adapter = Annotated[LoraAdapter | LycorisAdapter | FullAdapter, Field(discriminator="type")]
@@ -133,11 +163,12 @@ def alpha_of(adapter: LoraAdapter | ScaledLycorisAdapter) -> float:
     """The scale numerator, its default filled in."""
     if adapter.alpha is not None:
         return adapter.alpha
-    return adapter.rank / 2 if isinstance(adapter, LohaAdapter | LoconAdapter) else float(adapter.rank)
+    halved = isinstance(adapter, LohaAdapter | LoconAdapter | DyloraAdapter)
+    return adapter.rank / 2 if halved else float(adapter.rank)
 
 
 def rebuilds_weights(adapter: Adapter) -> bool:
     """Whether lycoris-lora computes the whole changed weight, in the precision of the trained ones, at every forward pass."""
     if isinstance(adapter, DiagOftAdapter | BoftAdapter):
         return True
-    return isinstance(adapter, ScaledLycorisAdapter) and adapter.dora
+    return isinstance(adapter, DecomposableAdapter) and adapter.dora

@@ -11,7 +11,9 @@ from atelier_api.v1alpha1.adapter import (
     Adapter,
     BoftAdapter,
     DiagOftAdapter,
+    DyloraAdapter,
     FullAdapter,
+    Ia3Adapter,
     LohaAdapter,
     LokrAdapter,
     rebuilds_weights,
@@ -34,7 +36,7 @@ class Linear:
 
 
 def parameters(adapter: Adapter, layer: Linear) -> int:
-    """Parameters that are trained on the layer."""
+    """Parameters that are trained on the layer. Of IA³ with `inputTargets`, which know modules by name, the larger side counts."""
     match adapter:
         case LokrAdapter():
             count = sum(_kronecker(adapter, layer))
@@ -45,6 +47,10 @@ def parameters(adapter: Adapter, layer: Linear) -> int:
             return blocks * block * block
         case BoftAdapter():
             return butterfly_stages(layer.outputs, adapter.block_size) * layer.outputs * _butterfly(layer, adapter)
+        case DyloraAdapter():
+            return adapter.rank * (layer.outputs + layer.inputs)
+        case Ia3Adapter():
+            return max(layer.outputs, layer.inputs) if adapter.input_targets else layer.outputs
         case FullAdapter():
             return layer.weights
         case _:
@@ -68,6 +74,10 @@ def kept_bytes(adapter: Adapter, layer: Linear, tokens: int, precision_bytes: in
         # The product of the input with the second factor, once for each column of the first.
         (rows, _), (columns, _) = _factors(adapter, layer)
         return tokens * layer.outputs // rows * columns * precision_bytes
+    if isinstance(adapter, Ia3Adapter):
+        return tokens * layer.outputs * precision_bytes  # the output that is scaled; an input is kept for LoRA as well
+    if isinstance(adapter, DyloraAdapter):
+        return parameters(adapter, layer) * precision_bytes  # the ranks in use, put together
     return 0
 
 

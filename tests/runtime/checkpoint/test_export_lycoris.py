@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import stock_loader
+from atelier_api.model_files import lycoris_loading
 from atelier_runtime.checkpoint.export_lycoris import export_lycoris
 from export_runs import FULL, PROVENANCE, Trained, trained
 from lycoris_adapters import OPTIONS
@@ -64,6 +65,23 @@ def test_the_file_has_the_librarys_names_and_says_what_it_is(tmp_path: Path) -> 
     assert facts["atelier.trigger"] == "sks fox"
 
 
+def test_a_file_of_ia3_says_of_each_layer_which_side_it_scales(tmp_path: Path) -> None:
+    result = trained("sdxl", tmp_path, adapter("ia3 on inputs"), publish=LAYOUT)
+    tensors = load_file(write(result, tmp_path / "out")["lycoris/fox.safetensors"])
+    block = "lycoris_down_blocks_1_attentions_0_transformer_blocks_0"
+    assert {name.partition(".")[2] for name in tensors} == {"weight", "on_input"}
+    sides = {name: tensors[f"{block}_{name}.on_input"].item() for name in ("attn1_to_q", "ff_net_0_proj", "ff_net_2")}
+    assert sides == {"attn1_to_q": 0, "ff_net_0_proj": 1, "ff_net_2": 1}
+    assert (
+        len(tensors[f"{block}_ff_net_2.weight"])
+        == result.denoisers["unet"]
+        .get_submodule(  # type: ignore[arg-type]
+            "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2"
+        )
+        .in_features
+    )
+
+
 def test_each_of_two_experts_gets_a_file_of_its_own(tmp_path: Path) -> None:
     result = trained("wan22", tmp_path, adapter("loha"), publish=LAYOUT)
     paths = write(result, tmp_path / "out")
@@ -95,6 +113,7 @@ DRAWN = [
     ("sdxl", "lokr low-rank"),
     ("flux", "lokr"),
     ("sana", "loha"),
+    ("sana", "ia3 on inputs"),
     ("wan22", "lokr"),
 ]
 OURS: dict[tuple[str, str], np.ndarray] = {}
@@ -109,10 +128,12 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], np
         result = trained(checkpoint, folder, adapter(name), publish=LAYOUT)
         paths = write(result, folder / f"{checkpoint} {name}")
         OURS[checkpoint, name] = result.picture()
-        files = dict(zip(result.denoisers, map(str, paths.values()), strict=True))
-        job = {"base": str(result.base), "arguments": result.arguments, "components": {}, "loras": [], "lycoris": {}}
+        files = zip(result.denoisers, paths.values(), strict=True)
+        kind = OPTIONS[name]["type"]
+        lines = [line for component, path in files for line in lycoris_loading(component, str(path), kind)]
+        job = {"base": str(result.base), "arguments": result.arguments, "components": {}, "loras": [], "lycoris": []}
         jobs[checkpoint, "base"] = job
-        jobs[checkpoint, name] = job | {"lycoris": files}
+        jobs[checkpoint, name] = job | {"lycoris": lines}
     for number, job in enumerate(jobs.values()):
         job["out"] = str(folder / f"{number}.npy")
     (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))

@@ -1,4 +1,4 @@
-"""Two processes train what one does: every family, LoRA, LoKr, BOFT and full-rank, DDP and FSDP2, with and without recomputation.
+"""Two processes train what one does: every family by LoRA and full-rank, other adapters on one, DDP and FSDP2, with recomputation.
 
 Everything is trained once, in one pair of processes, and looked at by many tests.
 """
@@ -36,6 +36,8 @@ def fp32_cases(folder: Path) -> Iterator[Case]:
             yield replace(
                 case, adapter="boft", checkpointing=True
             )  # computes with the base's weights, which are sharded
+            yield replace(case, adapter="dylora", checkpointing=True)  # trains another block in each step
+            yield replace(case, adapter="ia3", checkpointing=True)
             yield replace(case, accumulation=2)
             yield replace(case, adapter="full", accumulation=2)
 
