@@ -11,6 +11,8 @@ per query. With adapters on `all` as well it is 1.14 to 1.32 times as much, in f
 from dataclasses import dataclass
 from typing import Literal
 
+from atelier_api.quantizations import QUANTIZATIONS, Quantization
+
 
 @dataclass(frozen=True)
 class Flavour:
@@ -24,6 +26,8 @@ class Flavour:
     parameters of the largest unit that is sharded as a whole, where the blocks differ; 0: they are all alike. `guidance` is what the
     stock pipeline does with a negative prompt: contrasts with it (`on`), does so only when it is given a guidance (`off`), or ignores
     it, as the checkpoint embeds its guidance (`distilled`). `frames` are those of a clip that an image-to-video checkpoint is shown.
+    `quantized_share` is the part of `parameters` that a quantised base keeps in few bits, rounded down;
+    tests/operator/planner/test_quantized_memory.py measures it.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Flavour:
     largest_block: int = 0
     guidance: Literal["on", "off", "distilled"] = "on"
     frames: tuple[Literal["first", "last"], ...] = ()
+    quantized_share: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ class FamilyFacts:
     component that takes a LoRA where the stock pipeline has no loader for one. `kohya`: LoRA files of ComfyUI and kohya-ss have
     names for its layers. `library` is the Python module that has the pipeline and the denoisers. `references` is how many reference
     pictures a sample may have beside its target: a family that takes some trains on pairs, and each sample needs at least one.
-    `reference_edge` is the edge of the square whose area they are scaled to, where that is not `data.resolution`.
+    `reference_edge` is the edge of the square whose area they are scaled to, where that is not `data.resolution`. `quantizations`
+    are the kinds that its frozen base may be kept in; `quantization_doubt` says why it has not all of them, or why none is advised.
     """
 
     name: str
@@ -78,6 +84,8 @@ class FamilyFacts:
     reference_edge: int | None = None
     lora_component: str | None = None
     library: str = "diffusers"
+    quantizations: tuple[Quantization, ...] = QUANTIZATIONS
+    quantization_doubt: str = ""
 
     def reference_resolution(self, resolution: int) -> int:
         """Edge in pixels of the square whose area references have in a run of `resolution`."""
