@@ -36,6 +36,7 @@ class StableDiffusionXL(Family):
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": (*ATTENTION, *MLP, "proj_in", "proj_out")}  # noqa: RUF012
     lora_layout = LAYOUT
     blocks = (Blocks("down_blocks", "maps"), Blocks("mid_block.attentions", "maps"), Blocks("up_blocks", "maps"))
+    unquantized = (r".*\.time_emb_proj",)
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [77, 2048] and `pooled` [1280].
