@@ -36,6 +36,7 @@ from atelier_runtime.observe.scratch import Scratch
 from atelier_runtime.parallel import Distributed
 from atelier_runtime.prompt_pictures import prompt_pictures
 from atelier_runtime.publishing import publish, write_report, write_result
+from atelier_runtime.quantization import load_format
 from atelier_runtime.reporter import Reporter
 from atelier_runtime.sampling import draw_samples, sample_key, store_samples
 from atelier_runtime.store import Store, open_store
@@ -176,9 +177,12 @@ def prepare(session: Session) -> Parts:
     """Data, network, state, resume."""
     run_file, family, distributed, reporter = session.run_file, session.family, session.distributed, session.reporter
     reporter.stage("Preparing", "reading the data")
-    prompt_pictures(run_file, family)  # a prompt that cannot be drawn is refused before anything is encoded
+    # What cannot be drawn, or loaded, is refused before anything is encoded.
+    prompt_pictures(run_file, family)
     if run_file.spec.validation.prompts:
         family.check_sampling(components.read_pipeline_config(run_file.model_folder))
+    if run_file.spec.model.quantization is not None:
+        load_format(run_file.spec.model.quantization)
     if distributed.rank == 0:
         session.store.put_bytes("run.json", run_file.model_dump_json(by_alias=True, indent=2).encode())
 

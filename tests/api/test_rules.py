@@ -1,10 +1,13 @@
 """What fields must be to each other and to the family: one row for each rule, refused and accepted."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from atelier_api.cel import spec_rules
 from atelier_api.families import FAMILIES
+from atelier_api.quantizations import Quantization
 from atelier_api.read import problems
 from atelier_api.rules import bucket_alignment, notes, processes_per_node, world_size
 from atelier_api.v1alpha1 import TrainingRun
@@ -133,6 +136,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a prediction that the sampler of a cosine does not know": (
         {"model": CASCADE, "objective__prediction": "v"},
         "spec.objective.prediction is 'v'; only for families with betas, and stable_cascade is of cosine",
+    ),
+    "a whole model with a quantised base": (
+        {"adapter": {"type": "full"}, "model__quantization": "int8"},
+        "spec.model.quantization is 'int8'; with adapter type full the base itself is trained, which needs it whole; "
+        "remove it, or set type lora",
     ),
     "processes beside GPUs": (
         {"parallelism__processesPerNode": 2},
@@ -344,6 +352,9 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "publish__formats": ["lycoris"],
     },
     "LoKr in bf16": {"adapter": {"type": "lokr"}, "hyperparameters__optimizer__type": "adamw-bf16"},
+    "a quantised base": {"model__quantization": "nf4"},
+    "a quantised base that is not recommended": {"model": SDXL | {"quantization": "int8"}},
+    "a rotation on a quantised base": {"adapter": {"type": "boft"}, "model__quantization": "fp8"},
     "DoRA for diffusers": {"adapter": {"type": "lora", "dora": True}, "publish__formats": ["diffusers"]},
     "a picture, without a flavour": {"model": WAN, "validation__prompts": SHOWN},
     "no picture, without a flavour": {"model": WAN, "validation__prompts": PROMPTS},
@@ -388,6 +399,35 @@ def test_kohya_of_a_whole_model_is_noted_where_something_else_is_published() -> 
     run = TrainingRun.model_validate(document(adapter={"type": "full"}))
     assert notes(run) == ["spec.publish.formats: kohya is left out; that layout does not hold an adapter of type full"]
     assert notes(TrainingRun.model_validate(document())) == []
+
+
+def test_a_quantised_base_that_is_not_recommended_is_noted_with_the_reason() -> None:
+    run = TrainingRun.model_validate(document(model=SDXL | {"quantization": "nf4"}))
+    assert notes(run) == [
+        "spec.model.quantization nf4 is not recommended for sdxl: its activations fill the memory rather than its weights, and "
+        "its convolutions stay as they are"
+    ]
+    assert notes(TrainingRun.model_validate(document(model=SDXL))) == []
+    assert notes(TrainingRun.model_validate(document(model__quantization="nf4"))) == []
+
+
+@pytest.mark.parametrize(
+    ("kinds", "sentence"),
+    [
+        ((), "spec.model.quantization is 'nf4'; the base of flux is not quantised: its weights need fp32"),
+        (("int8", "fp8"), "spec.model.quantization is 'nf4'; flux allows int8, fp8: its weights need fp32"),
+    ],
+)
+def test_kinds_that_a_family_does_not_have_are_refused_with_its_reason_here_and_by_the_cluster(
+    monkeypatch: pytest.MonkeyPatch, kinds: tuple[Quantization, ...], sentence: str
+) -> None:
+    facts = replace(FAMILIES["flux"], quantizations=kinds, quantization_doubt="its weights need fp32")
+    monkeypatch.setitem(FAMILIES, "flux", facts)
+    wanted = document(model__quantization="nf4")
+    assert [str(problem) for problem in problems(wanted)] == [sentence]
+    rules = {rule.rule: rule.message for rule in spec_rules() if rule.field == "model.quantization"}
+    assert any("of flux only" in message and "need fp32" in message for message in rules.values())
+    assert "'flux' || !has(self.model.quantization) || self.model.quantization in" in " ".join(rules)
 
 
 def test_layouts_that_cannot_hold_a_type_of_lycoris_lora_are_noted() -> None:
