@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from atelier_runtime.quantization import parameter_sizes
+
 
 @dataclass(frozen=True)
 class AdapterReport:
@@ -16,5 +18,5 @@ class AdapterReport:
 
 def report(denoiser: nn.Module, modules: dict[str, int]) -> AdapterReport:
     """The report on `denoiser` as it is now."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in denoiser.parameters()]
+    sizes = list(parameter_sizes(denoiser))
     return AdapterReport(sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes), modules)

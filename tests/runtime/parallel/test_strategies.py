@@ -1,4 +1,4 @@
-"""Two processes train what one does: every family, LoRA, LoKr, BOFT and full-rank, DDP and FSDP2, with and without recomputation.
+"""Two processes train what one does: every family and adapter, full-rank, quantised bases, DDP and FSDP2, with recompute or not.
 
 Everything is trained once, in one pair of processes, and looked at by many tests.
 """
@@ -38,6 +38,12 @@ def fp32_cases(folder: Path) -> Iterator[Case]:
             )  # computes with the base's weights, which are sharded
             yield replace(case, accumulation=2)
             yield replace(case, adapter="full", accumulation=2)
+            yield replace(case, quantization="int8")
+            yield replace(case, adapter="boft", quantization="int8")
+        if family in ("sd3", "wan"):
+            yield replace(case, quantization="nf4", checkpointing=True)
+        if family in ("sdxl", "flux"):
+            yield replace(case, quantization="fp8", checkpointing=True)
 
 
 def bf16_cases(folder: Path) -> Iterator[Case]:
@@ -46,6 +52,7 @@ def bf16_cases(folder: Path) -> Iterator[Case]:
         yield replace(case, optimizer=optimizer, checkpointing=True)
         yield replace(case, adapter="full", optimizer=optimizer)
         yield replace(case, adapter="lokr", optimizer=optimizer)
+    yield replace(case, quantization="nf4", checkpointing=True)
 
 
 def names(cases: Iterator[Case]) -> list[str]:
