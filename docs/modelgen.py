@@ -39,6 +39,7 @@ CLIP_RESOLUTION = 512
 FOLDERS = {"image": "pictures", "video": "clips", "audio": "sounds"}
 
 OBJECTIVES = {"flow": "flow matching", "diffusion": "diffusion (noise or v prediction)"}
+COSINE = "diffusion (noise prediction), on a cosine of a continuous time"
 GUIDANCE = {
     "on": "contrasts with the negative prompt",
     "off": "contrasts with it only when it is given a guidance",
@@ -52,6 +53,7 @@ def example(facts: FamilyFacts, flavour: Flavour) -> str:
     folder = FOLDERS[facts.modality]
     resolution = f"\n    resolution: {CLIP_RESOLUTION}" if facts.modality == "video" else ""
     references = ", references: [originals]" if facts.references else ""
+    precision = ", precision: fp32" if facts.needs_fp32 else ""
     return f"""\
 apiVersion: atelier.dev/v1alpha1
 kind: TrainingRun
@@ -61,7 +63,7 @@ spec:
   adapter: {{type: lora, rank: 16}}
   data:
     sources: [{{uri: {folder}{references}}}]{resolution}
-  hyperparameters: {{steps: 2000}}
+  hyperparameters: {{steps: 2000{precision}}}
 """
 
 
@@ -114,7 +116,9 @@ def page(facts: FamilyFacts) -> str:
             f"`{flavour.source}`",
             ("2 × " if flavour.experts == 2 else "") + _billions(flavour.parameters),
             _billions(flavour.encoder_parameters),
-            GUIDANCE[flavour.guidance],
+            GUIDANCE[flavour.guidance]
+            if facts.negative_prompts
+            else "is refused: it contrasts with what it has learnt",
         )
         for flavour in facts.flavours
     ]
@@ -138,7 +142,8 @@ def page(facts: FamilyFacts) -> str:
 
 def _rules(facts: FamilyFacts) -> Iterator[str]:
     shift = facts.shift if isinstance(facts.shift, str) else f"{facts.shift:g}"
-    yield f"* Objective: {OBJECTIVES[facts.objective]}; shift of the noise levels where the checkpoint names none: {shift}."
+    objective = COSINE if facts.noise_schedule == "cosine" else OBJECTIVES[facts.objective]
+    yield f"* Objective: {objective}; shift of the noise levels where the checkpoint names none: {shift}."
     if facts.sample_rate is not None:
         yield f"* Files are resampled to {facts.sample_rate} Hz on two channels; a latent is {facts.latent_factor} samples."
     else:
@@ -151,6 +156,14 @@ def _rules(facts: FamilyFacts) -> Iterator[str]:
     for flavour in facts.flavours:
         if flavour.frames:
             yield f"* `{flavour.name}` is shown the {' and the '.join(flavour.frames)} frame of each clip."
+    if facts.continues:
+        multiple, rest = facts.frame_rule or (1, 0)
+        what = f"{multiple}n + {rest}, is how many first frames of each clip it is shown"
+        yield f"* `spec.data.clip.shownFrames`, {what}: 1, or a clip to go on from."
+    if facts.sample_edge:
+        yield "* Samples have the aspect of their reference: a size that is asked for is refused."
+    if facts.needs_fp32:
+        yield f"* Trains in fp32 alone: {facts.needs_fp32}."
     yield f"* Text takes {facts.flavours[0].text_tokens} tokens of the attention."
 
 

@@ -122,11 +122,11 @@ def test_twenty_steps_a_kill_and_twenty_more_equal_forty(adapter: str, tmp_path:
     broken = tiny_run(
         tmp_path,
         name="broken",
-        pictures=48,
+        pictures=16,
         adapter=adapters[adapter],
         hyperparameters={
             "steps": 40,
-            "globalBatchSize": 48,
+            "globalBatchSize": 16,
             "microBatchSize": 2,
             "ema": {"decay": "0.9"},
             "optimizer": {"type": "adamw-bf16" if adapter == "lora" else "adamw"},

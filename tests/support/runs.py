@@ -115,6 +115,8 @@ def tiny_run(folder: Path, family: str = "sd3", *, pictures: int = 8, name: str 
     }
     if "type" in spec.get("adapter", {}):
         base["spec"]["adapter"] = {}  # another kind of adapter takes nothing over
+    if "audio" in spec.get("data", {}):
+        base["spec"]["data"] = {}  # sounds have no pixels
     return write_run(folder / "run.yaml", merged(base, {"spec": spec}))
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from atelier_api.errors import ConfigError
 from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents
+from atelier_runtime.family_parts.channels import standardised
 
 TEXT_TOKENS = 512
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of self- and cross-attention
@@ -90,11 +91,7 @@ class Cosmos2(Family):
     def encode_pixels(self, pipe: Any, pixels: Tensor) -> Latents:
         """Latents of [B, 3, H, W] pixels in [-1, 1]."""
         mode = pipe.vae.encode(pixels.unsqueeze(2).to(pipe.vae.dtype)).latent_dist.mode().squeeze(2)
-        mean, std = (
-            torch.tensor(values, device=mode.device, dtype=mode.dtype).view(1, -1, 1, 1)
-            for values in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
-        )
-        return Latents(mean=(mode - mean) / std * pipe.sigma_data)
+        return Latents(mean=standardised(pipe.vae, mode) * pipe.sigma_data)
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
         """Noise - clean, [B, 16, H, W]."""

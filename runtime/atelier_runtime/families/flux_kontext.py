@@ -2,7 +2,7 @@
 
 The reference enters as clean tokens behind the noisy ones, of the same time and in plane 1 of the positions: the pipeline knows no
 time 0 for it. It is resized as a whole to the nearest in aspect of 17 sizes of about a megapixel. Source: diffusers'
-`pipeline_flux_kontext.py`; all else is in `atelier_runtime.two_stream`.
+`pipeline_flux_kontext.py`; all else is in `atelier_runtime.family_parts.two_stream`.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from atelier_runtime.family import SampleRequest
-from atelier_runtime.two_stream import TwoStream
+from atelier_runtime.family_parts.two_stream import TwoStream
 
 PUBLISHED_EDGE = 1024
 """Edge of the square whose area the pipeline's sizes have."""

@@ -3,14 +3,14 @@
 Epsilon at the steps of the checkpoint's own noise schedule; the published one has 1,100. Text: the layer of ChatGLM before the last,
 projected by a layer of the UNet, and the last token of its last layer for the whole text. The padding stands before the text and there
 is no mask, so the length is part of the model: 256. Source: diffusers' `pipelines/kolors`; all else is in
-`atelier_runtime.text_time_unet`.
+`atelier_runtime.family_parts.text_time_unet`.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from atelier_runtime.family import Features, SampleRequest
-from atelier_runtime.text_time_unet import TextTimeUNet
+from atelier_runtime.family_parts.text_time_unet import TextTimeUNet
 
 
 class Kolors(TextTimeUNet):

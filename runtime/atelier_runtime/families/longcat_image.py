@@ -2,14 +2,14 @@
 
 Text: Qwen2.5-VL with an instruction around exactly 512 tokens of caption and padding, which are kept without a mask; what stands in
 quotes is tokenised letter by letter. Source: diffusers' `pipeline_longcat_image.py`; all else is in
-`atelier_runtime.longcat_image_parts`.
+`atelier_runtime.family_parts.longcat_image`.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from atelier_runtime.family import Features, SampleRequest
-from atelier_runtime.longcat_image_parts import LongCatImageNetwork
+from atelier_runtime.family_parts.longcat_image import LongCatImageNetwork
 
 
 class LongCatImage(LongCatImageNetwork):

@@ -5,7 +5,7 @@ the encoder's tokens of the picture, which are as many as its size asks for, and
 stands in quotes is tokenised letter by letter. The pipeline draws a megapixel in the aspect of the reference, whatever it is asked
 for, so target and reference are of one size. With transformers 5 it gives the encoder no rows and columns of the picture's tokens,
 only their order (diffusers issue 14194 for Qwen-Image-Edit): training sees the same embeddings. Source: diffusers'
-`pipeline_longcat_image_edit.py`; all else is in `atelier_runtime.longcat_image_parts`.
+`pipeline_longcat_image_edit.py`; all else is in `atelier_runtime.family_parts.longcat_image`.
 """
 
 import math
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from atelier_runtime.family import Conditions, Features, SampleRequest
-from atelier_runtime.longcat_image_parts import LongCatImageNetwork
+from atelier_runtime.family_parts.longcat_image import LongCatImageNetwork
 
 AREA = 1024 * 1024
 """Pixels of what the pipeline draws, and of the reference."""
@@ -32,7 +32,7 @@ class LongCatImageEdit(LongCatImageNetwork):
 
     def provided_components(self, folder: Path) -> dict[str, Any]:
         """The checkpoint's processor, whose class in transformers needs torchvision for clips."""
-        from atelier_runtime.vision_language import PictureReader
+        from atelier_runtime.family_parts.vision_language import PictureReader
 
         return {"text_processor": PictureReader.of(folder / "text_processor")}
 

@@ -1,9 +1,9 @@
 """LongCat-Video, text to video: flow matching on clips, with a network and a pipeline of our own, as diffusers has neither.
 
-All of it is in `atelier_runtime.longcat_video_parts`; the family that is shown frames of the clip is `longcat_video_edit`.
+All of it is in `atelier_runtime.family_parts.longcat_video`; the family that is shown frames of the clip is `longcat_video_edit`.
 """
 
-from atelier_runtime.longcat_video_parts import LongCatVideoNetwork
+from atelier_runtime.family_parts.longcat_video import LongCatVideoNetwork
 
 
 class LongCatVideo(LongCatVideoNetwork):

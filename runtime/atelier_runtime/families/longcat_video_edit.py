@@ -8,12 +8,12 @@ prediction is that from text alone. Source: `atelier_runtime/networks/longcat_vi
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from atelier_runtime.family import Conditions, Features, Frame, SampleRequest
-from atelier_runtime.longcat_video_parts import LongCatVideoNetwork
+from atelier_runtime.family_parts.longcat_video import LongCatVideoNetwork
+from atelier_runtime.family_parts.shown_frames import mask_of_the_rest, with_shown
 
 
 class LongCatVideoEdit(LongCatVideoNetwork):
@@ -32,21 +32,19 @@ class LongCatVideoEdit(LongCatVideoNetwork):
         """Noise - clean, [B, 16, F, H, W], of no meaning in the latents that are shown; `time` is [B]."""
         if conditions.frames is None:
             return super().predict(denoiser, noisy, time, conditions)
-        text, first = conditions.text, conditions.frames["first"].to(noisy.dtype)
-        clean = first.shape[2]
-        latents = torch.cat([first, noisy[:, :, clean:]], dim=2)
+        text, clean = conditions.text, conditions.frames["first"].shape[2]
         times = functional.pad(time[:, None].expand(-1, noisy.shape[2] - clean), (clean, 0))
         return -denoiser(
-            latents, times * 1000, text["embeds"], text["mask"], num_cond_latents=clean, return_dict=False
+            with_shown(noisy, conditions),
+            times * 1000,
+            text["embeds"],
+            text["mask"],
+            num_cond_latents=clean,
+            return_dict=False,
         )[0]
 
     def loss_mask(self, latents: Tensor, conditions: Conditions) -> Tensor | None:
-        """[1, 1, F, 1, 1], 0 for the latents that are shown."""
-        if conditions.frames is None:
-            return None
-        mask = latents.new_ones(1, 1, latents.shape[2], 1, 1)
-        mask[:, :, : conditions.frames["first"].shape[2]] = 0
-        return mask
+        return mask_of_the_rest(latents, conditions)
 
     def sampling_arguments(self, pipe: Any, request: SampleRequest) -> dict[str, Any]:
         arguments, pictures = super().sampling_arguments(pipe, request), request.pictures

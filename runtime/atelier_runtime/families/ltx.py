@@ -1,10 +1,10 @@
 """LTX Video 0.9.0 and 0.9.1, text to video: flow matching on clips in a latent space of high compression.
 
-All of it is in `atelier_runtime.ltx_parts`; the family that is shown the first frame is `ltx_i2v`. Checkpoints from 0.9.5 on sample
-with `LTXConditionPipeline`, whose positions in time are others: they are refused by that name.
+All of it is in `atelier_runtime.family_parts.ltx`; the family that is shown the first frame is `ltx_i2v`. Checkpoints from 0.9.5 on
+sample with `LTXConditionPipeline`, whose positions in time are others: they are refused by that name.
 """
 
-from atelier_runtime.ltx_parts import LTXNetwork
+from atelier_runtime.family_parts.ltx import LTXNetwork
 
 
 class LTX(LTXNetwork):

@@ -2,7 +2,7 @@
 
 It is the first latent, encoded alone and clean, and its tokens are at time 0; the loss is on the rest. Without a frame the prediction
 is that from text alone. The pipeline draws the latent of its picture from the posterior, of which the mean is trained here. Source:
-diffusers' `pipeline_ltx_image2video.py`; all else is in `atelier_runtime.ltx_parts`.
+diffusers' `pipeline_ltx_image2video.py`; all else is in `atelier_runtime.family_parts.ltx`.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
 from atelier_runtime.family import Conditions, Features, Frame, SampleRequest
-from atelier_runtime.ltx_parts import LTXNetwork
+from atelier_runtime.family_parts.ltx import LTXNetwork
+from atelier_runtime.family_parts.shown_frames import mask_of_the_rest, with_shown
 
 
 class LTXImageToVideo(LTXNetwork):
@@ -44,16 +45,10 @@ class LTXImageToVideo(LTXNetwork):
         in_a_frame = noisy.shape[-2] * noisy.shape[-1]
         times = time if time.ndim == 2 else time[:, None].expand(-1, noisy.shape[2] * in_a_frame)
         times = torch.cat([torch.zeros_like(times[:, :in_a_frame]), times[:, in_a_frame:]], dim=1)
-        latents = torch.cat([conditions.frames["first"].to(noisy.dtype), noisy[:, :, 1:]], dim=2)
-        return super().predict(denoiser, latents, times, replace(conditions, frames=None))
+        return super().predict(denoiser, with_shown(noisy, conditions), times, replace(conditions, frames=None))
 
     def loss_mask(self, latents: Tensor, conditions: Conditions) -> Tensor | None:
-        """[1, 1, F, 1, 1], 0 for the latent that is shown."""
-        if conditions.frames is None:
-            return None
-        mask = latents.new_ones(1, 1, latents.shape[2], 1, 1)
-        mask[:, :, 0] = 0
-        return mask
+        return mask_of_the_rest(latents, conditions)
 
     def sampling_arguments(self, pipe: Any, request: SampleRequest) -> dict[str, Any]:
         pictures = dict(zip(("image",), request.pictures, strict=False))

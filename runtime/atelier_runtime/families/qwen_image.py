@@ -1,7 +1,7 @@
 """Qwen-Image: a flow transformer of two streams, with true classifier-free guidance (arXiv:2508.02324).
 
 Text: Qwen2.5-VL after a template whose first 34 tokens are dropped, at most 512 tokens, of which a mask hides the padding. Source:
-diffusers' `pipeline_qwenimage.py`; all else is in `atelier_runtime.qwen_image_parts`.
+diffusers' `pipeline_qwenimage.py`; all else is in `atelier_runtime.family_parts.qwen_image`.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from atelier_runtime.family import Features, SampleRequest
-from atelier_runtime.qwen_image_parts import QwenImageNetwork
+from atelier_runtime.family_parts.qwen_image import QwenImageNetwork
 
 TEXT_TOKENS = 512  # what the pipeline keeps when it samples; `encode_prompt` alone would keep 1024
 

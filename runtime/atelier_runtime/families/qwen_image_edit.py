@@ -5,7 +5,7 @@ through Qwen2.5-VL, whose tokens of the picture stay in the text. The first chec
 same megapixel; those since 2509 take up to three, and show it 384 x 384 pixels of each, as "Picture 1", "Picture 2", …. The first 64
 tokens of the template are dropped, the caption is never cut. With transformers 5 the pipelines give the encoder no rows and columns
 of the picture's tokens, only their order (diffusers issue 14194): training sees the same embeddings. Source: diffusers'
-`pipeline_qwenimage_edit.py` and `pipeline_qwenimage_edit_plus.py`; all else is in `atelier_runtime.qwen_image_parts`.
+`pipeline_qwenimage_edit.py` and `pipeline_qwenimage_edit_plus.py`; all else is in `atelier_runtime.family_parts.qwen_image`.
 """
 
 import math
@@ -18,7 +18,7 @@ from PIL import Image
 
 from atelier_api.errors import ConfigError
 from atelier_runtime.family import Features, SampleRequest
-from atelier_runtime.qwen_image_parts import QwenImageNetwork
+from atelier_runtime.family_parts.qwen_image import QwenImageNetwork
 
 ONE_REFERENCE = "QwenImageEditPipeline"
 AREA = 1024 * 1024
@@ -35,7 +35,7 @@ class QwenImageEdit(QwenImageNetwork):
 
     def provided_components(self, folder: Path) -> dict[str, Any]:
         """The checkpoint's processor, whose class in transformers needs torchvision for clips."""
-        from atelier_runtime.vision_language import PictureReader
+        from atelier_runtime.family_parts.vision_language import PictureReader
 
         return {"processor": PictureReader.of(folder / "processor")}
 

@@ -2,15 +2,15 @@
 
 Latents [B, 4, H/8, W/8]. Text: the penultimate layers of two CLIP encoders side by side, 77 tokens, and the second one's pooled
 vector; sizes and crop of the picture are conditions as well. Source: diffusers' `pipeline_stable_diffusion_xl.py`; all else is in
-`atelier_runtime.text_time_unet`.
+`atelier_runtime.family_parts.text_time_unet`.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from atelier_runtime.family import Features
+from atelier_runtime.family_parts.text_time_unet import TextTimeUNet
 from atelier_runtime.lora_layout import LoraLayout, Rule
-from atelier_runtime.text_time_unet import TextTimeUNet
 
 LAYOUT = LoraLayout(
     architecture="stable-diffusion-xl-v1-base",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
 from atelier_runtime.family import Conditions, Features, Frame, SampleRequest, Stage, configuration
-from atelier_runtime.wan_parts import WanNetwork, require_a_clip
+from atelier_runtime.family_parts.wan import WanNetwork, require_a_clip
 
 FRAMES_OF_A_LATENT = 4  # after the first; the mask has a channel for each
 

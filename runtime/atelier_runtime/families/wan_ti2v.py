@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
 from atelier_runtime.family import Conditions, Features, Frame, SampleRequest, Stage, configuration
-from atelier_runtime.wan_parts import WanNetwork, require_a_clip
+from atelier_runtime.family_parts.shown_frames import mask_of_the_rest, with_shown
+from atelier_runtime.family_parts.wan import WanNetwork, require_a_clip
 
 
 class WanTI2V(WanNetwork):
@@ -46,18 +47,13 @@ class WanTI2V(WanNetwork):
         in_a_frame = (noisy.shape[-2] // height) * (noisy.shape[-1] // width)
         times = time if time.ndim == 2 else time[:, None].expand(-1, noisy.shape[2] * in_a_frame)
         if conditions.frames is not None:
-            noisy = torch.cat([conditions.frames["first"].to(noisy.dtype), noisy[:, :, 1:]], dim=2)
+            noisy = with_shown(noisy, conditions)
             times = torch.cat([torch.zeros_like(times[:, :in_a_frame]), times[:, in_a_frame:]], dim=1)
         embeds = conditions.text["embeds"].to(noisy.dtype)
         return denoiser(noisy, times * 1000, embeds, return_dict=False)[0]
 
     def loss_mask(self, latents: Tensor, conditions: Conditions) -> Tensor | None:
-        """[1, 1, F, 1, 1], 0 for the latent that is shown."""
-        if conditions.frames is None:
-            return None
-        mask = latents.new_ones(1, 1, latents.shape[2], 1, 1)
-        mask[:, :, 0] = 0
-        return mask
+        return mask_of_the_rest(latents, conditions)
 
     def sampling_arguments(self, pipe: Any, request: SampleRequest) -> dict[str, Any]:
         pictures = dict(zip(("image",), request.pictures, strict=False))

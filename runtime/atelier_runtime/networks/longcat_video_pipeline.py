@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from atelier_runtime.family_parts.channels import standardised, statistics
 from atelier_runtime.networks.longcat_video import LongCatVideoTransformer3DModel
 
 TEXT_TOKENS = 512
@@ -200,19 +201,10 @@ class LongCatVideoPipeline(DiffusionPipeline):
     def _encoded(self, pixels: Tensor) -> Tensor:
         """Latents of pixels [1, 3, F, H, W] in [-1, 1], normalised: the posterior's mode, as in training."""
         mode = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().float()
-        mean, std = self._statistics(mode)
-        return (mode - mean) / std
-
-    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the autoencoder's channels."""
-        mean, std = (
-            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
-            for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
-        )
-        return mean, std
+        return standardised(self.vae, mode)
 
     def _decoded(self, latents: Tensor, output_type: str) -> Any:
-        mean, std = self._statistics(latents)
+        mean, std = statistics(self.vae, latents)
         video = self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0]
         return self.video_processor.postprocess_video(video, output_type=output_type)
 

@@ -11,7 +11,7 @@ So a sharded denoiser may also be inside DDP, which then knows the replicated pa
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from atelier_api.run_file import ExecutionPlan
 from atelier_runtime.family import Family
@@ -54,7 +55,8 @@ def wrap(
     traffic; their gradients are summed in fp32. Collective.
     """
     if plan.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # before sharding: recomputation gathers weights again
+        enable: Any = denoiser.enable_gradient_checkpointing
+        enable(_recomputed)  # before sharding: recomputation gathers weights again
     if plan.strategy == "single":
         return denoiser
     if plan.strategy == "ddp":
@@ -103,6 +105,17 @@ def blocks_of(denoiser: nn.Module, family: Family) -> list[nn.Module]:
     for blocks in family.blocks:
         found.extend(_flatten(denoiser.get_submodule(blocks.attribute)))
     return found
+
+
+def _recomputed(block: Callable[..., Any], *arguments: Any) -> Any:
+    """The block's outputs; its activations are computed again in the backward pass.
+
+    FSDP2 makes views of what goes into a block in the forward pass alone. A view has another stride along a dimension of size 1, by
+    which torch chooses how it multiplies matrices and so what it saves, and recomputation that saves something else is an error.
+    What is a view already has the same strides both times.
+    """
+    views = [a.view_as(a) if isinstance(a, Tensor) and a.requires_grad else a for a in arguments]
+    return checkpoint(block, *views, use_reentrant=False)
 
 
 def _flatten(module: nn.Module) -> Iterator[nn.Module]:

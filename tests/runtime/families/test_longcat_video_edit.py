@@ -227,6 +227,6 @@ def test_a_clip_too_short_to_continue_is_refused(tmp_path: Path) -> None:
 def test_the_report_says_how_to_draw_from_a_picture_and_from_a_clip(tmp_path: Path) -> None:
     last = {shown: usage(run_over(tmp_path, shown), FAMILY, [LORA]).splitlines()[-1] for shown in (1, 5)}
     assert last == {
-        1: 'export_to_video(pipe("your prompt", image=load_image("image.png"))[0][0], "clip.mp4", fps=15)',
-        5: 'export_to_video(pipe("your prompt", video=load_video("start.mp4"), num_cond_frames=5)[0][0], "clip.mp4", fps=15)',
+        1: 'export_to_video(pipe(prompt="your prompt", image=load_image("image.png"))[0][0], "clip.mp4", fps=15)',
+        5: 'export_to_video(pipe(prompt="your prompt", video=load_video("start.mp4"), num_cond_frames=5)[0][0], "clip.mp4", fps=15)',
     }

@@ -22,7 +22,7 @@ from atelier_runtime.checkpoint.export import export_lora
 from atelier_runtime.data import build_dataset
 from atelier_runtime.families import get_family
 from atelier_runtime.families.qwen_image_edit import QwenImageEdit
-from atelier_runtime.vision_language import PictureReader
+from atelier_runtime.family_parts.vision_language import PictureReader
 from export_runs import PROVENANCE, trained
 from family_cases import PROMPTS, RESOLUTION, Case, make_case, record, sampling_arguments, walk
 from family_models import save_tiny

@@ -21,7 +21,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from atelier_runtime.vision_language import PictureReader
+from atelier_runtime.family_parts.vision_language import PictureReader
 
 Module = TypeVar("Module", bound=nn.Module)
 TEXT_TOKENS = 16

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from atelier_api.errors import ConfigError
 from atelier_runtime.family import Blocks, Family, Features, Latents
+from atelier_runtime.family_parts.channels import standardised
 from atelier_runtime.lora_layout import LoraLayout, plain
 
 TEXT_TOKENS = 512  # what the pipeline pads to when it samples; `encode_prompt` alone would take 226
@@ -58,11 +59,7 @@ class WanNetwork(Family):
     def encode_pixels(self, pipe: Any, pixels: Tensor) -> Latents:
         """Latents of [B, 3, F, H, W] pixels in [-1, 1]."""
         mode = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
-        mean, std = (
-            torch.tensor(values, device=mode.device, dtype=mode.dtype).view(1, -1, 1, 1, 1)
-            for values in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
-        )
-        return Latents(mean=(mode - mean) / std)
+        return Latents(mean=standardised(pipe.vae, mode))
 
 
 def require_a_clip(pixels: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atelier_runtime.family import Blocks, Conditions, Family, Latents, SampleRequest
+from atelier_runtime.family_parts.channels import standardised
 from atelier_runtime.lora_layout import LoraLayout, Rule
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -48,11 +49,7 @@ class QwenImageNetwork(Family):
     def encode_pixels(self, pipe: Any, pixels: Tensor) -> Latents:
         """Latents of [B, 3, H, W] pixels in [-1, 1], each a clip of one frame to the autoencoder."""
         mode = pipe.vae.encode(pixels.unsqueeze(2).to(pipe.vae.dtype)).latent_dist.mode().squeeze(2)
-        mean, std = (
-            torch.tensor(values, device=mode.device, dtype=mode.dtype).view(1, -1, 1, 1)
-            for values in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
-        )
-        return Latents(mean=(mode - mean) / std)
+        return Latents(mean=standardised(pipe.vae, mode))
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
         """Noise - clean of the noisy tokens, [B, 16, H, W]; what comes out behind them, in the references' place, is cut off."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents
+from atelier_runtime.family_parts.channels import standardised
 
 TEXT_TOKENS = 512
 ATTENTION = ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj")
@@ -44,11 +45,7 @@ class LongCatVideoNetwork(Family):
     def encode_pixels(self, pipe: Any, pixels: Tensor) -> Latents:
         """Latents of [B, 3, F, H, W] pixels in [-1, 1]."""
         mode = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
-        mean, std = (
-            torch.tensor(values, device=mode.device, dtype=mode.dtype).view(1, -1, 1, 1, 1)
-            for values in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
-        )
-        return Latents(mean=(mode - mean) / std)
+        return Latents(mean=standardised(pipe.vae, mode))
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
         """Noise - clean, [B, 16, F, H, W], with one time for all frames."""
