@@ -11,7 +11,7 @@ import typer
 from atelier_cli import terminal
 
 if TYPE_CHECKING:
-    from atelier_api.v1alpha1 import TrainingRun
+    from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
     from atelier_api.v1alpha1.adapter import Adapter
     from atelier_operator.planner.memory import ModelFacts
     from atelier_operator.planner.strategy import Fit, Machine
@@ -86,6 +86,7 @@ def _document(run: TrainingRun, model: ModelFacts, machine: Machine, fit: Fit) -
         "model": model.origin,
         "adapter": run.spec.adapter.type,
         "trainedParameters": trained_parameters(run.spec, model),
+        "quantization": run.spec.model.quantization,
         "device": machine.device,
         "strategy": choice.strategy,
         "nodes": run.spec.parallelism.nodes,
@@ -122,6 +123,7 @@ def _table(run: TrainingRun, model: ModelFacts, machine: Machine, fit: Fit) -> N
     terminal.facts(
         [
             ("model", model.origin),
+            ("base", base_text(run.spec)),
             ("adapter", f"{adapter_text(run.spec.adapter)}, {trained}"),
             ("strategy", f"{STRATEGIES[choice.strategy]}, {processes(choice.processes)} on the {device}"),
             ("batch", batch),
@@ -138,6 +140,15 @@ def _table(run: TrainingRun, model: ModelFacts, machine: Machine, fit: Fit) -> N
     terminal.table(("MEMORY", "PREDICTED"), rows, right=(1,))
     if fit.limit is not None:
         terminal.say("fits" if fit.fits else "does not fit")
+
+
+def base_text(spec: TrainingRunSpec) -> str:
+    """`frozen, nf4`."""
+    from atelier_api.v1alpha1.adapter import FullAdapter
+
+    if isinstance(spec.adapter, FullAdapter):
+        return "trained"
+    return f"frozen, {spec.model.quantization or spec.hyperparameters.precision}"
 
 
 def processes(count: int) -> str:

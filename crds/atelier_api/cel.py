@@ -16,6 +16,7 @@ from atelier_api.family_rules import COARSE_ALIGNMENT, FINE_BELOW
 from atelier_api.fields import MISSING
 from atelier_api.layouts import LAYOUTS, LYCORIS
 from atelier_api.options import ONLY, Only, node_at
+from atelier_api.quantizations import QUANTIZATIONS
 from atelier_api.rules import HUB_URI, S3_URI, SCHEME
 from atelier_api.v1alpha1.profile import EQUAL, NFS_PATH, ONE_KIND, VOLUME_KINDS
 from atelier_api.v1alpha1.validation import PICTURE_FIELDS
@@ -96,6 +97,11 @@ def _plain_rules() -> Iterator[CelRule]:
         "self.adapter.type != 'full' || self.hyperparameters.optimizer.type != 'adamw-bf16' || "
         "self.hyperparameters.precision != 'fp32'",
         "with adapter type full, adamw-bf16 needs precision bf16",
+    )
+    yield CelRule(
+        "model.quantization",
+        "!has(self.model.quantization) || self.adapter.type != 'full'",
+        "with adapter type full the base itself is trained; remove it, or set type lora",
     )
     for layouts in dict.fromkeys(LAYOUTS.values()):
         kinds = [kind for kind, held in LAYOUTS.items() if held == layouts]
@@ -213,6 +219,7 @@ def _family_rules() -> Iterator[CelRule]:
         "self.publish.formats.exists(format, format == 'diffusers')",
         "kohya has no names for the layers of this family; must hold diffusers",
     )
+    yield from _quantization_rules()
     yield from _negative_prompt_rules()
     yield from _picture_rules()
     yield from _reference_rules()
@@ -243,6 +250,23 @@ def _family_rules() -> Iterator[CelRule]:
         f"self.data.clip.shownFrames == 1 || self.model.family in {continuing}",
         "this family continues no clips",
     )
+
+
+def _quantization_rules() -> Iterator[CelRule]:
+    """The families whose base may not be kept in every kind."""
+    for name, facts in FAMILIES.items():
+        if facts.quantizations == QUANTIZATIONS:
+            continue
+        possible = facts.quantizations
+        allowed = "!has(self.model.quantization)"
+        if possible:
+            allowed += f" || self.model.quantization in {_literal(list(possible))}"
+        way = f"{name} allows {', '.join(possible)}" if possible else f"the base of {name} is not quantised"
+        yield CelRule(
+            "model.quantization",
+            f"self.model.family != '{name}' || {allowed}",
+            f"{way}: {facts.quantization_doubt}",
+        )
 
 
 def _negative_prompt_rules() -> Iterator[CelRule]:

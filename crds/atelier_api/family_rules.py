@@ -168,6 +168,14 @@ def _references(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
             yield refused(path, given, f"must name {number} {what}{'' if most == 1 else 's'} for {facts.name}")
 
 
+def _quantizable(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
+    kind, possible = spec.model.quantization, facts.quantizations
+    if kind is None or kind in possible:
+        return
+    way = f"{facts.name} allows {', '.join(possible)}" if possible else f"the base of {facts.name} is not quantised"
+    yield refused("spec.model.quantization", kind, f"{way}: {facts.quantization_doubt}")
+
+
 def _guidance_of(spec: TrainingRunSpec, facts: FamilyFacts) -> str:
     name = spec.model.flavour or facts.flavours[0].name
     return next((flavour.guidance for flavour in facts.flavours if flavour.name == name), "on")
@@ -189,4 +197,5 @@ FAMILY_RULES: tuple[Callable[[TrainingRunSpec, FamilyFacts], Iterator[Problem]],
     _references,
     _lyrics,
     _kohya,
+    _quantizable,
 )

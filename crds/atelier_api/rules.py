@@ -4,9 +4,9 @@ What CEL can see is in the CRD as well (`cel`); a test holds the two together.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from atelier_api.families import FAMILIES
+from atelier_api.families import FAMILIES, FamilyFacts
 from atelier_api.family_rules import FAMILY_RULES
 from atelier_api.layouts import LAYOUTS, written
 from atelier_api.options import unused
@@ -38,8 +38,12 @@ def broken(run: TrainingRun) -> list[Problem]:
 
 
 def notes(run: TrainingRun) -> list[str]:
-    """What the run asks for and will not get, without being wrong: one sentence each."""
+    """What the run asks for and will not get, or had better not, without being wrong: one sentence each."""
     facts, kind, formats = FAMILIES.get(run.spec.model.family), run.spec.adapter.type, run.spec.publish.formats
+    return [*_format_notes(kind, formats, facts), *_quantization_notes(run.spec, facts)]
+
+
+def _format_notes(kind: str, formats: Sequence[str], facts: FamilyFacts | None) -> list[str]:
     # Of a LoRA, `lycoris` goes without saying: it is in the default, and nobody waits for it.
     left_out = [layout for layout in formats if layout not in written(kind, formats) and layout != "lycoris"]
     if left_out and kind != "lora":
@@ -48,6 +52,13 @@ def notes(run: TrainingRun) -> list[str]:
     if kind == "lora" and "kohya" in formats and facts is not None and not facts.kohya:
         return [f"spec.publish.formats: kohya is left out; that layout has no names for the layers of {facts.name}"]
     return []
+
+
+def _quantization_notes(spec: TrainingRunSpec, facts: FamilyFacts | None) -> list[str]:
+    quantization = spec.model.quantization
+    if quantization is None or facts is None or not facts.quantization_doubt:
+        return []
+    return [f"spec.model.quantization {quantization} is not recommended for {facts.name}: {facts.quantization_doubt}"]
 
 
 def unknown_family(document: object) -> Iterator[Problem]:
@@ -188,6 +199,12 @@ def _precision(spec: TrainingRunSpec) -> Iterator[Problem]:
         yield refused("spec.hyperparameters.optimizer.type", numbers.optimizer.type, allowed)
 
 
+def _quantization(spec: TrainingRunSpec) -> Iterator[Problem]:
+    if spec.model.quantization is not None and isinstance(spec.adapter, FullAdapter):
+        allowed = "with adapter type full the base itself is trained, which needs it whole; remove it, or set type lora"
+        yield refused("spec.model.quantization", spec.model.quantization, allowed)
+
+
 def _processes(spec: TrainingRunSpec) -> Iterator[Problem]:
     parallelism = spec.parallelism
     if parallelism.processes_per_node is not None and parallelism.gpus_per_node > 0:
@@ -226,6 +243,7 @@ RULES: tuple[Callable[[TrainingRunSpec], Iterator[Problem]], ...] = (
     _schedule,
     _lengths,
     _precision,
+    _quantization,
     _processes,
     _publish,
 )

@@ -14,6 +14,7 @@ from atelier_runtime import adapters, components, parallel
 from atelier_runtime.checkpoint.export import check_formats
 from atelier_runtime.family import Family, Stage
 from atelier_runtime.parallel import Distributed
+from atelier_runtime.quantization import quantize
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +38,18 @@ class Denoisers:
         base_dtype, trained_dtype = _dtypes(hyperparameters.precision, hyperparameters.optimizer.type, adapter.type)
         compute_dtype = torch.bfloat16 if hyperparameters.precision == "bf16" else None
         # Sharding moves block by block to the device: the whole model may not fit there, which is why it is sharded.
-        loading_device = torch.device("cpu") if run_file.plan.strategy == "fsdp2" else distributed.device
+        device = torch.device("cpu") if run_file.plan.strategy == "fsdp2" else distributed.device
+        quantization = run_file.spec.model.quantization
         names = components.denoiser_names(family, run_file.model_folder)
         models: dict[str, nn.Module] = {}
         wrapped: dict[str, nn.Module] = {}
         draws: dict[str, adapters.Draw] = {}
         for name in names:
+            # A base that is to be quantised goes to the device layer by layer, packed: as a whole it may not fit there either.
+            loading_device = device if quantization is None else torch.device("cpu")
             model = components.load_denoiser(run_file.model_folder, name, base_dtype, loading_device)
+            if quantization is not None:
+                quantize(model, quantization, family, distributed.device, home=device)
             if adapter.type == "lora":
                 check_formats(run_file, family, adapters.resolve_targets(model, adapter.targets, family))
             torch.manual_seed(hyperparameters.seed)

@@ -143,6 +143,8 @@ class Family(ABC):
     blocks: ClassVar[tuple[Blocks, ...]]
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
     """Regular expressions over parameter names that no gradient reaches: frozen in full-rank training."""
+    unquantized: ClassVar[tuple[str, ...]] = ()
+    """Regular expressions over names of linear layers in the blocks that a quantised base keeps in full precision."""
     text_sees_references: ClassVar[bool] = False
     """Whether the text encoder looks at the reference pictures: text features then belong to a caption and its references together."""
     shares: ClassVar[bool] = False

@@ -85,6 +85,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": CASCADE, "objective__prediction": "v"},
         "spec.objective.prediction is 'v'; only for families with betas, and stable_cascade is of cosine",
     ),
+    "a whole model with a quantised base": (
+        {"adapter": {"type": "full"}, "model__quantization": "int8"},
+        "spec.model.quantization is 'int8'; with adapter type full the base itself is trained, which needs it whole; "
+        "remove it, or set type lora",
+    ),
     "processes beside GPUs": (
         {"parallelism__processesPerNode": 2},
         "spec.parallelism.processesPerNode is 2; only for gpusPerNode 0, which is 1",
@@ -227,6 +232,8 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     },
     "(IA)³ in bf16": {"adapter": {"type": "ia3"}, "hyperparameters__optimizer__type": "adamw-bf16"},
     "LoKr in bf16": {"adapter": {"type": "lokr"}, "hyperparameters__optimizer__type": "adamw-bf16"},
+    "a quantised base": {"model__quantization": "nf4"},
+    "a rotation on a quantised base": {"adapter": {"type": "boft"}, "model__quantization": "fp8"},
     "DoRA for diffusers": {"adapter": {"type": "lora", "dora": True}, "publish__formats": ["diffusers"]},
     "a model in a bucket": {"model__source": "s3://models/flux/"},
     "regular expressions": {"adapter__targets": [r"transformer_blocks\.\d+\.attn\.to_[qkv]"]},

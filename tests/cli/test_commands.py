@@ -1,6 +1,7 @@
 """The commands that train nothing."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,7 @@ def test_plan_shows_the_strategy_and_the_memory_by_part(local_run: LocalRun) -> 
     assert result.exit_code == 0
     for text in (
         "LoRA of rank 4, alpha 8, on attention, about 0.0 million parameters",
+        "frozen, fp32",
         "DDP, 2 processes on the CPU",
         "base weights",
         "optimizer",
@@ -144,6 +146,27 @@ def test_plan_shows_the_strategy_and_the_memory_by_part(local_run: LocalRun) -> 
 )
 def test_plan_shows_the_adapter(local_run: LocalRun, adapter: str, text: str) -> None:
     assert text in invoke("plan", str(local_run.path), "--set", f"adapter={adapter}").stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ([], "frozen, fp32"),
+        (["model.quantization=int8"], "frozen, int8"),
+        (["model.quantization=nf4"], "frozen, nf4"),
+        (["adapter={type: full}"], "trained"),
+    ],
+)
+def test_plan_shows_how_the_base_is_kept(local_run: LocalRun, changes: list[str], text: str) -> None:
+    arguments = [argument for change in changes for argument in ("--set", change)]
+    shown = invoke("plan", str(local_run.path), *arguments).stdout
+    assert re.findall(r"^ *base {2,}(.+?) *$", shown, re.MULTILINE) == [text]
+
+
+def test_a_quantised_base_is_in_the_plan_as_json_and_takes_less(local_run: LocalRun) -> None:
+    whole, packed = _plan(local_run), _plan(local_run, "model.quantization=nf4")
+    assert (whole["quantization"], packed["quantization"]) == (None, "nf4")
+    assert packed["memory"]["train"]["base_weights"] < whole["memory"]["train"]["base_weights"]
 
 
 def _plan(local_run: LocalRun, *changes: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from atelier_runtime.adapters import install, trainable
 from atelier_runtime.checkpoint.exported_file import Provenance
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Family, SampleRequest
+from atelier_runtime.quantization import quantize
 from family_models import FAMILY_OF, save_tiny
 from stock_loader import draw
 
@@ -70,6 +71,8 @@ class Trained:
         models = {}
         for index, name in enumerate(components.denoiser_names(self.family, self.base)):
             model = components.load_denoiser(self.base, name, torch.float32, torch.device("cpu"))
+            if self.file.spec.model.quantization is not None:
+                quantize(model, self.file.spec.model.quantization, self.family, torch.device("cpu"))
             install(model, self.file.spec.adapter, self.family)
             scale = 0.02 if self.file.spec.adapter.type == "full" else 0.2
             generator = torch.Generator().manual_seed(index)

@@ -221,6 +221,12 @@ def _mend(sound: Document, path: str) -> None:
         spec.setdefault("publish", {})["formats"] = [LAYOUTS[spec.get("adapter", {}).get("type", "lora")][0]]
     elif path == "spec.hyperparameters.precision":
         spec["hyperparameters"]["precision"] = "fp32"
+    elif path == "spec.data.clip.shownFrames":
+        clip, validation = spec["data"].get("clip", {}), spec.get("validation", {})
+        clip.pop("shownFrames", None)
+        for block in (clip, validation):
+            if block.get("frames") == 1:  # of which none is left to be shown
+                del block["frames"]
     elif path == "spec.model.source":
         spec["model"]["source"] = "base"
     else:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atelier_api.quantizations import Quantization
 from atelier_api.run_file import ExecutionPlan
 from atelier_api.v1alpha1.adapter import (
     BoftAdapter,
@@ -27,6 +28,7 @@ from atelier_runtime.family import Conditions, Family, Features
 from atelier_runtime.objectives import build_objective
 from atelier_runtime.optimizers import Ema, build_optimizer, clip_gradients
 from atelier_runtime.parallel.wrap import blocks_of
+from atelier_runtime.quantization import quantize
 from atelier_runtime.trainer import ADAPTER_SLOT, sample_generator
 from family_cases import Case as FamilyCase
 
@@ -76,11 +78,13 @@ class Case:
     optimizer: str = "adamw"
     checkpointing: bool = False
     accumulation: int = 1
+    quantization: Quantization | None = None
 
     @property
     def name(self) -> str:
         recompute = "recompute" if self.checkpointing else "keep"
-        return f"{self.family} {self.adapter} {self.precision} {self.optimizer} {recompute} x{self.accumulation}"
+        base = f" {self.quantization}" if self.quantization else ""
+        return f"{self.family} {self.adapter} {self.precision} {self.optimizer} {recompute} x{self.accumulation}{base}"
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,8 @@ def _build(
     frozen_dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     base_dtype = trained_dtype if case.adapter == "full" else frozen_dtype
     model = components.load_denoiser(case.folder, family.denoisers[0], base_dtype, distributed.device)
+    if case.quantization is not None:
+        quantize(model, case.quantization, family, distributed.device)
     torch.manual_seed(3 + distributed.rank)  # ranks draw different adapters: those of rank 0 must win
     draw = adapters.install(model, ADAPTERS[case.adapter], family, dtype=trained_dtype).draw
     compute = torch.bfloat16 if case.precision == "bf16" else None

@@ -18,6 +18,7 @@ _BASE = Flavour(
     encoder_parameters=1_204_146_176,
     vae_parameters=168_695_426,
     activation_bytes_per_token=93_000,
+    quantized_share=0.95,
 )
 _XL_BASE = replace(
     _BASE,
@@ -28,6 +29,7 @@ _XL_BASE = replace(
     width=2560,
     mlp_width=9728,
     activation_bytes_per_token=142_000,
+    quantized_share=0.97,
 )
 
 FACTS = FamilyFacts(

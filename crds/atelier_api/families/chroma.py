@@ -16,6 +16,7 @@ _BASE = Flavour(
     vae_parameters=83_819_683,
     activation_bytes_per_token=120_000,  # of which 9 thousand are the mask, one for each block
     largest_block=226_548_224,
+    quantized_share=0.96,
 )
 
 FACTS = FamilyFacts(

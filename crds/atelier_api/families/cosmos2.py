@@ -44,4 +44,5 @@ FACTS = FamilyFacts(
     pipelines=("Cosmos2TextToImagePipeline",),
     lora_component="transformer",
     kohya=False,
+    quantization_doubt="trainers that offer it advise against it",
 )

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from atelier_api.quantizations import QUANTIZATIONS, Quantization
+
 
 @dataclass(frozen=True)
 class Flavour:
@@ -26,6 +28,9 @@ class Flavour:
     parameters of the largest unit that is sharded as a whole, where the blocks differ; 0: they are all alike. `guidance` is what the
     stock pipeline does with a negative prompt: contrasts with it (`on`), does so only when it is given a guidance (`off`), or ignores
     it, as the checkpoint embeds its guidance (`distilled`). `frames` are those of a clip that an image-to-video checkpoint is shown.
+    `quantized_share` is the part of `parameters` that a quantised base keeps in few bits, at most 0.02 too little; `fp32_share` is the
+    part that the network's class keeps in fp32 whatever the precision, 0 below 0.01. tests/operator/planner/test_quantized_memory.py
+    measures both.
     """
 
     name: str
@@ -42,6 +47,8 @@ class Flavour:
     largest_block: int = 0
     guidance: Literal["on", "off", "distilled"] = "on"
     frames: tuple[Literal["first", "last"], ...] = ()
+    quantized_share: float = 0.98
+    fp32_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,8 @@ class FamilyFacts:
     `sample_rate` is in samples per second, of a family of sounds; its `latent_factor` is in samples, its `patch` in latents.
     `own_shift`: the stock pipeline shifts its noise levels by `shift` itself, whatever the checkpoint's scheduler says.
     `negative_prompts`: what it contrasts with can be written; else it is something learnt. `sample_edge` is
-    that of what the stock pipeline draws, in the aspect of the reference and as large, where it takes no size.
+    that of what the stock pipeline draws, in the aspect of the reference and as large, where it takes no size. `quantizations`
+    are the kinds that its frozen base may be kept in; `quantization_doubt` says why it has not all of them, or why none is advised.
     """
 
     name: str
@@ -96,6 +104,8 @@ class FamilyFacts:
     autoencoder: tuple[str, ...] = ("vae",)
     noise_schedule: Literal["betas", "cosine"] = "betas"
     needs_fp32: str = ""
+    quantizations: tuple[Quantization, ...] = QUANTIZATIONS
+    quantization_doubt: str = ""
 
     def reference_resolution(self, resolution: int) -> int:
         """Edge in pixels of the square whose area references have in a run of `resolution`."""

@@ -17,6 +17,7 @@ _DEV = Flavour(
     activation_bytes_per_token=319_000,
     largest_block=981_467_648,
     guidance="distilled",
+    quantized_share=0.97,
 )
 
 FACTS = FamilyFacts(
@@ -44,6 +45,7 @@ FACTS = FamilyFacts(
             activation_bytes_per_token=212_000,
             largest_block=436_208_128,
             guidance="on",
+            quantized_share=0.96,
         ),
         replace(
             _DEV,
@@ -57,6 +59,7 @@ FACTS = FamilyFacts(
             activation_bytes_per_token=159_000,
             largest_block=245_367_296,
             guidance="on",
+            quantized_share=0.94,
         ),
     ),
     pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),

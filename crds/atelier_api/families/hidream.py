@@ -16,6 +16,7 @@ _FULL = Flavour(
     vae_parameters=83_819_683,
     activation_bytes_per_token=195_000,
     largest_block=424_089_600,
+    quantized_share=0.96,
 )
 
 FACTS = FamilyFacts(

@@ -16,6 +16,8 @@ _SFT = Flavour(
     vae_parameters=83_819_683,
     activation_bytes_per_token=127_000,
     largest_block=116_698_112,
+    quantized_share=0.89,
+    fp32_share=0.102,
 )
 
 FACTS = FamilyFacts(

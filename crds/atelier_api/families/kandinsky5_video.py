@@ -16,6 +16,8 @@ _LITE = Flavour(
     vae_parameters=246_478_803,
     activation_bytes_per_token=94_000,
     largest_block=59_668_480,
+    quantized_share=0.85,
+    fp32_share=0.139,
 )
 _PRO = Flavour(
     name="t2v-pro-sft-5s",
@@ -29,6 +31,8 @@ _PRO = Flavour(
     vae_parameters=246_478_803,
     activation_bytes_per_token=213_000,
     largest_block=306_254_336,
+    quantized_share=0.87,
+    fp32_share=0.124,
 )
 
 FACTS = FamilyFacts(

@@ -27,9 +27,11 @@ FACTS = FamilyFacts(
             vae_parameters=83_653_863,
             activation_bytes_per_token=88_000,
             largest_block=1_206_568_960,
+            quantized_share=0.85,
         ),
     ),
     pipelines=("KolorsPipeline",),
+    quantization_doubt="its activations fill the memory rather than its weights, and its convolutions stay as they are",
     backward_blocks=5,  # that of Stable Diffusion XL, which has the same blocks
     kohya=False,
 )

@@ -25,6 +25,7 @@ FACTS = FamilyFacts(
             encoder_parameters=5_680_910_336,
             vae_parameters=126_892_531,
             activation_bytes_per_token=260_000,
+            quantized_share=0.95,
         ),
     ),
     frame_rule=(4, 1),

@@ -25,6 +25,7 @@ FACTS = FamilyFacts(
             encoder_parameters=4_762_310_656,
             vae_parameters=419_193_649,
             activation_bytes_per_token=113_000,
+            quantized_share=0.97,
         ),
     ),
     frame_rule=(8, 1),

@@ -25,6 +25,7 @@ FACTS = FamilyFacts(
             encoder_parameters=0,  # the denoiser reads the tokens itself
             vae_parameters=83_653_863,
             activation_bytes_per_token=136_000,
+            quantized_share=0.96,
         ),
     ),
     pipelines=("OmniGenPipeline",),

@@ -15,6 +15,7 @@ _XL = Flavour(
     encoder_parameters=4_762_310_656,
     vae_parameters=83_653_863,
     activation_bytes_per_token=44_000,
+    quantized_share=0.97,
 )
 
 FACTS = FamilyFacts(

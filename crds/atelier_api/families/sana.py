@@ -15,6 +15,7 @@ _LARGE = Flavour(
     encoder_parameters=2_614_341_888,
     vae_parameters=312_250_275,
     activation_bytes_per_token=175_000,
+    quantized_share=0.5,  # the rest are convolutions, as its feed-forward is
 )
 _MEDIUM = replace(
     _LARGE,

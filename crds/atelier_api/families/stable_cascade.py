@@ -47,6 +47,8 @@ FACTS = FamilyFacts(
     autoencoder=("effnet", "decoder", "vqgan"),
     noise_schedule="cosine",
     needs_fp32="its time is rounded to the precision of the weights and then multiplied by 10000, and bf16 has 8 bits",
+    quantizations=(),
+    quantization_doubt="it trains in fp32 throughout, and no trainer that has it quantises it",
     kohya=False,
     lora_component="prior",
 )

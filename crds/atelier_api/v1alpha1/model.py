@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from atelier_api.quantizations import Quantization
 from atelier_api.v1alpha1.base import Block
 from atelier_api.v1alpha1.references import SecretRef
 
@@ -27,4 +28,8 @@ class ModelSpec(Block):
         default=None,
         description="Branch, tag or commit of a hub repository; a commit is never another model tomorrow. Default: main.",
         max_length=128,
+    )
+    quantization: Quantization | None = Field(
+        default=None,
+        description="Keep the frozen base in 8 or 4 bits below an adapter: its linear layers are quantised when it is loaded, and take part in full precision. Saves memory, not time. `int8` and `fp8` (e4m3) have a scale for each row, `nf4` one for each 64 weights. Default: `hyperparameters.precision`.",
     )

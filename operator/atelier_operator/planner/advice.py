@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
+from atelier_api.families import FamilyFacts
 from atelier_api.family_rules import bucket_alignment
+from atelier_api.quantizations import Quantization
 from atelier_api.read import problems, validated
 from atelier_api.rules import processes_per_node
 from atelier_api.v1alpha1 import TrainingRun
@@ -112,6 +114,8 @@ def _levers(run: TrainingRun, model: ModelFacts, machine: Machine) -> Iterator[l
         yield [{"spec.hyperparameters.optimizer.type": "adamw-bf16"}]
     if numbers.ema is not None:
         yield [{"spec.hyperparameters.ema": None}]
+    if not model.family.quantization_doubt:
+        yield [{"spec.model.quantization": kind} for kind in _smaller_kinds(spec.model.quantization, model.family)]
     if isinstance(spec.adapter, LoraAdapter | LohaAdapter | LoconAdapter):
         yield [{"spec.adapter.rank": rank} for rank in _halvings(spec.adapter.rank) if rank >= SMALLEST_RANK]
     if not isinstance(spec.adapter, LoraAdapter):
@@ -139,6 +143,16 @@ def _more_gpus(run: TrainingRun, machine: Machine) -> Iterator[Changes]:
         if batch % unit:
             changes["spec.hyperparameters.globalBatchSize"] = -(-batch // unit) * unit
         yield changes
+
+
+def _smaller_kinds(kind: Quantization | None, family: FamilyFacts) -> list[Quantization]:
+    """Kinds of a quantised base that take less memory, the mildest of each size."""
+    smaller: dict[Quantization | None, tuple[Quantization, ...]] = {
+        None: ("int8", "nf4"),
+        "int8": ("nf4",),
+        "fp8": ("nf4",),
+    }
+    return [other for other in smaller.get(kind, ()) if other in family.quantizations]
 
 
 def _fewer_frames(run: TrainingRun, model: ModelFacts) -> Iterator[Changes]:

@@ -4,15 +4,18 @@ A run has phases with different residents: *encode* (text encoders and autoencod
 *sample* (the stock pipeline beside the training state, when there are prompts). The peak is the largest of them.
 
 Bytes per trained weight are those of the runtime: `adamw` keeps weight, gradient and two moments in fp32 (16), and autocast holds
-a bf16 copy of full-rank weights (2 more); `adamw-bf16` keeps all four in bf16 (8). The moving average is fp32 (4).
+a bf16 copy of full-rank weights (2 more); `adamw-bf16` keeps all four in bf16 (8). The moving average is fp32 (4). A frozen base
+takes the precision's bytes, or, quantised, those of its kind (`atelier_api.quantizations`) for its layers in the blocks.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 from atelier_api.families import FAMILIES, FamilyFacts, Flavour
 from atelier_api.family_rules import bucket_alignment
+from atelier_api.quantizations import packed_bytes, unpacked_bytes
 from atelier_api.v1alpha1 import TrainingRunSpec
 from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter, LycorisAdapter
 from atelier_api.v1alpha1.model import ModelSpec
@@ -74,6 +77,8 @@ class ModelFacts:
     activation_bytes_per_token: int
     largest_block: int
     experts: int = 1
+    quantized_share: float = 0.98
+    fp32_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes on one device while training. `copies` are unsharded blocks of FSDP2, or bf16 copies of fp32 weights."""
+    """Bytes on one device while training.
+
+    `copies` are unsharded blocks of FSDP2, bf16 copies of fp32 weights, or the layer of a quantised base that is unpacked.
+    """
 
     base_weights: int
     trained_weights: int
@@ -139,6 +147,8 @@ def flavour_facts(family: FamilyFacts, flavour: Flavour) -> ModelFacts:
         activation_bytes_per_token=flavour.activation_bytes_per_token,
         largest_block=flavour.largest_block or -(-flavour.parameters // flavour.layers),
         experts=flavour.experts,
+        quantized_share=flavour.quantized_share,
+        fp32_share=flavour.fp32_share,
     )
 
 
@@ -215,15 +225,21 @@ def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, devic
     trained_shards = shards if full else 1
     compute_bytes = _precision_bytes(spec)
     copies = 0
-    if sharded:
-        # In full-rank training the gradient of a block is whole, in fp32, until it has been summed over the processes.
-        copies = model.largest_block * (GATHERED_BLOCKS * compute_bytes + (trained_bytes if full else 0))
+    if sharded and not full:
+        copies = GATHERED_BLOCKS * _frozen_bytes(spec, model, model.largest_block)
+    elif sharded:
+        # The gradient of a block is whole, in fp32, until it has been summed over the processes.
+        copies = model.largest_block * (GATHERED_BLOCKS * compute_bytes + trained_bytes)
     elif full and trained_bytes > compute_bytes:
         copies = model.parameters * compute_bytes
+    if spec.model.quantization is not None:
+        # The largest layer: of attention and feed-forward in one, or of what modulates two streams.
+        largest = model.width * max(3 * model.width + 2 * model.mlp_width, 12 * model.width)
+        copies += largest * unpacked_bytes(spec.model.quantization, compute_bytes)
     # Of several experts one is trained in a step, and gradients are freed after it; but DDP's buckets stay, one set per expert.
     gradient_sets = 1 if choice.strategy == "single" or (sharded and full) else model.experts
     return Parts(
-        base_weights=0 if full else _share(model.experts * model.parameters * compute_bytes, shards),
+        base_weights=0 if full else _share(model.experts * _frozen_bytes(spec, model, model.parameters), shards),
         trained_weights=_share(model.experts * trained * trained_bytes, trained_shards),
         gradients=_share(gradient_sets * trained * trained_bytes, trained_shards),
         optimizer=_share(model.experts * trained * 2 * trained_bytes, trained_shards),
@@ -232,6 +248,17 @@ def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, devic
         activations=_activations(spec, model, choice),
         overhead=FIXED_OVERHEAD[device],
     )
+
+
+def _frozen_bytes(spec: TrainingRunSpec, model: ModelFacts, parameters: int) -> int:
+    """Bytes of so many parameters of the denoiser as they are kept when frozen."""
+    kind, precision_bytes = spec.model.quantization, _precision_bytes(spec)
+    in_fp32 = math.ceil(parameters * model.fp32_share) * (4 - precision_bytes)  # what they take beyond the others
+    if kind is None:
+        return parameters * precision_bytes + in_fp32
+    packed = int(parameters * model.quantized_share)
+    rate = packed_bytes(kind, model.width, model.width) / model.width**2
+    return math.ceil(packed * rate) + (parameters - packed) * precision_bytes + in_fp32
 
 
 def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> int:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from atelier_runtime.quantization import parameter_sizes
+
 Draw = Callable[[torch.Generator], None]
 """Draws what an adapter draws once for a whole step, from the step's own generator."""
 
@@ -25,5 +27,5 @@ class AdapterReport:
 
 def report(denoiser: nn.Module, modules: dict[str, int], draw: Draw | None = None) -> AdapterReport:
     """The report on `denoiser` as it is now."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in denoiser.parameters()]
+    sizes = list(parameter_sizes(denoiser))
     return AdapterReport(sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes), modules, draw)

@@ -103,6 +103,7 @@ def details_of(run_file: RunFile, family: Family, component: str, provenance: Pr
         "atelier.base_revision": spec.model.revision,
         "atelier.step": provenance.step,
         "atelier.precision": spec.hyperparameters.precision,
+        "atelier.quantization": spec.model.quantization,
         "atelier.trigger": spec.data.captions.trigger,
         "atelier.adapter": adapter.type,
     }

@@ -28,6 +28,7 @@ class UNet(Family):
     denoisers = ("unet",)
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": (*ATTENTION, *MLP, "proj_in", "proj_out")}  # noqa: RUF012
     blocks = (Blocks("down_blocks", "maps"), Blocks("mid_block.attentions", "maps"), Blocks("up_blocks", "maps"))
+    unquantized = (r".*\.time_emb_proj",)
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
         """Epsilon or v, [B, 4, H/8, W/8]."""

@@ -127,7 +127,9 @@ def _flatten(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _trains_adapter(denoiser: nn.Module) -> bool:
-    """Whether few of the weights are trained. Otherwise the model itself is, perhaps but for a few dead layers."""
+    """Whether few of the weights are trained, or they are packed. Otherwise the model itself is, perhaps but for a few dead layers."""
+    if not all(p.is_floating_point() for p in denoiser.parameters()):
+        return True  # packed weights: fewer numbers than the weights that they stand for
     sizes = [(p.numel(), p.requires_grad) for p in denoiser.parameters()]
     return sum(size for size, trained in sizes if trained) < sum(size for size, _ in sizes) / 2
 

@@ -29,7 +29,8 @@ def refused(of: TrainingRun, machine: Machine) -> str:
 def test_a_refusal_says_what_is_needed_what_there_is_where_to_change_it_and_what_would_fit() -> None:
     assert re.fullmatch(
         r"flux dev does not fit: needs [\d.]+ GiB, the device has 22\.6 usable of 24 \(spec\.parallelism\.deviceMemory\); "
-        r"would fit: spec\.parallelism\.gpusPerNode 2 with spec\.hyperparameters\.globalBatchSize 2 \([\d.]+ GiB\)",
+        r"would fit: spec\.parallelism\.gpusPerNode 2 with spec\.hyperparameters\.globalBatchSize 2 \([\d.]+ GiB\), "
+        r"or spec\.model\.quantization int8 \([\d.]+ GiB\)",
         refused(run(), gpu(24)),
     )
 

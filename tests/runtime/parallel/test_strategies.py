@@ -1,4 +1,4 @@
-"""Two processes train what one does: every family by LoRA and full-rank, other adapters on one, DDP and FSDP2, with recomputation.
+"""Two processes train what one does: every family by LoRA and full-rank, other adapters and quantised bases on some; DDP and FSDP2.
 
 Everything is trained once, in one pair of processes, and looked at by many tests.
 """
@@ -40,6 +40,12 @@ def fp32_cases(folder: Path) -> Iterator[Case]:
             yield replace(case, adapter="ia3", checkpointing=True)
             yield replace(case, accumulation=2)
             yield replace(case, adapter="full", accumulation=2)
+            yield replace(case, quantization="int8")
+            yield replace(case, adapter="boft", quantization="int8")
+        if family in ("sd3", "wan"):
+            yield replace(case, quantization="nf4", checkpointing=True)
+        if family in ("sdxl", "flux"):
+            yield replace(case, quantization="fp8", checkpointing=True)
 
 
 def bf16_cases(folder: Path) -> Iterator[Case]:
@@ -48,6 +54,7 @@ def bf16_cases(folder: Path) -> Iterator[Case]:
         yield replace(case, optimizer=optimizer, checkpointing=True)
         yield replace(case, adapter="full", optimizer=optimizer)
         yield replace(case, adapter="lokr", optimizer=optimizer)
+    yield replace(case, quantization="nf4", checkpointing=True)
 
 
 def names(cases: Iterator[Case]) -> list[str]:
