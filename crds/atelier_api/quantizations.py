@@ -27,8 +27,8 @@ def packed_bytes(kind: Quantization, outputs: int, inputs: int) -> int:
         return weights + outputs * SCALE_BYTES
     blocks = -(-weights // NF4_BLOCK)
     rows = -(-blocks // NF4_SCALES_BLOCK)
-    # Two weights a byte, rows of scales with one of their own each, and the mean of the scales; the last block and row are filled up.
-    return blocks * NF4_BLOCK // 2 + rows * (NF4_SCALES_BLOCK + SCALE_BYTES) + SCALE_BYTES
+    # Two weights a byte in whole blocks, a byte for each scale, the scales of the scales, and their mean.
+    return blocks * (NF4_BLOCK // 2 + 1) + rows * SCALE_BYTES + SCALE_BYTES
 
 
 def unpacked_bytes(kind: Quantization, weight_bytes: int) -> int:

@@ -67,13 +67,14 @@ class Nf4(Format):
         packed = INT8.pack(_rows((scales - mean).flatten(), NF4_SCALES_BLOCK))
         return {
             "values": torch.cat([_bytes(*piece) for piece in pieces]),
-            "scales": packed["values"],
+            "scales": packed["values"].flatten()[: len(blocks)],  # FSDP2 splits along the first dimension
             "scale_of_scales": packed["scale"],
             "mean_of_scales": mean.reshape(1),
         }
 
     def unpack(self, packed: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        values, scales = packed["values"], packed["scales"].float().mul_(packed["scale_of_scales"])
+        values = packed["values"]
+        scales = _rows(packed["scales"], NF4_SCALES_BLOCK) * packed["scale_of_scales"]
         scales = scales.flatten()[: len(values), None] + packed["mean_of_scales"]
         pairs = functional.embedding(values.int(), _pairs(values.device, dtype))
         return pairs.view(-1, NF4_BLOCK).mul_(scales).flatten()[: shape[0] * shape[1]].view(shape)

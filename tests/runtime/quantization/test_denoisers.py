@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from atelier_api.families import FAMILIES
 from atelier_api.quantizations import QUANTIZATIONS, Quantization
-from atelier_api.v1alpha1.adapter import Adapter, BoftAdapter, LohaAdapter, LokrAdapter, LoraAdapter
+from atelier_api.v1alpha1.adapter import (
+    Adapter,
+    BoftAdapter,
+    DiagOftAdapter,
+    DyloraAdapter,
+    Ia3Adapter,
+    LoconAdapter,
+    LohaAdapter,
+    LokrAdapter,
+    LoraAdapter,
+)
 from atelier_runtime.adapters import install, trainable
 from atelier_runtime.family import Conditions
 from family_cases import CASES, PROMPTS, Case, make_case
@@ -27,10 +37,14 @@ LORA = LoraAdapter(rank=4, targets=["all"])
 OTHERS: dict[str, Adapter] = {
     "lokr": LokrAdapter(type="lokr", factor=4, targets=["all"]),
     "dora": LoraAdapter(rank=4, targets=["all"], dora=True),
+    "locon": LoconAdapter(type="locon", rank=4, targets=["all"]),
     "loha": LohaAdapter(type="loha", rank=4, dora=True, targets=["all"]),
+    "diag-oft": DiagOftAdapter(type="diag-oft", block_size=16, targets=["all"]),
     "boft": BoftAdapter(type="boft", block_size=16, targets=["all"]),
+    "dylora": DyloraAdapter(type="dylora", rank=4, rank_block=2, targets=["all"]),
+    "ia3": Ia3Adapter(type="ia3", targets=["all"], input_targets=["mlp"]),
 }
-"""The first is added to the output of a layer, the others compute the changed weight."""
+"""Some are added to the output of a layer, some compute the changed weight (with DoRA, of rotations)."""
 PAIRS = [
     pytest.param((name, kind), marks=[] if name in FEW else pytest.mark.sweep, id=f"{name}-{kind}")
     for name in CASES
