@@ -18,10 +18,12 @@ from atelier_api.errors import ConfigError, DivergedError
 from atelier_api.families import FAMILIES
 from atelier_api.run_file import RunFile
 from atelier_runtime import launch, parallel
+from atelier_runtime.family import Stage
 from atelier_runtime.observe.failure import read_failures
 from atelier_runtime.observe.scratch import Scratch
 from atelier_runtime.reporter import History
 from atelier_runtime.train_state import TrainState
+from atelier_runtime.trainer import Trainer
 from family_models import save_tiny
 from run_files import run_file
 from runs import write_digits
@@ -191,3 +193,21 @@ def test_three_pictures_and_a_batch_of_four_train_every_picture_once_an_epoch(tm
     assert batch.total_weight == 3
     assert len(batch.slots) == 4
     assert torch.equal(parts.dataset.load(batch.slots, step=5, epoch=5).weights, torch.tensor([1.0, 1.0, 1.0, 0.0]))
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_loss_of_a_run_does_not_count_on_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a clip that is drawn from its first frame, whatever is predicted for that frame."""
+    plan = resolved(tmp_path, "wan_ti2v", "lora", "fp32")
+    parts = launch.prepare(launch.open_session(plan, parallel.start(plan.plan), launch.StopFlag()))
+    parts.checkpointer.close()
+    trainer, order, predict = Trainer(parts, lambda: False), parts.dataset.order, parts.family.predict
+    batch = parts.dataset.load(order.batch(0).slots, step=0, epoch=0)
+    loss = trainer._loss(parts.denoisers.wrapped["transformer"], batch, 0, Stage("transformer"))
+
+    def wrong_where_shown(*given: Any) -> torch.Tensor:
+        return torch.cat([torch.full_like(given[1][:, :, :1], 100.0), predict(*given)[:, :, 1:]], dim=2)
+
+    monkeypatch.setattr(type(parts.family), "predict", lambda _, *given: wrong_where_shown(*given))
+    assert torch.equal(trainer._loss(parts.denoisers.wrapped["transformer"], batch, 0, Stage("transformer")), loss)
+    assert loss < 100

@@ -1,5 +1,6 @@
 """HunyuanVideo 1.5: two encoders with lengths of their own, guidance in a guider, channels for a picture, and what is refused."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 
 from atelier_api.errors import ConfigError
+from atelier_runtime import components
 from atelier_runtime.data.cache import Cache, ShardWriter
 from atelier_runtime.families import get_family
 from family_cases import PROMPTS, Case, make_case, record, sampling_arguments
@@ -173,3 +175,12 @@ def test_clips_are_encoded_one_by_one(case: Case) -> None:
     assert torch.equal(together.mean, torch.cat([clip.mean for clip in alone]))
     assert together.std is not None
     assert together.std.shape == together.mean.shape
+
+
+def test_a_checkpoint_that_draws_from_a_picture_is_refused_and_not_trained_on_zeros_in_its_place(
+    tmp_path: Path,
+) -> None:
+    index = {"_class_name": "HunyuanVideo15ImageToVideoPipeline", "transformer": ["diffusers", "any"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="which trains checkpoints of HunyuanVideo15Pipeline, but the one in"):
+        components.denoiser_names(FAMILY, tmp_path)

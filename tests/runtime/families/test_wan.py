@@ -257,3 +257,13 @@ def test_the_cache_keeps_what_each_checkpoint_is_shown(tmp_path: Path) -> None:
     assert both.frames["image"].shape[:2] == (1, 2)
     assert not torch.equal(first.frames["latents"], both.frames["latents"])
     assert torch.equal(first.frames["image"], both.frames["image"][:, :1])
+
+
+@pytest.mark.parametrize("frames", [5, 13])
+@torch.no_grad()
+def test_clips_have_4n_plus_1_frames_at_16_a_second_and_need_not_have_8n_plus_1_at_15(pipe: Any, frames: int) -> None:
+    """None is lost on the way through the autoencoder."""
+    assert (FAMILY.facts.frame_rule, FAMILY.facts.frame_rate) == ((4, 1), 16.0)
+    latents = FAMILY.encode_pixels(pipe, torch.zeros(1, 3, frames, 16, 16)).mean
+    assert latents.shape[2] == (frames - 1) // 4 + 1
+    assert pipe.vae.decode(latents).sample.shape[2] == frames
