@@ -227,6 +227,9 @@ def _mend(sound: Document, path: str) -> None:
         for block in (clip, validation):
             if block.get("frames") == 1:  # of which none is left to be shown
                 del block["frames"]
+    elif path == "spec.data.audio.minSeconds":
+        for field in ("minSeconds", "maxSeconds"):  # the default of one may not fit the other
+            spec["data"]["audio"].pop(field, None)
     elif path == "spec.model.source":
         spec["model"]["source"] = "base"
     else:
