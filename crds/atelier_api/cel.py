@@ -103,6 +103,11 @@ def _plain_rules() -> Iterator[CelRule]:
         "!has(self.model.quantization) || self.adapter.type != 'full'",
         "with adapter type full the base itself is trained; remove it, or set type lora",
     )
+    yield from _format_rules()
+
+
+def _format_rules() -> Iterator[CelRule]:
+    """The layouts that hold an adapter."""
     for layouts in dict.fromkeys(LAYOUTS.values()):
         kinds = [kind for kind, held in LAYOUTS.items() if held == layouts]
         yield CelRule(
@@ -226,6 +231,11 @@ def _family_rules() -> Iterator[CelRule]:
     sung = _literal([name for name, facts in FAMILIES.items() if facts.modality == "audio"])
     silent = "self.validation.prompts.all(prompt, !has(prompt.lyrics))"
     yield CelRule("validation.prompts", f"self.model.family in {sung} || {silent}", "lyrics are for audio families")
+    yield from _frame_rules()
+
+
+def _frame_rules() -> Iterator[CelRule]:
+    """How many frames a clip has, and how many of them are shown."""
     for name, facts in FAMILIES.items():
         if facts.frame_rule is None:
             continue
