@@ -29,6 +29,7 @@ NAMES = (
     "qwen_image_edit",
     "longcat_image_edit",
     "stable_cascade",
+    "ace_step_v1",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}
