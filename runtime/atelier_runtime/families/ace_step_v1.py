@@ -1,10 +1,10 @@
 """ACE-Step v1, text to music: flow matching on latents of a spectrogram, with attention to a caption and to lyrics.
 
-Latents [B, 8, 16, T], 10.8 columns a second at 44.1 kHz, of diffusers' deep compression autoencoder over the log-mel spectrograms of both
-sides; outside the network, channels and rows are one axis of 128. Time 0..1000 at the network's door. Text: UMT5, at most 256 tokens;
-lyrics as tokens of a vocabulary of their own, which the network encodes itself; no voice, as the published weights know none. A dropped
-caption is one token of zeros without lyrics, which guidance contrasts with. The network normalises over the whole length, so each sample
-of a batch runs alone, at its own. Source: `atelier_runtime/networks/ace_step_v1_pipeline.py`.
+Latents [B, 8, 16, T], 10.8 columns a second at 44.1 kHz, of diffusers' deep compression autoencoder over the log-mel spectrograms of
+both sides; outside the network, channels and rows are one axis of 128. Time 0..1000 at the network's door. Text: UMT5, at most 256
+tokens; lyrics as tokens of a vocabulary of their own, which the network encodes itself; no voice, as the published weights know none.
+A dropped caption is one token of zeros without lyrics, which guidance contrasts with. The network normalises over the whole length, so
+each sample of a batch runs alone, at its own. Source: `atelier_runtime/networks/ace_step_v1_pipeline.py`.
 """
 
 from collections.abc import Sequence

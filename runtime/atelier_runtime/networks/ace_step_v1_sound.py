@@ -2,8 +2,8 @@
 
 A waveform becomes two spectrograms, one for each side, which the deep compression autoencoder of Sana takes as a picture with two
 channels. Back, the vocoder makes a waveform of each. All of it computes in fp32 whatever the run's precision: it is small, and the
-spectrum of what is quiet is lost in bf16. Module names are those of the published checkpoint, of which docs/models/ace-step-v1.md has a
-table. Facts: https://github.com/ace-step/ACE-Step (Apache-2.0), arXiv:2010.05646 (HiFi-GAN), arXiv:2201.03545 (ConvNeXt).
+spectrum of what is quiet is lost in bf16. Module names are those of the published checkpoint, see docs/models/ace-step-v1.md.
+Facts: https://github.com/ace-step/ACE-Step (Apache-2.0), arXiv:2010.05646 (HiFi-GAN), arXiv:2201.03545 (ConvNeXt).
 
 Letters in shapes: B batch, M mel bands, F frames of a spectrogram, N samples of a waveform.
 """

@@ -38,8 +38,8 @@ def marked(line: str, language: str) -> str:
     for name, characters in REFUSED.items():
         if characters.search(line):
             raise ValueError(
-                f"the lyrics have the line {line[:40]!r} in {name}, which ACE-Step v1 is told in Latin letters by a tool that is not here; "
-                "leave the line out, or write it in Latin letters"
+                f"the lyrics have the line {line[:40]!r} in {name}, which ACE-Step v1 is told in Latin letters by a "
+                "tool that is not here; leave the line out, or write it in Latin letters"
             )
     if SECTION.match(line):
         language = "en"
