@@ -63,12 +63,12 @@ def mlp_widths_of(model: nn.Module) -> set[int]:
     """Inputs of the layers that feed-forwards and Flux's fused single blocks end with."""
     ends = (
         *(".net.2", ".w2", ".feed_forward.out_layer", ".conv_point", ".out_projection"),
-        *(".linear_out", ".feed_forward.linear_2", ".down_proj", ".channelwise.4"),
+        *(".linear_out", ".feed_forward.linear_2", ".down_proj", ".channelwise.4", ".point_conv.conv"),
     )
     return {
         module.weight.shape[1]
         for name, module in model.named_modules()
-        if name.endswith(ends) and isinstance(module, nn.Linear | nn.Conv2d)
+        if name.endswith(ends) and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
     }
 
 

@@ -4,8 +4,8 @@ Two things are imitated, since they happen on a GPU only: autocast to bf16 with 
 keeps queries, keys, values, output and one fp32 number per query; the kernels that take a mask keep it too, as an addend in bf16.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -67,6 +67,16 @@ class CudaAutocast(TorchFunctionMode):
     def __init__(self, low: torch.dtype) -> None:
         super().__init__()
         self._low = low
+        self._on = True
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Nothing is cast, as in layers that switch autocast off."""
+        before, self._on = self._on, False
+        try:
+            yield
+        finally:
+            self._on = before
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -85,7 +95,7 @@ class CudaAutocast(TorchFunctionMode):
             mask = inputs.get("attn_mask")
             return FlashAttention.apply(query, key, value, None if mask is None else mask.to(self._low))
         dtype = self._low if function in IN_BF16 else torch.float32 if function in IN_FP32 else None
-        if dtype is not None:
+        if dtype is not None and self._on:
             args = tuple(cast(argument, dtype) for argument in args)
             kwargs = {key: cast(argument, dtype) for key, argument in kwargs.items()}
         return function(*args, **kwargs)
@@ -115,9 +125,15 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor], low: torch.dtyp
             kept[storage._cdata] = storage  # held on to, so that no later storage gets its number
         return tensor
 
+    mode = CudaAutocast(low)
+
+    def switched(*_: Any, enabled: bool = True, **__: Any) -> AbstractContextManager[None]:
+        return nullcontext() if enabled else mode.off()
+
     # Layers that switch autocast off for a few lines ask torch for that of their device, and there is none for meta.
-    no_autocast = mock.patch.object(torch, "autocast", return_value=nullcontext())
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), CudaAutocast(low), no_autocast:
+    known = mock.patch.object(torch.amp, "is_autocast_available", return_value=True)
+    asked = mock.patch.object(torch, "autocast", switched)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), mode, known, asked:
         output = forward()
     assert output.requires_grad
     return sum(storage.nbytes() for storage in kept.values())

@@ -30,6 +30,7 @@ NAMES = (
     "longcat_image_edit",
     "stable_cascade",
     "sd15",
+    "ace_step_v1",
 )
 
 FAMILIES: dict[str, FamilyFacts] = {name: import_module(f"{__name__}.{name}").FACTS for name in NAMES}

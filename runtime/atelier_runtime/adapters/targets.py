@@ -15,7 +15,8 @@ def resolve_targets(denoiser: nn.Module, targets: Sequence[str], family: Family)
     """Full names of the linear layers that `targets` name, in the order of the model, without the family's dead modules.
 
     A target is a preset of the family or a regular expression over whole module names. Raises ConfigError where one of them
-    matches nothing: a typo beside a good target would otherwise go unseen. A convolution with a kernel of one pixel is linear, too.
+    matches nothing: a typo beside a good target would otherwise go unseen. A convolution with a kernel of one pixel or sample is linear,
+    too.
     """
     names = [name for name, module in denoiser.named_modules() if _is_linear(module)]
     dead = set(family.dead_modules(denoiser))
@@ -29,7 +30,7 @@ def resolve_targets(denoiser: nn.Module, targets: Sequence[str], family: Family)
 
 
 def _is_linear(module: nn.Module) -> bool:
-    pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+    pointwise = isinstance(module, nn.Conv1d | nn.Conv2d) and set(module.kernel_size) == {1} and module.groups == 1
     return pointwise or isinstance(module, nn.Linear)
 
 

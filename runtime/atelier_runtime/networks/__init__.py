@@ -9,23 +9,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from atelier_runtime.networks.ace_step_v1 import ACEStepTransformer2DModel
+    from atelier_runtime.networks.ace_step_v1_pipeline import ACEStepPipeline, GranularEulerScheduler
+    from atelier_runtime.networks.ace_step_v1_sound import ADaMoSHiFiGANV1, MusicDCAE
     from atelier_runtime.networks.longcat_video import LongCatVideoTransformer3DModel
     from atelier_runtime.networks.longcat_video_pipeline import LongCatVideoPipeline
     from atelier_runtime.networks.stable_cascade_encoder import EfficientNetEncoder
     from atelier_runtime.networks.stable_cascade_pipeline import StableCascadePipeline, StableCascadeUNet
 
 __all__ = [
+    "ACEStepPipeline",
+    "ACEStepTransformer2DModel",
+    "ADaMoSHiFiGANV1",
     "EfficientNetEncoder",
+    "GranularEulerScheduler",
     "LongCatVideoPipeline",
     "LongCatVideoTransformer3DModel",
+    "MusicDCAE",
     "StableCascadePipeline",
     "StableCascadeUNet",
 ]
 
 _MODULES = {
+    "ACEStepPipeline": "ace_step_v1_pipeline",
+    "ACEStepTransformer2DModel": "ace_step_v1",
+    "ADaMoSHiFiGANV1": "ace_step_v1_sound",
     "EfficientNetEncoder": "stable_cascade_encoder",
+    "GranularEulerScheduler": "ace_step_v1_pipeline",
     "LongCatVideoPipeline": "longcat_video_pipeline",
     "LongCatVideoTransformer3DModel": "longcat_video",
+    "MusicDCAE": "ace_step_v1_sound",
     "StableCascadePipeline": "stable_cascade_pipeline",
     "StableCascadeUNet": "stable_cascade_pipeline",
 }

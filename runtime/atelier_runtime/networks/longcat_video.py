@@ -11,7 +11,6 @@ Letters in shapes: B batch, F latent frames, H and W latent rows and columns, N 
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -22,6 +21,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 from torch.nn import functional
+
+from atelier_runtime.networks.attention import attended, split_heads, without_autocast
 
 ROTARY_BASE = 10_000.0
 EPSILON = 1e-6
@@ -277,25 +278,6 @@ class Fp32Linear(nn.Linear):
     def forward(self, inputs: Tensor) -> Tensor:
         with without_autocast(inputs.device.type):
             return functional.linear(inputs.float(), self.weight.float(), self.bias.float())
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[None]:
-    """Autocast off. The meta device, on which sizes are measured, has none."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def split_heads(tokens: Tensor, heads: int) -> Tensor:
-    """[B, N, C] to [B, heads, N, C / heads]."""
-    return torch.unflatten(tokens, -1, (heads, -1)).transpose(1, 2)
-
-
-def attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of [B, heads, N, D] to [B, heads, L, D], heads joined again: [B, N, C]."""
-    # Norms with weights in fp32 leave query and key in it, where autocast has made the value bf16.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def modulated(norm: nn.Module, hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
