@@ -21,6 +21,7 @@ from torch import nn
 
 from atelier_api.errors import ConfigError
 from atelier_runtime import networks
+from atelier_runtime.control import CONTROL_NETWORK
 from atelier_runtime.family import Family, Frame
 
 _LASTING = {None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
@@ -109,7 +110,10 @@ def load_pipeline(
     *,
     denoisers: Mapping[str, nn.Module],
 ) -> Any:
-    """The stock pipeline around `denoisers`, which are used as they are: neither moved nor cast, nor their mode changed."""
+    """The stock pipeline around `denoisers`, which are used as they are: neither moved nor cast, nor their mode changed.
+
+    With a control network among them it is the one that samples with such.
+    """
     training = {name: module.training for name, module in denoisers.items()}
     pipe = _load_around(denoisers, family, folder, dtype=dtype, device=device)
     for name, module in denoisers.items():
@@ -127,7 +131,8 @@ def _load_around(
     with _whole(folder):
         given |= family.provided_components(Path(folder))
     given |= denoisers
-    pipeline = class_named(family.pipeline_of(config))
+    controlled = family.control if CONTROL_NETWORK in denoisers else None
+    pipeline = class_named(controlled.pipeline if controlled else family.pipeline_of(config))
     _check_whole(pipeline, {*config, *given}, folder)
     with _whole(folder):
         pipe = pipeline.from_pretrained(str(folder), dtype=dtype, local_files_only=True, **given)

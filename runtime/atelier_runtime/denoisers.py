@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from atelier_api.run_file import RunFile
 from atelier_runtime import adapters, components, parallel
 from atelier_runtime.checkpoint.export import check_formats
+from atelier_runtime.control import CONTROL_NETWORK, Controlled
 from atelier_runtime.family import Family, Stage
 from atelier_runtime.parallel import Distributed
 
@@ -19,7 +20,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Denoisers:
-    """The denoisers of a run: `models` as diffusers has them, `wrapped` as the strategy calls them."""
+    """The denoisers of a run: `models` as diffusers has them, `wrapped` as the strategy calls them.
+
+    A control network is one of the models; its denoiser is called together with it.
+    """
 
     models: dict[str, nn.Module]
     wrapped: dict[str, nn.Module]
@@ -31,9 +35,10 @@ class Denoisers:
         hyperparameters, adapter = run_file.spec.hyperparameters, run_file.spec.adapter
         base_dtype, trained_dtype = _dtypes(hyperparameters.precision, hyperparameters.optimizer.type, adapter.type)
         compute_dtype = torch.bfloat16 if hyperparameters.precision == "bf16" else None
-        # Sharding moves block by block to the device: the whole model may not fit there, which is why it is sharded.
-        loading_device = torch.device("cpu") if run_file.plan.strategy == "fsdp2" else distributed.device
+        loading_device = _loading_device(run_file, distributed)
         names = components.denoiser_names(family, run_file.model_folder)
+        if adapter.type == "controlnet":
+            return cls._controlled(run_file, family, distributed, names)
         models: dict[str, nn.Module] = {}
         wrapped: dict[str, nn.Module] = {}
         for name in names:
@@ -42,24 +47,48 @@ class Denoisers:
                 check_formats(run_file, family, adapters.resolve_targets(model, adapter.targets, family))
             torch.manual_seed(hyperparameters.seed)
             report = adapters.install(model, adapter, family, dtype=trained_dtype)
-            log.info(
-                "adapter installed",
-                extra={
-                    "denoiser": name,
-                    "trainable": report.trainable,
-                    "total": report.total,
-                    "modules": report.modules,
-                },
-            )
+            _log_installed(name, report)
             models[name] = model
             wrapped[name] = parallel.wrap(model, run_file.plan, family, distributed, compute_dtype=compute_dtype)
         return cls(models, wrapped, family.stages(components.read_pipeline_config(run_file.model_folder), names))
+
+    @classmethod
+    def _controlled(
+        cls, run_file: RunFile, family: Family, distributed: Distributed, names: tuple[str, ...]
+    ) -> "Denoisers":
+        """The frozen denoiser and its control network, each spread over the ranks by itself."""
+        [name] = names
+        assert family.control is not None  # a family without is refused
+        hyperparameters, plan = run_file.spec.hyperparameters, run_file.plan
+        base_dtype, trained_dtype = _dtypes(hyperparameters.precision, hyperparameters.optimizer.type, "controlnet")
+        compute_dtype = torch.bfloat16 if hyperparameters.precision == "bf16" else None
+        device = _loading_device(run_file, distributed)
+        base = components.load_denoiser(run_file.model_folder, name, base_dtype, device)
+        torch.manual_seed(hyperparameters.seed)
+        network, report = adapters.build_control_network(base, family, dtype=trained_dtype, device=device)
+        _log_installed(CONTROL_NETWORK, report)
+        wrapped = Controlled(
+            parallel.wrap(base, plan, family, distributed, compute_dtype=compute_dtype),
+            parallel.wrap(network, plan, family, distributed, compute_dtype=compute_dtype),
+            family.control,
+        )
+        return cls({name: base, CONTROL_NETWORK: network}, {name: wrapped}, (Stage(name),))
 
     def trainable(self) -> dict[str, Parameter]:
         """Trained parameters by `<denoiser>.<name>`, after sharding."""
         return {
             f"{name}.{key}": p for name, model in self.models.items() for key, p in adapters.trainable(model).items()
         }
+
+
+def _loading_device(run_file: RunFile, distributed: Distributed) -> torch.device:
+    """Sharding moves block by block to the device: the whole model may not fit there, which is why it is sharded."""
+    return torch.device("cpu") if run_file.plan.strategy == "fsdp2" else distributed.device
+
+
+def _log_installed(name: str, report: adapters.AdapterReport) -> None:
+    extra = {"denoiser": name, "trainable": report.trainable, "total": report.total, "modules": report.modules}
+    log.info("adapter installed", extra=extra)
 
 
 def _dtypes(precision: str, optimizer: str, adapter: str) -> tuple[torch.dtype, torch.dtype]:
@@ -71,8 +100,6 @@ def _dtypes(precision: str, optimizer: str, adapter: str) -> tuple[torch.dtype, 
 
 
 def gathered_weights(denoisers: Denoisers) -> dict[str, dict[str, Any]]:
-    """Trained weights by denoiser, whole and on the CPU, on rank 0 (empty elsewhere). Collective."""
-    return {
-        name: parallel.full_state(denoisers.wrapped[name], list(adapters.trainable(model)))
-        for name, model in denoisers.models.items()
-    }
+    """Trained weights by model, whole and on the CPU, on rank 0 (empty elsewhere); no entry for one that is frozen. Collective."""
+    trained = {name: list(adapters.trainable(model)) for name, model in denoisers.models.items()}
+    return {name: parallel.full_state(denoisers.models[name], keys) for name, keys in trained.items() if keys}

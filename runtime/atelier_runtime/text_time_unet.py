@@ -5,8 +5,11 @@ Beside the tokens of the text it is given one vector for the whole text, and the
 diffusers' `unet_2d_condition.py` and `pipeline_stable_diffusion_xl.py`.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from atelier_runtime.control import Control
 from atelier_runtime.family import Blocks, Conditions, Family
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of self- and cross-attention
@@ -28,4 +31,28 @@ class TextTimeUNet(Family):
             encoder_hidden_states=conditions.text["embeds"],
             added_cond_kwargs={"text_embeds": conditions.text["pooled"], "time_ids": conditions.sizes},
             return_dict=False,
+            **conditions.controlled,
         )[0]
+
+
+class UNetControl(Control):
+    """The half of the UNet that leads down and its middle, which are added to what the base hands to the half that leads up.
+
+    Source: diffusers' `controlnet.py` and `pipeline_controlnet_sd_xl.py`.
+    """
+
+    pipeline = "StableDiffusionXLControlNetPipeline"
+    network = "ControlNetModel"
+    picture = "image"
+    takes = "pixels"
+
+    def copied(self, base: nn.Module) -> nn.Module:
+        from diffusers import ControlNetModel
+
+        return ControlNetModel.from_unet(base)
+
+    def predict(
+        self, base: nn.Module, network: nn.Module, condition: Tensor, scale: float, *given: Any, **named: Any
+    ) -> Any:
+        down, middle = network(*given, controlnet_cond=condition, conditioning_scale=scale, **named)
+        return base(*given, down_block_additional_residuals=down, mid_block_additional_residual=middle, **named)

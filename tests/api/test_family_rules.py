@@ -19,6 +19,8 @@ LONGCAT_EDIT = {"family": "longcat_image_edit", "source": "base"}
 CASCADE = {"family": "stable_cascade", "source": "base"}
 PROMPTS = [{"text": "a cat"}]
 SHOWN = [{"text": "a cat", "image": "a.png"}]
+CONTROLNET = {"type": "controlnet"}
+CONDITIONED = [{"uri": "a", "conditioning": "edges"}]
 NEGATIVE = [{"text": "a cat", "negative": "b"}]
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -93,6 +95,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no picture for a family that always draws from one": (
         {"model": WAN | {"family": "wan_ti2v"}, "validation__prompts": PROMPTS},
         "spec.validation.prompts[0].image is empty; wan_ti2v draws from a picture of the first frame; name its file",
+    ),
+    "a control network of a family without": (
+        {"model": {"family": "chroma", "source": "m"}, "adapter": CONTROLNET, "data__sources": CONDITIONED},
+        "spec.adapter.type is 'controlnet'; not for chroma: none is built in for it; train another type, or a model of sd3 or flux "
+        "or sdxl",
+    ),
+    "a control network of a family that diffusers has none for": (
+        {"model": {"family": "hidream", "source": "m"}, "adapter": CONTROLNET, "data__sources": CONDITIONED},
+        "spec.adapter.type is 'controlnet'; not for hidream: diffusers has no control network for it; train another type",
+    ),
+    "a control network beside references": (
+        {
+            "model": {"family": "flux_kontext", "source": "m"},
+            "adapter": CONTROLNET,
+            "data__sources": [CONDITIONED[0] | {"references": ["b"]}],
+        },
+        "spec.adapter.type is 'controlnet'; not for flux_kontext: its stock pipeline takes no conditioning picture beside the",
     ),
     "a negative prompt of a distilled flavour": (
         {"validation__prompts": [{"text": "a"}, {"text": "a", "negative": "b"}]},

@@ -15,11 +15,13 @@ from atelier_api.v1alpha1.adapter import BoftAdapter, FullAdapter, LokrAdapter, 
 from atelier_api.v1alpha1.hyperparameters import Hyperparameters, Optimizer
 from atelier_api.v1alpha1.objective import Objective
 from atelier_runtime import adapters, components, parallel
+from atelier_runtime.control import Controlled
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Conditions, Family, Features
 from atelier_runtime.objectives import build_objective
 from atelier_runtime.optimizers import Ema, build_optimizer, clip_gradients
 from atelier_runtime.parallel.wrap import blocks_of
+from control_cases import conditions_of
 from family_cases import Case as FamilyCase
 
 STEPS = 3
@@ -42,8 +44,9 @@ class Samples:
     frames: Features | None
     references: tuple[Tensor, ...]
     shared: Features
+    control: Tensor | None = None
 
-    def conditions(self, family: Family, slots: range) -> Conditions:
+    def conditions(self, family: Family, slots: range, *, controlled: bool = False) -> Conditions:
         rows = list(slots)
         return Conditions(
             text=family.collate_text([self.text[slot] for slot in slots]),
@@ -51,6 +54,7 @@ class Samples:
             frames=None if self.frames is None else {name: tensor[rows] for name, tensor in self.frames.items()},
             references=tuple(reference[rows] for reference in self.references),
             shared=self.shared,
+            control=self.control[rows] if controlled and self.control is not None else None,
         )
 
 
@@ -124,7 +128,7 @@ def train(strategy: str, case: Case) -> Trained:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     distributed = parallel.Distributed(rank, rank, world, torch.device("cpu"))
     plan, family = plan_of(strategy, world, case), get_family(case.family)
-    model, wrapped = _build(case, plan, family, distributed)
+    model, wrapped, called = _build(case, plan, family, distributed)
     named = adapters.trainable(model)
     hyperparameters = Hyperparameters(steps=STEPS, optimizer=Optimizer(type=case.optimizer, epsilon=1e-3))
     optimizer = build_optimizer(list(named.values()), hyperparameters, plan.learning_rate)
@@ -138,14 +142,14 @@ def train(strategy: str, case: Case) -> Trained:
     before = parallel.full_state(wrapped, named)
     for step in range(STEPS):
         if step == STEPS - 1:
-            drawn = _draw(case, family, wrapped, ema)
+            drawn = _draw(case, family, called, ema)
         share = torch.zeros(())
         for micro in range(case.accumulation):
             size = plan.micro_batch_size
             first = (micro * world + rank) * size
             last = micro == case.accumulation - 1
-            with nullcontext() if last else parallel.no_sync(wrapped):
-                loss = _losses(case, family, wrapped, objective, step, range(first, first + size)).sum() / GLOBAL_BATCH
+            with nullcontext() if last else parallel.no_sync(called):
+                loss = _losses(case, family, called, objective, step, range(first, first + size)).sum() / GLOBAL_BATCH
                 (loss * world).backward()
             share += loss.detach()
         torch.distributed.all_reduce(share)
@@ -165,15 +169,24 @@ def train(strategy: str, case: Case) -> Trained:
 
 def _build(
     case: Case, plan: ExecutionPlan, family: Family, distributed: parallel.Distributed
-) -> tuple[nn.Module, nn.Module]:
+) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """What is trained, as it is and as the strategy has it, and what is called."""
     trained_dtype = torch.bfloat16 if case.optimizer == "adamw-bf16" else torch.float32
     frozen_dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     base_dtype = trained_dtype if case.adapter == "full" else frozen_dtype
     model = components.load_denoiser(case.folder, family.denoisers[0], base_dtype, distributed.device)
+    compute = torch.bfloat16 if case.precision == "bf16" else None
+    if case.adapter == "controlnet":
+        assert family.control is not None
+        torch.manual_seed(3)  # what is sharded has to be the same on all ranks
+        network, _ = adapters.build_control_network(model, family, dtype=trained_dtype, device=distributed.device)
+        base = parallel.wrap(model, plan, family, distributed, compute_dtype=compute)
+        wrapped = parallel.wrap(network, plan, family, distributed, compute_dtype=compute)
+        return network, wrapped, Controlled(base, wrapped, family.control)
     torch.manual_seed(3 + distributed.rank)  # ranks draw different adapters: those of rank 0 must win
     adapters.install(model, ADAPTERS[case.adapter], family, dtype=trained_dtype)
-    compute = torch.bfloat16 if case.precision == "bf16" else None
-    return model, parallel.wrap(model, plan, family, distributed, compute_dtype=compute)
+    wrapped = parallel.wrap(model, plan, family, distributed, compute_dtype=compute)
+    return model, wrapped, wrapped
 
 
 def _losses(case: Case, family: Family, wrapped: nn.Module, objective: Any, step: int, slots: range) -> Tensor:
@@ -181,7 +194,7 @@ def _losses(case: Case, family: Family, wrapped: nn.Module, objective: Any, step
     generators = [torch.Generator().manual_seed(1000 * step + slot) for slot in slots]
     stage = family.stages(components.read_pipeline_config(case.folder), family.denoisers[:1])[0]
     prepared = objective.prepare(case.samples.latents[list(slots)], generators, stage=stage, tokens=16)
-    conditions = case.samples.conditions(family, slots)
+    conditions = case.samples.conditions(family, slots, controlled=case.adapter == "controlnet")
     prediction = _predict(case, family, wrapped, prepared.noisy, prepared.time, conditions)
     return objective.loss(prediction, prepared, family.loss_mask(prediction, conditions))
 
@@ -198,7 +211,7 @@ def _draw(case: Case, family: Family, wrapped: nn.Module, ema: Ema) -> Tensor:
     assert case.samples is not None
     steps = family.facts.objective == "diffusion" and family.facts.noise_schedule == "betas"
     time = torch.tensor([500]) if steps else torch.tensor([0.5])
-    conditions = case.samples.conditions(family, range(1))
+    conditions = case.samples.conditions(family, range(1), controlled=case.adapter == "controlnet")
     with ema.swapped(), torch.no_grad():
         return _predict(case, family, wrapped, case.samples.latents[1:2], time, conditions).float()
 
@@ -231,4 +244,5 @@ def samples_of(tiny: FamilyCase, captions: Sequence[str]) -> Samples:
         frames=told.frames,
         references=told.references,
         shared=told.shared,
+        control=None if tiny.family.control is None else conditions_of(tiny, range(len(captions))),
     )

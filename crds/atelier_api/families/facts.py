@@ -26,6 +26,7 @@ class Flavour:
     parameters of the largest unit that is sharded as a whole, where the blocks differ; 0: they are all alike. `guidance` is what the
     stock pipeline does with a negative prompt: contrasts with it (`on`), does so only when it is given a guidance (`off`), or ignores
     it, as the checkpoint embeds its guidance (`distilled`). `frames` are those of a clip that an image-to-video checkpoint is shown.
+    `control_parameters` and `control_layers` are those of the control network that is trained beside it; 0 where none can be.
     """
 
     name: str
@@ -42,6 +43,8 @@ class Flavour:
     largest_block: int = 0
     guidance: Literal["on", "off", "distilled"] = "on"
     frames: tuple[Literal["first", "last"], ...] = ()
+    control_parameters: int = 0
+    control_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class FamilyFacts:
     `own_shift`: the stock pipeline shifts its noise levels by `shift` itself, whatever the checkpoint's scheduler says.
     `negative_prompts`: what it contrasts with can be written; else it is something learnt. `sample_edge` is
     that of what the stock pipeline draws, in the aspect of the reference and as large, where it takes no size.
+    `uncontrolled` is why no control network can be trained for the family, empty where one can; `control_pixels`: it is given pixels,
+    and joins the base behind the blocks that it copies, so that no gradient goes through those.
     """
 
     name: str
@@ -96,6 +101,8 @@ class FamilyFacts:
     autoencoder: tuple[str, ...] = ("vae",)
     noise_schedule: Literal["betas", "cosine"] = "betas"
     needs_fp32: str = ""
+    uncontrolled: str = "none is built in for it"
+    control_pixels: bool = False
 
     def reference_resolution(self, resolution: int) -> int:
         """Edge in pixels of the square whose area references have in a run of `resolution`."""

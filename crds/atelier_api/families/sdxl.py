@@ -27,8 +27,12 @@ FACTS = FamilyFacts(
             vae_parameters=83_653_863,
             activation_bytes_per_token=101_000,
             largest_block=1_206_568_960,
+            control_parameters=1_251_014_160,
+            control_layers=34,
         ),
     ),
     pipelines=("StableDiffusionXLPipeline",),
     backward_blocks=5,  # 4.2 measured: LoRA on an H200, 1024 x 1024, batch 4
+    uncontrolled="",
+    control_pixels=True,
 )

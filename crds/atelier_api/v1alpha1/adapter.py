@@ -120,13 +120,22 @@ class FullAdapter(Block):
     type: Literal["full"]
 
 
+class ControlNetAdapter(Block):
+    """A control network (ControlNet, arXiv:2302.05543): a trained copy of the frozen base's own blocks, steered by a picture."""
+
+    type: Literal["controlnet"]
+
+
 ScaledLycorisAdapter = LokrAdapter | LohaAdapter | LoconAdapter
 """The types of lycoris-lora whose update is scaled by alpha / rank."""
 
 LycorisAdapter = ScaledLycorisAdapter | DiagOftAdapter | BoftAdapter
 """The types of lycoris-lora."""
 
-Adapter = Annotated[LoraAdapter | LycorisAdapter | FullAdapter, Field(discriminator="type")]
+LayeredAdapter = LoraAdapter | LycorisAdapter
+"""The types that are put on layers of the denoiser."""
+
+Adapter = Annotated[LoraAdapter | LycorisAdapter | FullAdapter | ControlNetAdapter, Field(discriminator="type")]
 
 
 def alpha_of(adapter: LoraAdapter | ScaledLycorisAdapter) -> float:

@@ -9,7 +9,7 @@ from atelier_api.family_rules import bucket_alignment
 from atelier_api.read import problems, validated
 from atelier_api.rules import processes_per_node
 from atelier_api.v1alpha1 import TrainingRun
-from atelier_api.v1alpha1.adapter import LoconAdapter, LohaAdapter, LoraAdapter
+from atelier_api.v1alpha1.adapter import ControlNetAdapter, LoconAdapter, LohaAdapter, LoraAdapter
 from atelier_operator.planner.memory import GIB, ModelFacts
 from atelier_operator.planner.strategy import USABLE, Fit, Machine, best_fit, device_memory
 
@@ -114,7 +114,7 @@ def _levers(run: TrainingRun, model: ModelFacts, machine: Machine) -> Iterator[l
         yield [{"spec.hyperparameters.ema": None}]
     if isinstance(spec.adapter, LoraAdapter | LohaAdapter | LoconAdapter):
         yield [{"spec.adapter.rank": rank} for rank in _halvings(spec.adapter.rank) if rank >= SMALLEST_RANK]
-    if not isinstance(spec.adapter, LoraAdapter):
+    if not isinstance(spec.adapter, LoraAdapter | ControlNetAdapter):
         yield [{"spec.adapter": {"type": "lora"}}]
     if model.family.modality == "video":
         yield list(_fewer_frames(run, model))

@@ -95,6 +95,8 @@ def checkpoint_facts(model: ModelSpec, folder: Path) -> ModelFacts:
         activation_bytes_per_token=max(1, flavour.activation_bytes_per_token * shape.width // flavour.width),
         largest_block=denoiser.largest_block or denoiser.total,
         experts=len(denoisers),
+        control_parameters=flavour.control_parameters * denoiser.total // flavour.parameters,
+        control_layers=-(-flavour.control_layers * shape.layers // flavour.layers),
     )
 
 

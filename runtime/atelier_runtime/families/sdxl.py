@@ -10,7 +10,7 @@ from typing import Any
 
 from atelier_runtime.family import Features
 from atelier_runtime.lora_layout import LoraLayout, Rule
-from atelier_runtime.text_time_unet import TextTimeUNet
+from atelier_runtime.text_time_unet import TextTimeUNet, UNetControl
 
 LAYOUT = LoraLayout(
     architecture="stable-diffusion-xl-v1-base",
@@ -30,6 +30,7 @@ class StableDiffusionXL(TextTimeUNet):
     name = "sdxl"
     pipeline = "StableDiffusionXLPipeline"
     lora_layout = LAYOUT
+    control = UNetControl()
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [77, 2048] and `pooled` [1280].
