@@ -115,6 +115,12 @@ def _plain_rules() -> Iterator[CelRule]:
 
 
 def _conditioning_rules() -> Iterator[CelRule]:
+    takers = [name for name, facts in FAMILIES.items() if not facts.uncontrolled]
+    yield CelRule(
+        "adapter.type",
+        f"self.adapter.type != 'controlnet' || self.model.family in {_literal(takers)}",
+        f"controlnet is for {', '.join(takers)}",
+    )
     controlled = "self.adapter.type == 'controlnet'"
     for field, item, name in (
         ("data.sources", "source", "conditioning"),
@@ -218,12 +224,6 @@ def _family_rules() -> Iterator[CelRule]:
         f"self.adapter.type != 'lora' || self.model.family in {named} || "
         "self.publish.formats.exists(format, format == 'diffusers')",
         "kohya has no names for the layers of this family; must hold diffusers",
-    )
-    controlled = _literal([name for name, facts in FAMILIES.items() if not facts.uncontrolled])
-    yield CelRule(
-        "adapter.type",
-        f"self.adapter.type != 'controlnet' || self.model.family in {controlled}",
-        f"controlnet is for {', '.join(name for name, facts in FAMILIES.items() if not facts.uncontrolled)}",
     )
     yield from _negative_prompt_rules()
     yield from _picture_rules()

@@ -204,7 +204,7 @@ class Trainer:
         spare.extend(torch.Generator() for _ in range(len(batch.slots) - len(spare)))
         generators = [sample_generator(seed, step, slot, spare[i]) for i, slot in enumerate(batch.slots)]
         clean = _drawn(batch.latents, batch.std, generators, device)
-        control = None if batch.condition is None else _condition(batch.condition, generators, device)
+        control = None if batch.condition is None else control_input(batch.condition, generators, device)
         prepared = parts.objective.prepare(clean, generators, stage=stage, tokens=_tokens(parts.family, clean))
         text = {
             key: value.to(device, non_blocking=True) for key, value in parts.family.collate_text(batch.text).items()
@@ -293,8 +293,8 @@ def _drawn(mean: Tensor, std: Tensor | None, generators: Sequence[torch.Generato
     return latents + std.to(device, torch.float32, non_blocking=True) * draws.to(device)
 
 
-def _condition(picture: Features, generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
-    """What a control network is given: pixels in [0, 1], or latents."""
+def control_input(picture: Features, generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
+    """What a control network is given of conditioning pictures [B, ...]: pixels in [0, 1], or a draw of latents for each sample."""
     if "pixels" in picture:
         return picture["pixels"].to(device, non_blocking=True).to(torch.float32) / 255
     return _drawn(picture["mean"], picture.get("std"), generators, device)

@@ -143,6 +143,11 @@ def test_plan_shows_the_adapter(local_run: LocalRun, adapter: str, text: str) ->
     assert text in invoke("plan", str(local_run.path), "--set", f"adapter={adapter}").stdout
 
 
+def test_plan_shows_a_control_network(local_run: LocalRun) -> None:
+    changes = ("--set", 'adapter={"type": "controlnet"}', "--set", "data.sources[0].conditioning=pictures")
+    assert "control network, about" in invoke("plan", str(local_run.path), *changes).stdout
+
+
 def _plan(local_run: LocalRun, *changes: str) -> dict[str, Any]:
     arguments = [argument for change in changes for argument in ("--set", change)]
     result = invoke("plan", str(local_run.path), "--json", *arguments)
