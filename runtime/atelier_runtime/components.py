@@ -83,6 +83,11 @@ def class_named(name: str) -> Any:
     return getattr(diffusers, name, None) or getattr(networks, name)
 
 
+def library_of(name: str) -> str:
+    """The Python module that has `class_named` by that name."""
+    return diffusers.__name__ if hasattr(diffusers, name) else networks.__name__
+
+
 def load_encoders(family: Family, folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The stock pipeline without its denoisers, in eval mode and without gradients: text encoders, autoencoder, scheduler."""
     return _load_around({}, family, folder, dtype=dtype, device=device)

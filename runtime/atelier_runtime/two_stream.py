@@ -6,7 +6,7 @@ same time and in plane 1 of the positions. Source: diffusers' `pipeline_flux.py`
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class TwoStream(Family):
             value = TRAINING_GUIDANCE if conditions.guidance is None else conditions.guidance
             guidance = torch.full_like(time, value)
         tokens = denoiser(
-            hidden_states=torch.cat([_packed(each) for each in pictures], dim=1),
+            hidden_states=torch.cat([packed(each) for each in pictures], dim=1),
             timestep=time,
             guidance=guidance,
             pooled_projections=conditions.text["pooled"],
@@ -136,8 +136,21 @@ class TwoStreamControl(Control):
     def predict(
         self, base: nn.Module, network: nn.Module, condition: Tensor, scale: float, *given: Any, **named: Any
     ) -> Any:
-        double, single = network(controlnet_cond=_packed(condition), conditioning_scale=scale, **named)
-        return base(*given, controlnet_block_samples=double, controlnet_single_block_samples=single, **named)
+        return base(*given, **control_outputs(network, packed(condition), scale, named), **named)
+
+
+def control_outputs(network: nn.Module, condition: Tensor, scale: float, call: Mapping[str, Any]) -> dict[str, Any]:
+    """What a network adds to the transformer that is called with `call`: to the picture that is drawn, and nothing to its references.
+
+    `condition` [B, tokens, 64] has as many tokens as that picture, which the others follow; the network sees no others.
+    """
+    drawn = condition.shape[1]
+    behind = call["hidden_states"].shape[1] - drawn
+    told = {**call, "hidden_states": call["hidden_states"][:, :drawn], "img_ids": call["img_ids"][:drawn]}
+    double, single = network(controlnet_cond=condition, conditioning_scale=scale, **told)
+    if behind:
+        double, single = ([F.pad(each, (0, 0, 0, behind)) for each in outputs] for outputs in (double, single))
+    return {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
 
 
 def _copied_blocks(blocks: int, most: int) -> int:
@@ -148,7 +161,7 @@ def _copied_blocks(blocks: int, most: int) -> int:
     return math.ceil(blocks / math.ceil(blocks / most))
 
 
-def _packed(latents: Tensor) -> Tensor:
+def packed(latents: Tensor) -> Tensor:
     """[B, tokens, 4 C]: patches of 2 x 2, row by row."""
     return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 

@@ -12,8 +12,7 @@ from atelier_runtime.family import Family
 
 def usage(run_file: RunFile, family: Family, keys: Sequence[str]) -> str:
     """A program that draws with the result. `keys` are the exported files, relative to the run's root, the first denoiser's first."""
-    pipeline, library = components.pipeline_name(family, run_file.model_folder), family.facts.library
-    names = [pipeline]
+    pipeline = components.pipeline_name(family, run_file.model_folder)
     shown = run_file.spec.data.clip.shown_frames
     given = ["image", "last_image"][: len(components.given_frames(family, run_file.model_folder))]
     pictures = given or (["image"] if family.facts.references else [])
@@ -22,16 +21,23 @@ def usage(run_file: RunFile, family: Family, keys: Sequence[str]) -> str:
         inputs = [f'video=load_video("start.mp4"), num_cond_frames={shown}']
     control = family.control if run_file.spec.adapter.type == "controlnet" else None
     if control:
-        inputs, pipeline = [f'{control.picture}=load_image("condition.png")'], control.pipeline
-        names = [control.pipeline, control.network]
+        pipeline = control.pipeline
+        inputs.append(f'{control.picture}=load_image("condition.png")')
     loaders = ["load_video" if shown > 1 else "load_image"] if inputs else []
     tools = [*loaders, *(["export_to_video"] if family.facts.modality == "video" else [])]
     lines = ["import wave", ""] if family.facts.modality == "audio" else []
-    lines.append(f"from {library} import {', '.join(names)}")
+    lines += _imports([control.network, pipeline] if control else [pipeline])
     if tools:
         lines.append(f"from diffusers.utils import {', '.join(sorted(tools))}")
     lines.append("")
     return "\n".join([*lines, *_loading(run_file, family, pipeline, keys), *_drawing(family, inputs)])
+
+
+def _imports(names: Sequence[str]) -> list[str]:
+    """A line for each library that has some of the classes `names`."""
+    libraries = dict.fromkeys(components.library_of(name) for name in names)
+    found = {library: [name for name in names if components.library_of(name) == library] for library in libraries}
+    return [f"from {library} import {', '.join(classes)}" for library, classes in found.items()]
 
 
 def _loading(run_file: RunFile, family: Family, pipeline: str, keys: Sequence[str]) -> Iterator[str]:

@@ -127,7 +127,8 @@ def test_what_a_control_network_and_its_base_keep_is_what_the_planner_counts(
 ) -> None:
     base = published_denoiser(facts.name, flavour.name)
     measured = bytes_with_control(FAMILIES[facts.name], flavour, base, recompute=recompute)
-    adapter, data = {"type": "controlnet"}, [{"uri": "a", "conditioning": "b"}]
+    references = ["c"] if facts.references else []
+    adapter, data = {"type": "controlnet"}, [{"uri": "a", "conditioning": "b", "references": references}]
     planned = run(facts.name, model__flavour=flavour.name, adapter=adapter, data__sources=data)
     choice = Choice("single", 1, 1, recompute)
     counted = predict(planned.spec, flavour_facts(facts, flavour), choice, "cuda").train.activations

@@ -41,7 +41,9 @@ def test_it_is_a_program_that_calls_the_pipeline_with_what_it_takes(checkpoint: 
 def test_a_control_network_is_loaded_into_the_pipeline_that_samples_with_one(checkpoint: str, tmp_path: Path) -> None:
     family = FAMILIES[FAMILY_OF[checkpoint]]
     save_tiny(checkpoint, tmp_path)
-    spec = {"data": {"sources": [{"uri": "pictures", "conditioning": "edges"}], "resolution": 32}}
+    references = ["image"] if family.facts.references else []
+    source = {"uri": "pictures", "conditioning": "edges", "references": references}
+    spec = {"data": {"sources": [source], "resolution": 32}}
     file = run_file(family.name, tmp_path, {"type": "controlnet"}, **spec)
     weights = "exports/diffusers/controlnet/diffusion_pytorch_model.safetensors"
     program = ast.parse(usage(file, family, [weights]))
@@ -58,7 +60,7 @@ def test_a_control_network_is_loaded_into_the_pipeline_that_samples_with_one(che
     assert made["controlnet"] == "network"
     given = {str(keyword.arg): None for keyword in calls["pipe"].keywords}
     inspect.signature(names[family.control.pipeline].__call__).bind(None, **given)
-    assert given.keys() == {"prompt", family.control.picture}
+    assert given.keys() == {"prompt", family.control.picture, *references}
 
 
 def test_pictures_clips_and_sounds_are_loaded_and_saved_by_their_kind(tmp_path: Path) -> None:

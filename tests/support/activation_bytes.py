@@ -172,7 +172,7 @@ def copied_without_memory(control: Control, base: nn.Module) -> nn.Module:
 
 
 def bytes_with_control(family: Family, flavour: Flavour, base: Any, *, recompute: bool) -> int:
-    """Bytes that a frozen base and its control network keep of one sample of 1024 x 1024 pixels."""
+    """Bytes that a frozen base and its control network keep of a sample of 1024 x 1024 pixels, with a reference if it takes one."""
     assert family.control is not None
     network: Any = copied_without_memory(family.control, base)
     if recompute:
@@ -184,7 +184,8 @@ def bytes_with_control(family: Family, flavour: Flavour, base: Any, *, recompute
         noisy = torch.empty(1, family.facts.latent_channels, edge, edge)
         condition = torch.empty(1, 3, 1024, 1024) if family.control.takes == "pixels" else noisy
         text = text_features(base, flavour.text_tokens)
-        conditions = Conditions(text=text, sizes=torch.empty(1, 6), control=condition)
+        references = (noisy,) if family.facts.references else ()
+        conditions = Conditions(text=text, sizes=torch.empty(1, 6), references=references, control=condition)
         return saved_bytes(together, lambda: family.predict(together, noisy, torch.empty(1), conditions))
 
 

@@ -9,15 +9,7 @@ FACTS = replace(
     name="flux_kontext",
     title="Flux.1 Kontext, edits of pictures",
     licence="FLUX.1 [dev] Non-Commercial License",
-    flavours=(
-        replace(
-            FLUX.flavours[0],
-            source="hf://black-forest-labs/FLUX.1-Kontext-dev",
-            control_parameters=0,
-            control_layers=0,
-        ),
-    ),
+    flavours=(replace(FLUX.flavours[0], source="hf://black-forest-labs/FLUX.1-Kontext-dev"),),
     pipelines=("FluxKontextPipeline",),
     references=1,
-    uncontrolled="its stock pipeline takes no conditioning picture beside the reference",
 )

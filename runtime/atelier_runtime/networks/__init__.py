@@ -1,4 +1,4 @@
-"""Networks and pipelines of published models that diffusers lacks, under the class names that their checkpoints give.
+"""Networks and pipelines that diffusers lacks: of published models, under the class names that their checkpoints give.
 
 They are diffusers models and pipelines in every other respect, so that nothing else of the runtime knows the difference. Each is read
 when it is first asked for: every process of a run imports this package, and needs one of them at most. A pipeline's denoiser is here
@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from atelier_runtime.networks.flux_kontext_control_pipeline import FluxKontextControlNetPipeline
     from atelier_runtime.networks.longcat_video import LongCatVideoTransformer3DModel
     from atelier_runtime.networks.longcat_video_pipeline import LongCatVideoPipeline
     from atelier_runtime.networks.stable_cascade_encoder import EfficientNetEncoder
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EfficientNetEncoder",
+    "FluxKontextControlNetPipeline",
     "LongCatVideoPipeline",
     "LongCatVideoTransformer3DModel",
     "StableCascadePipeline",
@@ -24,6 +26,7 @@ __all__ = [
 
 _MODULES = {
     "EfficientNetEncoder": "stable_cascade_encoder",
+    "FluxKontextControlNetPipeline": "flux_kontext_control_pipeline",
     "LongCatVideoPipeline": "longcat_video_pipeline",
     "LongCatVideoTransformer3DModel": "longcat_video",
     "StableCascadePipeline": "stable_cascade_pipeline",

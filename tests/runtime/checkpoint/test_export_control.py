@@ -24,7 +24,9 @@ def test_the_program_of_the_report_draws_what_the_training_side_draws(
 ) -> None:
     base = save_tiny(name, tmp_path / "base")
     case = controlled_case(name, trained=True)
-    data = {"sources": [{"uri": "pictures", "conditioning": "edges"}], "resolution": 32}
+    references = ["photos"] if case.family.facts.references else []
+    source = {"uri": "pictures", "conditioning": "edges", "references": references}
+    data = {"sources": [source], "resolution": 32}
     file = run_file(
         FAMILY_OF[name], base, {"type": "controlnet"}, data=data, model={"family": FAMILY_OF[name], "source": str(base)}
     )

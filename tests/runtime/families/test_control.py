@@ -56,7 +56,8 @@ def test_a_family_has_a_network_or_a_reason_why_it_has_none(name: str) -> None:
 def predicted(case: ControlledCase, samples: list[int]) -> Tensor:
     """For two real samples with the same two prompts and the conditioning pictures of these numbers."""
     noisy, time, _ = case.noised(case.latents(2), LEVELS)
-    return case.family.predict(case.together, noisy, time, case.conditions(PROMPTS, samples=samples))
+    told = replace(case.conditions(PROMPTS), control=case.condition(samples))
+    return case.family.predict(case.together, noisy, time, told)
 
 
 def test_at_its_start_the_network_changes_no_bit(fresh: ControlledCase) -> None:
@@ -171,7 +172,8 @@ def test_trained_on_four_pictures_the_condition_chooses_among_them(fresh: Contro
     noisy, time, target = of_one_input(fresh, clean)
     colours = [Image.new("RGB", (32, 16), colour) for colour in ("red", "lime", "blue", "white")]
     condition = condition_of(fresh, colours)
-    told = replace(fresh.conditions(["a picture"] * 4), sizes=torch.tensor([[16, 32, 0, 0, 16, 32]] * 4))
+    sizes = torch.tensor([[16, 32, 0, 0, 16, 32]] * 4)
+    told = replace(fresh.conditions(["a picture"] * 4, samples=[0] * 4), sizes=sizes)
 
     def loss(condition: Tensor) -> Tensor:
         prediction = fresh.family.predict(fresh.together, noisy, time, replace(told, control=condition))
