@@ -151,6 +151,8 @@ def _rules(facts: FamilyFacts) -> Iterator[str]:
     if facts.frame_rule is not None:
         multiple, rest = facts.frame_rule
         yield f"* A clip has {multiple}n + {rest} frames, {facts.frame_rate:g} a second by default."
+    if not facts.uncontrolled:
+        yield "* A control network can be trained beside it (docs/how-to/train-a-control-network.md)."
     if facts.references:
         yield f"* Trains on pairs, with up to {facts.references} reference pictures for each sample (docs/how-to/train-on-pairs.md)."
     for flavour in facts.flavours:

@@ -52,6 +52,7 @@ def funnel_lines(funnel: FunnelReport) -> Iterator[str]:
         ("no caption", funnel.no_caption),
         ("too short", funnel.too_short),
         ("no reference", funnel.no_reference),
+        ("no conditioning", funnel.no_conditioning),
     )
     yield (
         "data: "

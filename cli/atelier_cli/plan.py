@@ -160,6 +160,7 @@ def adapter_text(adapter: Adapter) -> str:
     """`LoRA of rank 16, alpha 16, on attention`."""
     from atelier_api.v1alpha1.adapter import (
         BoftAdapter,
+        ControlNetAdapter,
         DiagOftAdapter,
         DyloraAdapter,
         FullAdapter,
@@ -170,6 +171,8 @@ def adapter_text(adapter: Adapter) -> str:
 
     if isinstance(adapter, FullAdapter):
         return "none, full rank"
+    if isinstance(adapter, ControlNetAdapter):
+        return "control network"
     name, on = ADAPTERS[adapter.type], f"on {', '.join(adapter.targets)}"
     if isinstance(adapter, DiagOftAdapter | BoftAdapter):
         return f"{name} of blocks up to {adapter.block_size}, {on}"

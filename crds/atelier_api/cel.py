@@ -94,15 +94,16 @@ def _plain_rules() -> Iterator[CelRule]:
     )
     yield CelRule(
         "hyperparameters.optimizer.type",
-        "self.adapter.type != 'full' || self.hyperparameters.optimizer.type != 'adamw-bf16' || "
+        "!(self.adapter.type in ['full', 'controlnet']) || self.hyperparameters.optimizer.type != 'adamw-bf16' || "
         "self.hyperparameters.precision != 'fp32'",
-        "with adapter type full, adamw-bf16 needs precision bf16",
+        "with adapter type full and controlnet, adamw-bf16 needs precision bf16",
     )
     yield CelRule(
         "model.quantization",
         "!has(self.model.quantization) || self.adapter.type != 'full'",
         "with adapter type full the base itself is trained; remove it, or set type lora",
     )
+    yield from _conditioning_rules()
     yield from _format_rules()
 
 
@@ -122,6 +123,26 @@ def _format_rules() -> Iterator[CelRule]:
         "!self.publish.formats.exists(format, format == 'kohya')",
         "readers of kohya drop or misread the magnitudes of spec.adapter.dora; must be [diffusers]",
     )
+
+
+def _conditioning_rules() -> Iterator[CelRule]:
+    takers = [name for name, facts in FAMILIES.items() if not facts.uncontrolled]
+    yield CelRule(
+        "adapter.type",
+        f"self.adapter.type != 'controlnet' || self.model.family in {_literal(takers)}",
+        f"controlnet is for {', '.join(takers)}",
+    )
+    controlled = "self.adapter.type == 'controlnet'"
+    for field, item, name in (
+        ("data.sources", "source", "conditioning"),
+        ("validation.prompts", "prompt", "conditioning"),
+        ("validation.prompts", "prompt", "conditioningScale"),
+    ):
+        yield CelRule(
+            field,
+            f"self.{field}.all({item}, has({item}.{name}) == ({controlled}))",
+            f"{name} is needed for adapter type controlnet, and only there",
+        )
 
 
 def _adapter_rules() -> Iterator[CelRule]:
@@ -179,8 +200,11 @@ def _location_rules() -> Iterator[CelRule]:
     yield CelRule("data.sources", f"self.data.sources.all(source, {_folder_or_s3('source.uri')})", f"a uri {message}")
     sources = f"source.references.all(place, {_folder_or_s3('place')})"
     yield CelRule("data.sources", f"self.data.sources.all(source, {sources})", f"references {message}")
+    sources = f"(!has(source.conditioning) || {_folder_or_s3('source.conditioning')})"
+    yield CelRule("data.sources", f"self.data.sources.all(source, {sources})", f"conditioning {message}")
     prompts = [f"prompt.references.all(place, {_folder_or_s3('place')})"]
-    prompts += [f"(!has(prompt.{field}) || {_folder_or_s3(f'prompt.{field}')})" for field in PICTURE_FIELDS.values()]
+    fields = (*PICTURE_FIELDS.values(), "conditioning")
+    prompts += [f"(!has(prompt.{field}) || {_folder_or_s3(f'prompt.{field}')})" for field in fields]
     for each in prompts:
         yield CelRule(
             "validation.prompts",

@@ -7,7 +7,7 @@ from atelier_api.families import FAMILIES, FamilyFacts
 from atelier_api.layouts import written
 from atelier_api.problem import Problem, choice, refused
 from atelier_api.v1alpha1 import TrainingRunSpec
-from atelier_api.v1alpha1.adapter import LoraAdapter
+from atelier_api.v1alpha1.adapter import ControlNetAdapter, LoraAdapter
 from atelier_api.v1alpha1.data import Data
 from atelier_api.v1alpha1.validation import PICTURE_FIELDS
 
@@ -176,6 +176,13 @@ def _quantizable(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]
     yield refused("spec.model.quantization", kind, f"{way}: {facts.quantization_doubt}")
 
 
+def _control(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
+    if isinstance(spec.adapter, ControlNetAdapter) and facts.uncontrolled:
+        takers = " or ".join(name for name, other in FAMILIES.items() if not other.uncontrolled)
+        allowed = f"not for {facts.name}: {facts.uncontrolled}; train another type, or a model of {takers}"
+        yield refused("spec.adapter.type", spec.adapter.type, allowed)
+
+
 def _guidance_of(spec: TrainingRunSpec, facts: FamilyFacts) -> str:
     name = spec.model.flavour or facts.flavours[0].name
     return next((flavour.guidance for flavour in facts.flavours if flavour.name == name), "on")
@@ -195,6 +202,7 @@ FAMILY_RULES: tuple[Callable[[TrainingRunSpec, FamilyFacts], Iterator[Problem]],
     _negative_prompts,
     _pictures,
     _references,
+    _control,
     _lyrics,
     _kohya,
     _quantizable,

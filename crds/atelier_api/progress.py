@@ -18,6 +18,7 @@ class FunnelReport(Block):
     no_caption: int = 0
     too_short: int = Field(default=0, description="Clips with fewer frames, or sounds of fewer seconds, than asked.")
     no_reference: int = Field(default=0, description="Samples without a reference picture that can be read.")
+    no_conditioning: int = Field(default=0, description="Samples without a conditioning picture that fits.")
     kept: int = 0
     rejected: dict[str, str] = Field(default={}, description="File name to reason, at most 100.")
 

@@ -12,7 +12,14 @@ from atelier_api.layouts import LAYOUTS, written
 from atelier_api.options import unused
 from atelier_api.problem import Problem, choice, refused, shown
 from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
-from atelier_api.v1alpha1.adapter import DyloraAdapter, FullAdapter, Ia3Adapter, LoraAdapter, rebuilds_weights
+from atelier_api.v1alpha1.adapter import (
+    ControlNetAdapter,
+    DyloraAdapter,
+    FullAdapter,
+    Ia3Adapter,
+    LoraAdapter,
+    rebuilds_weights,
+)
 
 PRESETS = ("attention", "mlp", "all")
 """Names in `adapter.targets` that a family translates; everything else there is a regular expression."""
@@ -21,6 +28,11 @@ S3_URI = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^ ]*)?"
 HUB_URI = r"hf://[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+(@[A-Za-z0-9_./-]+)?"
 SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*://"
 """Patterns that Python and RE2 read alike."""
+
+FOLDER = "the folder of the pictures that go with the samples, each of the same name"
+PICTURE = "the picture that this sample is drawn from"
+SCALE = "how much of the control network counts, 1 as it was trained"
+"""What a run of a control network has to name."""
 
 
 def broken(run: TrainingRun) -> list[Problem]:
@@ -69,10 +81,10 @@ def unknown_family(document: object) -> Iterator[Problem]:
 
 
 def picture_places(spec: TrainingRunSpec) -> Iterator[tuple[str, str]]:
-    """Where pictures beside those that are trained are, with the path in the document: folders of references, files of prompts."""
+    """Where pictures beside those that are trained are, with the path in the document: folders beside samples, files of prompts."""
     for index, source in enumerate(spec.data.sources):
-        for number, uri in enumerate(source.references):
-            yield f"spec.data.sources[{index}].references[{number}]", uri
+        for field, uri in source.beside.items():
+            yield f"spec.data.sources[{index}].{field}", uri
     yield from spec.validation.pictures.items()
 
 
@@ -130,7 +142,7 @@ def _sources_once(spec: TrainingRunSpec) -> Iterator[Problem]:
 
 
 def _targets(spec: TrainingRunSpec) -> Iterator[Problem]:
-    if isinstance(spec.adapter, FullAdapter):
+    if isinstance(spec.adapter, FullAdapter | ControlNetAdapter):
         return
     lists = {"targets": spec.adapter.targets}
     if isinstance(spec.adapter, Ia3Adapter):
@@ -185,10 +197,10 @@ def _lengths(spec: TrainingRunSpec) -> Iterator[Problem]:
 
 def _precision(spec: TrainingRunSpec) -> Iterator[Problem]:
     numbers = spec.hyperparameters
-    full = isinstance(spec.adapter, FullAdapter)
-    if full and numbers.optimizer.type == "adamw-bf16" and numbers.precision == "fp32":
+    whole = {"full": "the whole fp32 model", "controlnet": "the copy of the fp32 model"}.get(spec.adapter.type)
+    if whole and numbers.optimizer.type == "adamw-bf16" and numbers.precision == "fp32":
         allowed = (
-            "with adapter type full it would round the whole fp32 model to bf16; set precision bf16, or type adamw"
+            f"with adapter type {spec.adapter.type} it would round {whole} to bf16; set precision bf16, or type adamw"
         )
         yield refused("spec.hyperparameters.optimizer.type", numbers.optimizer.type, allowed)
     if rebuilds_weights(spec.adapter) and numbers.optimizer.type == "adamw-bf16":
@@ -219,6 +231,27 @@ def _processes(spec: TrainingRunSpec) -> Iterator[Problem]:
         yield refused("spec.parallelism.deviceMemory", parallelism.device_memory, 'must be more than 0, such as "80Gi"')
 
 
+def _conditioning(spec: TrainingRunSpec) -> Iterator[Problem]:
+    """A control network needs a conditioning picture for each sample and for each prompt; nothing else has any."""
+    controlled = isinstance(spec.adapter, ControlNetAdapter)
+    prompts = list(enumerate(spec.validation.prompts))
+    needed = [
+        *(
+            (f"data.sources[{i}].conditioning", source.conditioning, FOLDER)
+            for i, source in enumerate(spec.data.sources)
+        ),
+        *((f"validation.prompts[{i}].conditioning", prompt.conditioning, PICTURE) for i, prompt in prompts),
+        *((f"validation.prompts[{i}].conditioningScale", prompt.conditioning_scale, SCALE) for i, prompt in prompts),
+    ]
+    for path, value, what in needed:
+        if controlled and value is None:
+            yield refused(f"spec.{path}", value, f"adapter type controlnet needs it: {what}")
+        elif not controlled and value is not None:
+            yield refused(
+                f"spec.{path}", value, f"only for adapter type controlnet, not {spec.adapter.type}; remove it"
+            )
+
+
 def _publish(spec: TrainingRunSpec) -> Iterator[Problem]:
     formats = spec.publish.formats
     if len(set(formats)) < len(formats):
@@ -245,5 +278,6 @@ RULES: tuple[Callable[[TrainingRunSpec], Iterator[Problem]], ...] = (
     _precision,
     _quantization,
     _processes,
+    _conditioning,
     _publish,
 )

@@ -21,6 +21,7 @@ from torch import nn
 
 from atelier_api.errors import ConfigError
 from atelier_runtime import networks
+from atelier_runtime.control import CONTROL_NETWORK
 from atelier_runtime.family import Family, Frame
 
 _LASTING = {None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
@@ -87,6 +88,11 @@ def class_named(name: str) -> Any:
     return getattr(diffusers, name, None) or getattr(networks, name)
 
 
+def library_of(name: str) -> str:
+    """The Python module that has `class_named` by that name."""
+    return diffusers.__name__ if hasattr(diffusers, name) else networks.__name__
+
+
 def load_encoders(family: Family, folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The stock pipeline without its denoisers, in eval mode and without gradients: text encoders, autoencoder, scheduler."""
     return _load_around({}, family, folder, dtype=dtype, device=device)
@@ -114,7 +120,10 @@ def load_pipeline(
     *,
     denoisers: Mapping[str, nn.Module],
 ) -> Any:
-    """The stock pipeline around `denoisers`, which are used as they are: neither moved nor cast, nor their mode changed."""
+    """The stock pipeline around `denoisers`, which are used as they are: neither moved nor cast, nor their mode changed.
+
+    With a control network among them it is the one that samples with such.
+    """
     training = {name: module.training for name, module in denoisers.items()}
     pipe = _load_around(denoisers, family, folder, dtype=dtype, device=device)
     for name, module in denoisers.items():
@@ -132,7 +141,8 @@ def _load_around(
     with _whole(folder):
         given |= family.provided_components(Path(folder))
     given |= denoisers
-    pipeline = class_named(family.pipeline_of(config))
+    controlled = family.control if CONTROL_NETWORK in denoisers else None
+    pipeline = class_named(controlled.pipeline if controlled else family.pipeline_of(config))
     _check_whole(pipeline, {*config, *given}, folder)
     with _whole(folder):
         pipe = pipeline.from_pretrained(str(folder), dtype=dtype, local_files_only=True, **given)

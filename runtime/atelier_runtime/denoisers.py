@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from atelier_api.run_file import RunFile
 from atelier_runtime import adapters, components, parallel
 from atelier_runtime.checkpoint.export import check_formats
+from atelier_runtime.control import CONTROL_NETWORK, Controlled
 from atelier_runtime.family import Family, Stage
 from atelier_runtime.parallel import Distributed
 from atelier_runtime.quantization import quantize
@@ -23,7 +24,8 @@ log = logging.getLogger(__name__)
 class Denoisers:
     """The denoisers of a run: `models` as diffusers has them, `wrapped` as the strategy calls them.
 
-    `draws` are called before each step of the denoiser, where its adapter draws something once for the whole step.
+    `draws` are called before each step of the denoiser, where its adapter draws something once for the whole step. A control network is
+    one of the models; its denoiser is called together with it.
     """
 
     models: dict[str, nn.Module]
@@ -37,32 +39,22 @@ class Denoisers:
         hyperparameters, adapter = run_file.spec.hyperparameters, run_file.spec.adapter
         base_dtype, trained_dtype = _dtypes(hyperparameters.precision, hyperparameters.optimizer.type, adapter.type)
         compute_dtype = torch.bfloat16 if hyperparameters.precision == "bf16" else None
-        # Sharding moves block by block to the device: the whole model may not fit there, which is why it is sharded.
-        device = torch.device("cpu") if run_file.plan.strategy == "fsdp2" else distributed.device
-        quantization = run_file.spec.model.quantization
         names = components.denoiser_names(family, run_file.model_folder)
+        if adapter.type == "controlnet":
+            return cls._controlled(run_file, family, distributed, names)
         models: dict[str, nn.Module] = {}
         wrapped: dict[str, nn.Module] = {}
         draws: dict[str, adapters.Draw] = {}
         for name in names:
-            # A base that is to be quantised goes to the device layer by layer, packed: as a whole it may not fit there either.
-            loading_device = device if quantization is None else torch.device("cpu")
-            model = components.load_denoiser(run_file.model_folder, name, base_dtype, loading_device)
-            if quantization is not None:
-                quantize(model, quantization, family, distributed.device, home=device)
+            model = components.load_denoiser(
+                run_file.model_folder, name, base_dtype, _loading_device(run_file, distributed)
+            )
+            _quantize(model, run_file, family, distributed)
             if adapter.type == "lora":
                 check_formats(run_file, family, adapters.resolve_targets(model, adapter.targets, family))
             torch.manual_seed(hyperparameters.seed)
             report = adapters.install(model, adapter, family, dtype=trained_dtype)
-            log.info(
-                "adapter installed",
-                extra={
-                    "denoiser": name,
-                    "trainable": report.trainable,
-                    "total": report.total,
-                    "modules": report.modules,
-                },
-            )
+            _log_installed(name, report)
             if report.draw is not None:
                 draws[name] = report.draw
             models[name] = model
@@ -70,11 +62,57 @@ class Denoisers:
         stages = family.stages(components.read_pipeline_config(run_file.model_folder), names)
         return cls(models, wrapped, stages, draws)
 
+    @classmethod
+    def _controlled(
+        cls, run_file: RunFile, family: Family, distributed: Distributed, names: tuple[str, ...]
+    ) -> "Denoisers":
+        """The frozen denoiser and its control network, each spread over the ranks by itself."""
+        [name] = names
+        assert family.control is not None  # a family without is refused
+        hyperparameters, plan = run_file.spec.hyperparameters, run_file.plan
+        base_dtype, trained_dtype = _dtypes(hyperparameters.precision, hyperparameters.optimizer.type, "controlnet")
+        compute_dtype = torch.bfloat16 if hyperparameters.precision == "bf16" else None
+        base = components.load_denoiser(run_file.model_folder, name, base_dtype, _loading_device(run_file, distributed))
+        torch.manual_seed(hyperparameters.seed)
+        # A copy of the base's blocks as they are: the base is quantised after it.
+        network, report = adapters.build_control_network(
+            base, family, dtype=trained_dtype, device=_home(run_file, distributed)
+        )
+        _quantize(base, run_file, family, distributed)
+        _log_installed(CONTROL_NETWORK, report)
+        wrapped = Controlled(
+            parallel.wrap(base, plan, family, distributed, compute_dtype=compute_dtype),
+            parallel.wrap(network, plan, family, distributed, compute_dtype=compute_dtype),
+            family.control,
+        )
+        return cls({name: base, CONTROL_NETWORK: network}, {name: wrapped}, (Stage(name),))
+
     def trainable(self) -> dict[str, Parameter]:
         """Trained parameters by `<denoiser>.<name>`, after sharding."""
         return {
             f"{name}.{key}": p for name, model in self.models.items() for key, p in adapters.trainable(model).items()
         }
+
+
+def _home(run_file: RunFile, distributed: Distributed) -> torch.device:
+    """Sharding moves block by block to the device: the whole model may not fit there, which is why it is sharded."""
+    return torch.device("cpu") if run_file.plan.strategy == "fsdp2" else distributed.device
+
+
+def _loading_device(run_file: RunFile, distributed: Distributed) -> torch.device:
+    """A base that is to be quantised goes to the device layer by layer, packed: as a whole it may not fit there either."""
+    return _home(run_file, distributed) if run_file.spec.model.quantization is None else torch.device("cpu")
+
+
+def _quantize(model: nn.Module, run_file: RunFile, family: Family, distributed: Distributed) -> None:
+    if run_file.spec.model.quantization is not None:
+        home = _home(run_file, distributed)
+        quantize(model, run_file.spec.model.quantization, family, distributed.device, home=home)
+
+
+def _log_installed(name: str, report: adapters.AdapterReport) -> None:
+    extra = {"denoiser": name, "trainable": report.trainable, "total": report.total, "modules": report.modules}
+    log.info("adapter installed", extra=extra)
 
 
 def _dtypes(precision: str, optimizer: str, adapter: str) -> tuple[torch.dtype, torch.dtype]:
@@ -86,8 +124,6 @@ def _dtypes(precision: str, optimizer: str, adapter: str) -> tuple[torch.dtype, 
 
 
 def gathered_weights(denoisers: Denoisers) -> dict[str, dict[str, Any]]:
-    """Trained weights by denoiser, whole and on the CPU, on rank 0 (empty elsewhere). Collective."""
-    return {
-        name: parallel.full_state(denoisers.wrapped[name], list(adapters.trainable(model)))
-        for name, model in denoisers.models.items()
-    }
+    """Trained weights by model, whole and on the CPU, on rank 0 (empty elsewhere); no entry for one that is frozen. Collective."""
+    trained = {name: list(adapters.trainable(model)) for name, model in denoisers.models.items()}
+    return {name: parallel.full_state(denoisers.models[name], keys) for name, keys in trained.items() if keys}

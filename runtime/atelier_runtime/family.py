@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from atelier_api.families import FamilyFacts
+from atelier_runtime.control import Control
 from atelier_runtime.lora_layout import LoraLayout
 
 Features = dict[str, Tensor]
@@ -91,6 +92,7 @@ class Conditions:
     `references`; they share the target's time, and `predict` gives nothing for them.
     `lengths`: [B] how many latents of a sound are its own, on the CPU; the others fill its bucket. None: all are.
     `shared`: what `encode_shared` made, without batch dimension.
+    `control`: what a control network is given of the conditioning pictures, as its kind `takes` it; None where there is no network.
     """
 
     text: Features
@@ -101,6 +103,12 @@ class Conditions:
     references: tuple[Tensor, ...] = ()
     lengths: Tensor | None = None
     shared: Features = field(default_factory=dict)
+    control: Tensor | None = None
+
+    @property
+    def controlled(self) -> dict[str, Tensor]:
+        """The argument that a denoiser with a control network takes beside those of one without."""
+        return {} if self.control is None else {"control": self.control}
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,8 @@ class SampleRequest:
 
     `pictures` are the frames that it is shown, in the order of `given_frames`. `references` are the pictures that are edited, upright
     RGB of any size. `resolution` is that of the training, for `reference_size`. `lyrics` and `seconds` are a sound's.
+    `condition` is the conditioning picture in the size of the sample, and `condition_scale` how much the control network counts; None
+    where there is none.
     """
 
     prompt: str
@@ -124,6 +134,8 @@ class SampleRequest:
     resolution: int = 1024
     lyrics: str = ""
     seconds: float = 0.0
+    condition: Image.Image | None = None
+    condition_scale: float = 1.0
 
 
 class Family(ABC):
@@ -149,6 +161,8 @@ class Family(ABC):
     """Whether the text encoder looks at the reference pictures: text features then belong to a caption and its references together."""
     shares: ClassVar[bool] = False
     """Whether all samples are told the same beside their own text: `encode_shared`."""
+    control: ClassVar[Control | None] = None
+    """The kind of its control networks; None where none can be trained, for the reason in the facts."""
 
     @property
     def facts(self) -> FamilyFacts:
@@ -254,6 +268,13 @@ class Family(ABC):
         """Clean latents of [B, 3, H, W] reference pixels in [-1, 1]: by default the mean of `encode_pixels`."""
         return self.encode_pixels(pipe, pixels).mean
 
+    def encode_condition(self, pipe: Any, pixels: Tensor) -> Latents:
+        """Of [B, 3, H, W] conditioning pixels in [-1, 1], what a control network that takes latents is given.
+
+        Its pipeline draws from the posterior, and so does training.
+        """
+        return self.encode_pixels(pipe, pixels)
+
     def stages(self, pipeline_config: Mapping[str, Any], denoisers: Sequence[str]) -> tuple[Stage, ...]:
         """Which of the checkpoint's `denoisers` trains which range of sigma. `pipeline_config` is `model_index.json`."""
         return (Stage(denoisers[0]),)
@@ -271,6 +292,9 @@ class Family(ABC):
         }
         if self.facts.modality == "video":
             arguments["num_frames"] = request.frames
+        if self.control is not None and request.condition is not None:
+            arguments[self.control.picture] = request.condition
+            arguments["controlnet_conditioning_scale"] = request.condition_scale
         return {key: value for key, value in arguments.items() if value is not None}
 
 

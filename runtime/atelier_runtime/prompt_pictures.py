@@ -26,11 +26,12 @@ Reader = Callable[[bytes], list[Image.Image]]
 
 @dataclass(frozen=True)
 class PromptPictures:
-    """Upright RGB pictures of one prompt: the `frames` that the checkpoint is shown, in the size of the samples, and `references`,
-    which are edited, in the size of their files."""
+    """Upright RGB pictures of one prompt: the `frames` that the checkpoint is shown and the `condition` of a control network, in the
+    size of the samples, and `references`, which are edited, in the size of their files."""
 
     frames: tuple[Image.Image, ...]
     references: tuple[Image.Image, ...]
+    condition: Image.Image | None = None
 
 
 def prompt_pictures(run_file: RunFile, family: Family) -> list[PromptPictures]:
@@ -50,8 +51,11 @@ def prompt_pictures(run_file: RunFile, family: Family) -> list[PromptPictures]:
         ]
         names = [f"references[{number}]" for number in range(len(prompt.references))]
         references = [picture for name in names for picture in _read(run_file, index, name, _picture_in)]
-        fitting = (fitted(frame, place(frame.width, frame.height, bucket)) for frame in frames)
-        pictures.append(PromptPictures(tuple(fitting), tuple(references)))
+        condition = [] if prompt.conditioning is None else _read(run_file, index, "conditioning", _picture_in)
+        fitting = [fitted(each, place(each.width, each.height, bucket)) for each in (*frames, *condition)]
+        pictures.append(
+            PromptPictures(tuple(fitting[: len(frames)]), tuple(references), next(iter(fitting[len(frames) :]), None))
+        )
     return pictures
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from atelier_api.errors import RunError
 from atelier_api.progress import ArtifactReport
-from atelier_runtime.checkpoint.export import export_full, export_lora
+from atelier_runtime.checkpoint.export import export_lora, export_models
 from atelier_runtime.checkpoint.export_lycoris import export_lycoris
 from atelier_runtime.checkpoint.exported_file import ExportedFile, Provenance
 from atelier_runtime.denoisers import gathered_weights
@@ -53,7 +53,8 @@ def publish(parts: Parts, store: Store) -> list[PublishedFile]:
         return []
     folder = Path(parts.run_file.scratch) / "exports"
     provenance = Provenance(step=parts.state.step, date=datetime.now(UTC))
-    export = {"lora": export_lora, "full": export_full}.get(parts.run_file.spec.adapter.type, export_lycoris)
+    exports = {"lora": export_lora, "full": export_models, "controlnet": export_models}
+    export = exports.get(parts.run_file.spec.adapter.type, export_lycoris)
     files = export(weights, parts.run_file, parts.family, folder, provenance=provenance)
     return [_store(store, folder, file) for file in files]
 

@@ -104,6 +104,8 @@ def _draw(pipe: Any, family: Family, run_file: RunFile, index: int, given: Promp
         resolution=family.facts.reference_resolution(data.resolution),
         lyrics=prompt.lyrics or "",
         seconds=validation.seconds or data.audio.max_seconds,
+        condition=given.condition,
+        condition_scale=1.0 if prompt.conditioning_scale is None else prompt.conditioning_scale,
     )
     if family.facts.modality == "audio":
         [waveform] = pipe(**family.sampling_arguments(pipe, request), output_type="pt")[0]

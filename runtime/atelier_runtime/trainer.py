@@ -23,7 +23,7 @@ from atelier_runtime import components, parallel
 from atelier_runtime.checkpoint import Checkpointer
 from atelier_runtime.data import Dataset, Loader, MicroBatch
 from atelier_runtime.denoisers import Denoisers
-from atelier_runtime.family import Conditions, Family, Stage
+from atelier_runtime.family import Conditions, Family, Features, Stage
 from atelier_runtime.objectives import Objective, build_objective
 from atelier_runtime.observe.metrics import TrainMetrics
 from atelier_runtime.optimizers import Ema, build_optimizer, clip_gradients, learning_rate_at
@@ -209,10 +209,8 @@ class Trainer:
         spare = self._spare_generators
         spare.extend(torch.Generator() for _ in range(len(batch.slots) - len(spare)))
         generators = [sample_generator(seed, step, slot, spare[i]) for i, slot in enumerate(batch.slots)]
-        clean = batch.latents.to(device, torch.float32, non_blocking=True)
-        if batch.std is not None:
-            draws = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators])
-            clean = clean + batch.std.to(device, torch.float32, non_blocking=True) * draws.to(device)
+        clean = _drawn(batch.latents, batch.std, generators, device)
+        control = None if batch.condition is None else control_input(batch.condition, generators, device)
         prepared = parts.objective.prepare(clean, generators, stage=stage, tokens=_tokens(parts.family, clean))
         text = {
             key: value.to(device, non_blocking=True) for key, value in parts.family.collate_text(batch.text).items()
@@ -226,6 +224,7 @@ class Trainer:
             references=tuple(each.to(device, torch.float32, non_blocking=True) for each in batch.references),
             lengths=batch.lengths,
             shared=self._shared,
+            control=control,
         )
         precision = parts.run_file.spec.hyperparameters.precision
         with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
@@ -289,6 +288,22 @@ class Trainer:
     def _is_boundary(self, step: int, every_steps: int, every_samples: int) -> bool:
         last = step == self._parts.run_file.spec.hyperparameters.steps
         return last or any(every > 0 and step % every == 0 for every in (every_steps, every_samples))
+
+
+def _drawn(mean: Tensor, std: Tensor | None, generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
+    """Latents in fp32: the mean of a posterior, or where it has a deviation a draw from it."""
+    latents = mean.to(device, torch.float32, non_blocking=True)
+    if std is None:
+        return latents
+    draws = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+    return latents + std.to(device, torch.float32, non_blocking=True) * draws.to(device)
+
+
+def control_input(picture: Features, generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
+    """What a control network is given of conditioning pictures [B, ...]: pixels in [0, 1], or a draw of latents for each sample."""
+    if "pixels" in picture:
+        return picture["pixels"].to(device, non_blocking=True).to(torch.float32) / 255
+    return _drawn(picture["mean"], picture.get("std"), generators, device)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

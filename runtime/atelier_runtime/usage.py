@@ -6,26 +6,38 @@ from atelier_api.layouts import LYCORIS
 from atelier_api.model_files import base_arguments, lora_loading, lycoris_loading
 from atelier_api.run_file import RunFile
 from atelier_runtime import components
+from atelier_runtime.control import CONTROL_NETWORK
 from atelier_runtime.family import Family
 
 
 def usage(run_file: RunFile, family: Family, keys: Sequence[str]) -> str:
     """A program that draws with the result. `keys` are the exported files, relative to the run's root, the first denoiser's first."""
-    pipeline, library = components.pipeline_name(family, run_file.model_folder), family.facts.library
+    pipeline = components.pipeline_name(family, run_file.model_folder)
     shown = run_file.spec.data.clip.shown_frames
     given = ["image", "last_image"][: len(components.given_frames(family, run_file.model_folder))]
     pictures = given or (["image"] if family.facts.references else [])
     inputs = [f'{name}=load_image("{name}.png")' for name in pictures]
     if shown > 1:  # arguments that a pipeline of a family which continues clips has
         inputs = [f'video=load_video("start.mp4"), num_cond_frames={shown}']
+    control = family.control if run_file.spec.adapter.type == "controlnet" else None
+    if control:
+        pipeline = control.pipeline
+        inputs.append(f'{control.picture}=load_image("condition.png")')
     loaders = ["load_video" if shown > 1 else "load_image"] if inputs else []
     tools = [*loaders, *(["export_to_video"] if family.facts.modality == "video" else [])]
     lines = ["import wave", ""] if family.facts.modality == "audio" else []
-    lines.append(f"from {library} import {pipeline}")
+    lines += _imports([control.network, pipeline] if control else [pipeline])
     if tools:
         lines.append(f"from diffusers.utils import {', '.join(sorted(tools))}")
     lines.append("")
     return "\n".join([*lines, *_loading(run_file, family, pipeline, keys), *_drawing(family, inputs)])
+
+
+def _imports(names: Sequence[str]) -> list[str]:
+    """A line for each library that has some of the classes `names`."""
+    libraries = dict.fromkeys(components.library_of(name) for name in names)
+    found = {library: [name for name in names if components.library_of(name) == library] for library in libraries}
+    return [f"from {library} import {', '.join(classes)}" for library, classes in found.items()]
 
 
 def _loading(run_file: RunFile, family: Family, pipeline: str, keys: Sequence[str]) -> Iterator[str]:
@@ -33,7 +45,10 @@ def _loading(run_file: RunFile, family: Family, pipeline: str, keys: Sequence[st
     if adapter == "full":
         for component in sorted({key.split("/")[2] for key in keys}):
             yield f'# replace the pipeline\'s {component} by the folder "exports/diffusers/{component}" (from_pretrained)'
-    yield f"pipe = {pipeline}.from_pretrained({base})"
+    control = family.control if adapter == "controlnet" else None
+    if control:
+        yield f'network = {control.network}.from_pretrained("exports/diffusers/{CONTROL_NETWORK}")'
+    yield f"pipe = {pipeline}.from_pretrained({base}{f', {CONTROL_NETWORK}=network' if control else ''})"
     if adapter == "lora":
         for key in (key for key in keys if key.startswith("exports/diffusers/")):
             folder, name = key.rsplit("/", 1)

@@ -22,6 +22,8 @@ LONGCAT_EDIT = {"family": "longcat_image_edit", "source": "base"}
 CASCADE = {"family": "stable_cascade", "source": "base"}
 PROMPTS = [{"text": "a cat"}]
 SHOWN = [{"text": "a cat", "image": "a.png"}]
+CONTROLNET = {"type": "controlnet"}
+CONDITIONED = [{"uri": "a", "conditioning": "edges"}]
 NEGATIVE = [{"text": "a cat", "negative": "b"}]
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -96,6 +98,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no picture for a family that always draws from one": (
         {"model": WAN | {"family": "wan_ti2v"}, "validation__prompts": PROMPTS},
         "spec.validation.prompts[0].image is empty; wan_ti2v draws from a picture of the first frame; name its file",
+    ),
+    "a control network of a family without": (
+        {"model": {"family": "chroma", "source": "m"}, "adapter": CONTROLNET, "data__sources": CONDITIONED},
+        "spec.adapter.type is 'controlnet'; not for chroma: none is built in for it; train another type, or a model of sd3 or flux "
+        "or sdxl or flux_kontext",
+    ),
+    "a control network of a family that diffusers has none for": (
+        {"model": {"family": "hidream", "source": "m"}, "adapter": CONTROLNET, "data__sources": CONDITIONED},
+        "spec.adapter.type is 'controlnet'; not for hidream: diffusers has no control network for it; train another type",
     ),
     "a negative prompt of a distilled flavour": (
         {"validation__prompts": [{"text": "a"}, {"text": "a", "negative": "b"}]},

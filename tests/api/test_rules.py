@@ -14,6 +14,8 @@ SDXL = {"family": "sdxl", "source": "base"}
 KONTEXT = {"family": "flux_kontext", "source": "base"}
 CASCADE = {"family": "stable_cascade", "source": "base"}
 SHOWN = [{"text": "a cat", "image": "a.png"}]
+CONTROLNET = {"type": "controlnet"}
+CONDITIONED = [{"uri": "a", "conditioning": "edges"}]
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "frames of pictures": (
@@ -181,6 +183,66 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a picture to edit of another store": (
         {"model": KONTEXT, "validation__prompts": [{"text": "make it red", "references": ["gs://bucket/x.png"]}]},
         "spec.validation.prompts[0].references[0] is 'gs://bucket/x.png'; must be a file or s3://bucket/key",
+    ),
+    "conditioning pictures of another store": (
+        {"model": SDXL, "adapter": CONTROLNET, "data__sources": [{"uri": "a", "conditioning": "gs://bucket/x"}]},
+        "spec.data.sources[0].conditioning is 'gs://bucket/x'; must be a folder or s3://bucket/prefix",
+    ),
+    "a prompt's conditioning picture of another store": (
+        {
+            "model": SDXL,
+            "adapter": CONTROLNET,
+            "data__sources": CONDITIONED,
+            "validation__prompts": [{"text": "a", "conditioning": "gs://bucket/x.png", "conditioningScale": "1"}],
+        },
+        "spec.validation.prompts[0].conditioning is 'gs://bucket/x.png'; must be a file or s3://bucket/key",
+    ),
+    "a source without its conditioning pictures": (
+        {"model": SDXL, "adapter": CONTROLNET, "data__sources": [*CONDITIONED, {"uri": "b"}]},
+        "spec.data.sources[1].conditioning is empty; adapter type controlnet needs it: the folder of the pictures that go with",
+    ),
+    "conditioning pictures for a LoRA": (
+        {"data__sources": CONDITIONED},
+        "spec.data.sources[0].conditioning is 'edges'; only for adapter type controlnet, not lora; remove it",
+    ),
+    "a prompt without its conditioning picture": (
+        {
+            "model": SDXL,
+            "adapter": CONTROLNET,
+            "data__sources": CONDITIONED,
+            "validation__prompts": [{"text": "a", "conditioningScale": "1"}],
+        },
+        "spec.validation.prompts[0].conditioning is empty; adapter type controlnet needs it: the picture that this sample is",
+    ),
+    "a prompt that does not say how much its control counts": (
+        {
+            "model": SDXL,
+            "adapter": CONTROLNET,
+            "data__sources": CONDITIONED,
+            "validation__prompts": [{"text": "a", "conditioning": "a.png"}],
+        },
+        "spec.validation.prompts[0].conditioningScale is empty; adapter type controlnet needs it: how much of the control network",
+    ),
+    "a conditioning picture for a LoRA": (
+        {"validation__prompts": [{"text": "a", "conditioning": "a.png"}]},
+        "spec.validation.prompts[0].conditioning is 'a.png'; only for adapter type controlnet, not lora; remove it",
+    ),
+    "a conditioning scale for a LoRA": (
+        {"validation__prompts": [{"text": "a", "conditioningScale": "0.5"}]},
+        "spec.validation.prompts[0].conditioningScale is 0.5; only for adapter type controlnet, not lora; remove it",
+    ),
+    "the copy of an fp32 model in bf16": (
+        {
+            "model": SDXL,
+            "adapter": CONTROLNET,
+            "data__sources": CONDITIONED,
+            "hyperparameters": {"steps": 1, "precision": "fp32", "optimizer": {"type": "adamw-bf16"}},
+        },
+        "spec.hyperparameters.optimizer.type is 'adamw-bf16'; with adapter type controlnet it would round the copy of the fp32 model",
+    ),
+    "a control network in the layout of kohya": (
+        {"model": SDXL, "adapter": CONTROLNET, "data__sources": CONDITIONED, "publish__formats": ["kohya"]},
+        "spec.publish.formats is ['kohya']; none of these holds an adapter of type controlnet; must hold diffusers",
     ),
     "a hub source without owner": (
         {"model__source": "hf://FLUX.1-dev"},

@@ -169,6 +169,11 @@ def test_a_quantised_base_is_in_the_plan_as_json_and_takes_less(local_run: Local
     assert packed["memory"]["train"]["base_weights"] < whole["memory"]["train"]["base_weights"]
 
 
+def test_plan_shows_a_control_network(local_run: LocalRun) -> None:
+    changes = ("--set", 'adapter={"type": "controlnet"}', "--set", "data.sources[0].conditioning=pictures")
+    assert "control network, about" in invoke("plan", str(local_run.path), *changes).stdout
+
+
 def _plan(local_run: LocalRun, *changes: str) -> dict[str, Any]:
     arguments = [argument for change in changes for argument in ("--set", change)]
     result = invoke("plan", str(local_run.path), "--json", *arguments)

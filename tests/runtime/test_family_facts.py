@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 from torch import nn
 
-from activation_bytes import bytes_per_token
+from activation_bytes import bytes_per_token, bytes_with_control, copied_without_memory
 from atelier_api.families import FAMILIES as TABLE
 from atelier_api.families import FamilyFacts, Flavour
+from atelier_operator.planner.memory import Choice, flavour_facts, predict
 from atelier_runtime import components
 from atelier_runtime.families import FAMILIES
 from atelier_runtime.family import Family
 from family_models import PUBLISHED, published_denoiser
 from family_models.published_parts import without_memory
+from planned_runs import run
 
 FLAVOURS = [
     pytest.param(facts, flavour, id=f"{facts.name} {flavour.name}")
@@ -30,6 +32,7 @@ def alike(facts: FamilyFacts, flavour: Flavour) -> list[Flavour]:
     return [each for each in facts.flavours if all(getattr(each, of) == getattr(flavour, of) for of in sizes)]
 
 
+CONTROLLED_FLAVOURS = [each for each in FLAVOURS if not each.values[0].uncontrolled]
 DISTINCT_FLAVOURS = [parameter for parameter in FLAVOURS if alike(*parameter.values)[0] is parameter.values[1]]
 
 
@@ -101,6 +104,36 @@ def test_sizes_of_encoders_and_autoencoder_are_those_of_the_published_configs(fa
         build = published.encoders_of.get(flavour.name, published.encoders)
         assert flavour.encoder_parameters == pytest.approx(sizes[build], rel=0.01)
         assert flavour.vae_parameters == pytest.approx(count(autoencoder), rel=0.01)
+
+
+@pytest.mark.cell("controlnet")
+@pytest.mark.parametrize(("facts", "flavour"), CONTROLLED_FLAVOURS)
+def test_sizes_of_the_control_network_are_those_of_its_copy_of_the_published_denoiser(
+    facts: FamilyFacts, flavour: Flavour
+) -> None:
+    family, base = FAMILIES[facts.name], published_denoiser(facts.name, flavour.name)
+    assert family.control is not None
+    network = copied_without_memory(family.control, base)
+    assert flavour.control_parameters == count(network)
+    inner = [module for module in network.modules() if type(module).__name__ == "BasicTransformerBlock"]
+    lists = ("transformer_blocks", "single_transformer_blocks")
+    assert flavour.control_layers == (len(inner) or sum(len(getattr(network, name, ())) for name in lists))
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+@pytest.mark.parametrize(("facts", "flavour"), [each for each in CONTROLLED_FLAVOURS if each in DISTINCT_FLAVOURS])
+def test_what_a_control_network_and_its_base_keep_is_what_the_planner_counts(
+    facts: FamilyFacts, flavour: Flavour, recompute: bool
+) -> None:
+    base = published_denoiser(facts.name, flavour.name)
+    measured = bytes_with_control(FAMILIES[facts.name], flavour, base, recompute=recompute)
+    references = ["c"] if facts.references else []
+    adapter, data = {"type": "controlnet"}, [{"uri": "a", "conditioning": "b", "references": references}]
+    planned = run(facts.name, model__flavour=flavour.name, adapter=adapter, data__sources=data)
+    choice = Choice("single", 1, 1, recompute)
+    counted = predict(planned.spec, flavour_facts(facts, flavour), choice, "cuda").train.activations
+    # With recompute, what one block needs comes to it in the backward pass.
+    assert measured <= counted <= (1.25 if not recompute else 3.5) * measured
 
 
 @pytest.mark.parametrize(("facts", "flavour"), DISTINCT_FLAVOURS)

@@ -12,6 +12,7 @@ from atelier_runtime.components import class_named
 from atelier_runtime.data.sound import read_sound
 from atelier_runtime.families import FAMILIES
 from atelier_runtime.usage import usage
+from control_cases import CONTROLLED
 from export_runs import run_file
 from family_models import FAMILY_OF, TINY, save_tiny
 from tiny_data import tone
@@ -34,6 +35,32 @@ def test_it_is_a_program_that_calls_the_pipeline_with_what_it_takes(checkpoint: 
     given = {str(keyword.arg): None for keyword in call.keywords}
     inspect.signature(pipeline.__call__).bind(None, *call.args, **given)  # some take the picture before the prompt
     assert all(node.id in names for node in ast.walk(call) if isinstance(node, ast.Name) and node.id != "pipe")
+
+
+@pytest.mark.parametrize("checkpoint", CONTROLLED)
+def test_a_control_network_is_loaded_into_the_pipeline_that_samples_with_one(checkpoint: str, tmp_path: Path) -> None:
+    family = FAMILIES[FAMILY_OF[checkpoint]]
+    save_tiny(checkpoint, tmp_path)
+    references = ["image"] if family.facts.references else []
+    source = {"uri": "pictures", "conditioning": "edges", "references": references}
+    spec = {"data": {"sources": [source], "resolution": 32}}
+    file = run_file(family.name, tmp_path, {"type": "controlnet"}, **spec)
+    weights = "exports/diffusers/controlnet/diffusion_pytorch_model.safetensors"
+    program = ast.parse(usage(file, family, [weights]))
+    imports = [node for node in program.body if isinstance(node, ast.ImportFrom)]
+    names: dict[str, Any] = {}
+    exec(compile(ast.Module(imports, []), "usage", "exec"), names)
+    calls = {ast.unparse(node.func): node for node in ast.walk(program) if isinstance(node, ast.Call)}
+    assert family.control is not None
+    assert ast.unparse(calls[f"{family.control.network}.from_pretrained"].args[0]) == "'exports/diffusers/controlnet'"
+    made = {
+        str(keyword.arg): ast.unparse(keyword.value)
+        for keyword in calls[f"{family.control.pipeline}.from_pretrained"].keywords
+    }
+    assert made["controlnet"] == "network"
+    given = {str(keyword.arg): None for keyword in calls["pipe"].keywords}
+    inspect.signature(names[family.control.pipeline].__call__).bind(None, **given)
+    assert given.keys() == {"prompt", family.control.picture, *references}
 
 
 def test_pictures_clips_and_sounds_are_loaded_and_saved_by_their_kind(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from torch.overrides import TorchFunctionMode
 from atelier_api.families import Flavour
 from atelier_api.v1alpha1.adapter import LoraAdapter
 from atelier_runtime import adapters
+from atelier_runtime.control import Control, Controlled
 from atelier_runtime.family import Conditions, Family
+from family_models.published_parts import without_memory
 
 IN_BF16 = {
     F.linear,
@@ -173,6 +175,34 @@ def bytes_per_token(
         total = saved_bytes(model, lambda: family.predict(model, noisy, time, conditions), low)
     pictures = (1 + len(references)) * facts.latent_tokens(width, height, frames)
     return total * 2 / low.itemsize / flavour.layers / (pictures + flavour.text_tokens)
+
+
+def copied_without_memory(control: Control, base: nn.Module) -> nn.Module:
+    """The control network of a base on the meta device, in the base's precision and trainable."""
+    base.requires_grad_(False)
+    network = without_memory(lambda: control.copied(base)).to(torch.bfloat16)
+    unused = tuple(f"{name}." for name in control.unused(network))
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(not f"{name}.".startswith(unused))
+    return network
+
+
+def bytes_with_control(family: Family, flavour: Flavour, base: Any, *, recompute: bool) -> int:
+    """Bytes that a frozen base and its control network keep of a sample of 1024 x 1024 pixels, with a reference if it takes one."""
+    assert family.control is not None
+    network: Any = copied_without_memory(family.control, base)
+    if recompute:
+        base.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing()
+    together = Controlled(base, network, family.control)
+    edge = 1024 // int(family.facts.latent_factor)
+    with torch.device("meta"):
+        noisy = torch.empty(1, family.facts.latent_channels, edge, edge)
+        condition = torch.empty(1, 3, 1024, 1024) if family.control.takes == "pixels" else noisy
+        text = text_features(base, flavour.text_tokens)
+        references = (noisy,) if family.facts.references else ()
+        conditions = Conditions(text=text, sizes=torch.empty(1, 6), references=references, control=condition)
+        return saved_bytes(together, lambda: family.predict(together, noisy, torch.empty(1), conditions))
 
 
 def text_features(model: Any, tokens: int) -> dict[str, Tensor]:

@@ -91,6 +91,8 @@ EXAMPLES = {
     "spec.validation.prompts[].lastImage": ["last.png", "hf://owner/name"],
     "spec.data.sources[].references[]": ["originals", "s3://bucket/originals", "gs://x"],
     "spec.validation.prompts[].references[]": ["a.png", "s3://bucket/a.png", "gs://x"],
+    "spec.data.sources[].conditioning": ["edges", "s3://bucket/edges", "gs://x"],
+    "spec.validation.prompts[].conditioning": ["a.png", "s3://bucket/a.png", "gs://x"],
     "spec.storage.uri": ["runs", "s3://bucket/prefix", "s3://b", "file:///tmp/x"],
     "spec.adapter.targets[]": ["attention", "mlp", "all", r".*\.to_q"],
     "spec.adapter.inputTargets[]": ["mlp", r".*\.net\.2"],
@@ -213,7 +215,9 @@ def _mend(sound: Document, path: str) -> None:
         processes = parallelism.get("gpusPerNode", 1) or parallelism.get("processesPerNode") or 1
         numbers["globalBatchSize"] = parallelism.get("nodes", 1) * processes * (numbers.get("microBatchSize") or 1)
     elif path.startswith("spec.data.sources"):
-        spec["data"]["sources"] = [{"uri": "pictures", "references": ["originals"][: _trains_on_pairs(spec["model"])]}]
+        source = {"uri": "pictures", "references": ["originals"][: _trains_on_pairs(spec["model"])]}
+        controlled = spec.get("adapter", {}).get("type") == "controlnet"
+        spec["data"]["sources"] = [source | ({"conditioning": "edges"} if controlled else {})]
     elif re.fullmatch(r"spec\.validation\.prompts\[.*\.references(\[.*)?", path):
         for prompt in spec["validation"].get("prompts", []):  # an earlier problem of them may have removed them
             prompt["references"] = ["a.png"][: _trains_on_pairs(spec["model"])]

@@ -23,6 +23,7 @@ from atelier_api.v1alpha1.adapter import (
 from atelier_api.v1alpha1.hyperparameters import Hyperparameters, Optimizer
 from atelier_api.v1alpha1.objective import Objective
 from atelier_runtime import adapters, components, parallel
+from atelier_runtime.control import Controlled
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Conditions, Family, Features
 from atelier_runtime.objectives import build_objective
@@ -30,6 +31,7 @@ from atelier_runtime.optimizers import Ema, build_optimizer, clip_gradients
 from atelier_runtime.parallel.wrap import blocks_of
 from atelier_runtime.quantization import quantize
 from atelier_runtime.trainer import ADAPTER_SLOT, sample_generator
+from control_cases import conditions_of
 from family_cases import Case as FamilyCase
 
 STEPS = 3
@@ -54,8 +56,9 @@ class Samples:
     frames: Features | None
     references: tuple[Tensor, ...]
     shared: Features
+    control: Tensor | None = None
 
-    def conditions(self, family: Family, slots: range) -> Conditions:
+    def conditions(self, family: Family, slots: range, *, controlled: bool = False) -> Conditions:
         rows = list(slots)
         return Conditions(
             text=family.collate_text([self.text[slot] for slot in slots]),
@@ -63,6 +66,7 @@ class Samples:
             frames=None if self.frames is None else {name: tensor[rows] for name, tensor in self.frames.items()},
             references=tuple(reference[rows] for reference in self.references),
             shared=self.shared,
+            control=self.control[rows] if controlled and self.control is not None else None,
         )
 
 
@@ -138,7 +142,8 @@ def train(strategy: str, case: Case) -> Trained:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     distributed = parallel.Distributed(rank, rank, world, torch.device("cpu"))
     plan, family = plan_of(strategy, world, case), get_family(case.family)
-    model, wrapped, draw = _build(case, plan, family, distributed)
+    trained = _build(case, plan, family, distributed)
+    model, wrapped, called = trained.model, trained.wrapped, trained.called
     named = adapters.trainable(model)
     hyperparameters = Hyperparameters(steps=STEPS, optimizer=Optimizer(type=case.optimizer, epsilon=1e-3))
     optimizer = build_optimizer(list(named.values()), hyperparameters, plan.learning_rate)
@@ -152,16 +157,16 @@ def train(strategy: str, case: Case) -> Trained:
     before = parallel.full_state(wrapped, named)
     for step in range(STEPS):
         if step == STEPS - 1:
-            drawn = _draw(case, family, wrapped, ema)
-        if draw is not None:
-            draw(sample_generator(0, step, ADAPTER_SLOT))
+            drawn = _draw(case, family, called, ema)
+        if trained.draw is not None:
+            trained.draw(sample_generator(0, step, ADAPTER_SLOT))
         share = torch.zeros(())
         for micro in range(case.accumulation):
             size = plan.micro_batch_size
             first = (micro * world + rank) * size
             last = micro == case.accumulation - 1
-            with nullcontext() if last else parallel.no_sync(wrapped):
-                loss = _losses(case, family, wrapped, objective, step, range(first, first + size)).sum() / GLOBAL_BATCH
+            with nullcontext() if last else parallel.no_sync(called):
+                loss = _losses(case, family, called, objective, step, range(first, first + size)).sum() / GLOBAL_BATCH
                 (loss * world).backward()
             share += loss.detach()
         torch.distributed.all_reduce(share)
@@ -179,19 +184,37 @@ def train(strategy: str, case: Case) -> Trained:
     )  # fmt: skip
 
 
-def _build(
-    case: Case, plan: ExecutionPlan, family: Family, distributed: parallel.Distributed
-) -> tuple[nn.Module, nn.Module, adapters.Draw | None]:
+@dataclass(frozen=True)
+class Built:
+    """What is trained, as it is and as the strategy has it, and what is called; `draw` comes before each step, where there is one."""
+
+    model: nn.Module
+    wrapped: nn.Module
+    called: nn.Module
+    draw: adapters.Draw | None
+
+
+def _build(case: Case, plan: ExecutionPlan, family: Family, distributed: parallel.Distributed) -> Built:
     trained_dtype = torch.bfloat16 if case.optimizer == "adamw-bf16" else torch.float32
     frozen_dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     base_dtype = trained_dtype if case.adapter == "full" else frozen_dtype
     model = components.load_denoiser(case.folder, family.denoisers[0], base_dtype, distributed.device)
+    compute = torch.bfloat16 if case.precision == "bf16" else None
+    network, draw = model, None
+    if case.adapter == "controlnet":
+        assert family.control is not None
+        torch.manual_seed(3)  # what is sharded has to be the same on all ranks
+        network, _ = adapters.build_control_network(model, family, dtype=trained_dtype, device=distributed.device)
     if case.quantization is not None:
         quantize(model, case.quantization, family, distributed.device)
-    torch.manual_seed(3 + distributed.rank)  # ranks draw different adapters: those of rank 0 must win
-    draw = adapters.install(model, ADAPTERS[case.adapter], family, dtype=trained_dtype).draw
-    compute = torch.bfloat16 if case.precision == "bf16" else None
-    return model, parallel.wrap(model, plan, family, distributed, compute_dtype=compute), draw
+    if case.adapter != "controlnet":
+        torch.manual_seed(3 + distributed.rank)  # ranks draw different adapters: those of rank 0 must win
+        draw = adapters.install(model, ADAPTERS[case.adapter], family, dtype=trained_dtype).draw
+    called = wrapped = parallel.wrap(model, plan, family, distributed, compute_dtype=compute)
+    if family.control is not None and network is not model:
+        wrapped = parallel.wrap(network, plan, family, distributed, compute_dtype=compute)
+        called = Controlled(called, wrapped, family.control)
+    return Built(network, wrapped, called, draw)
 
 
 def _losses(case: Case, family: Family, wrapped: nn.Module, objective: Any, step: int, slots: range) -> Tensor:
@@ -199,7 +222,7 @@ def _losses(case: Case, family: Family, wrapped: nn.Module, objective: Any, step
     generators = [torch.Generator().manual_seed(1000 * step + slot) for slot in slots]
     stage = family.stages(components.read_pipeline_config(case.folder), family.denoisers[:1])[0]
     prepared = objective.prepare(case.samples.latents[list(slots)], generators, stage=stage, tokens=16)
-    conditions = case.samples.conditions(family, slots)
+    conditions = case.samples.conditions(family, slots, controlled=case.adapter == "controlnet")
     prediction = _predict(case, family, wrapped, prepared.noisy, prepared.time, conditions)
     return objective.loss(prediction, prepared, family.loss_mask(prediction, conditions))
 
@@ -216,7 +239,7 @@ def _draw(case: Case, family: Family, wrapped: nn.Module, ema: Ema) -> Tensor:
     assert case.samples is not None
     steps = family.facts.objective == "diffusion" and family.facts.noise_schedule == "betas"
     time = torch.tensor([500]) if steps else torch.tensor([0.5])
-    conditions = case.samples.conditions(family, range(1))
+    conditions = case.samples.conditions(family, range(1), controlled=case.adapter == "controlnet")
     with ema.swapped(), torch.no_grad():
         return _predict(case, family, wrapped, case.samples.latents[1:2], time, conditions).float()
 
@@ -249,4 +272,5 @@ def samples_of(tiny: FamilyCase, captions: Sequence[str]) -> Samples:
         frames=told.frames,
         references=told.references,
         shared=told.shared,
+        control=None if tiny.family.control is None else conditions_of(tiny, range(len(captions))),
     )

@@ -42,4 +42,5 @@ FACTS = FamilyFacts(
     ),
     pipelines=("AuraFlowPipeline",),
     kohya=False,
+    uncontrolled="diffusers has no control network for it",
 )

@@ -30,7 +30,8 @@ class Flavour:
     it, as the checkpoint embeds its guidance (`distilled`). `frames` are those of a clip that an image-to-video checkpoint is shown.
     `quantized_share` is the part of `parameters` that a quantised base keeps in few bits, at most 0.02 too little; `fp32_share` is the
     part that the network's class keeps in fp32 whatever the precision, 0 below 0.01. tests/operator/planner/test_quantized_memory.py
-    measures both.
+    measures both. `control_parameters` and `control_layers` are those of the control network that is trained beside it; 0 where none
+    can be.
     """
 
     name: str
@@ -49,6 +50,8 @@ class Flavour:
     frames: tuple[Literal["first", "last"], ...] = ()
     quantized_share: float = 0.98
     fp32_share: float = 0.0
+    control_parameters: int = 0
+    control_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class FamilyFacts:
     `negative_prompts`: what it contrasts with can be written; else it is something learnt. `sample_edge` is
     that of what the stock pipeline draws, in the aspect of the reference and as large, where it takes no size. `quantizations`
     are the kinds that its frozen base may be kept in; `quantization_doubt` says why it has not all of them, or why none is advised.
+    `uncontrolled` is why no control network can be trained for the family, empty where one can; `control_pixels`: it is given pixels,
+    and joins the base behind the blocks that it copies, so that no gradient goes through those.
     """
 
     name: str
@@ -106,6 +111,8 @@ class FamilyFacts:
     needs_fp32: str = ""
     quantizations: tuple[Quantization, ...] = QUANTIZATIONS
     quantization_doubt: str = ""
+    uncontrolled: str = "none is built in for it"
+    control_pixels: bool = False
 
     def reference_resolution(self, resolution: int) -> int:
         """Edge in pixels of the square whose area references have in a run of `resolution`."""

@@ -17,6 +17,8 @@ _DEV = Flavour(
     activation_bytes_per_token=112_000,
     largest_block=339_831_296,
     guidance="distilled",
+    control_parameters=2_952_654_336,
+    control_layers=14,
 )
 
 FACTS = FamilyFacts(
@@ -38,9 +40,11 @@ FACTS = FamilyFacts(
             name="schnell",
             source="hf://black-forest-labs/FLUX.1-schnell",
             parameters=11_891_178_560,
+            control_parameters=2_942_424_576,
             text_tokens=256,
             guidance="off",
         ),
     ),
     pipelines=("FluxPipeline",),
+    uncontrolled="",
 )

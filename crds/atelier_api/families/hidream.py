@@ -36,4 +36,5 @@ FACTS = FamilyFacts(
         replace(_FULL, name="fast", source="hf://HiDream-ai/HiDream-I1-Fast"),
     ),
     pipelines=("HiDreamImagePipeline",),
+    uncontrolled="diffusers has no control network for it",
 )

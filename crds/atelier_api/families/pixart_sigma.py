@@ -43,4 +43,5 @@ FACTS = FamilyFacts(
     pipelines=("PixArtSigmaPipeline",),
     lora_component="transformer",
     kohya=False,
+    uncontrolled="diffusers has no control network for it",
 )

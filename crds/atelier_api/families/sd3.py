@@ -26,6 +26,8 @@ FACTS = FamilyFacts(
             vae_parameters=83_819_683,
             activation_bytes_per_token=90_000,
             largest_block=101_506_944,
+            control_parameters=1_261_169_664,
+            control_layers=12,
         ),
         Flavour(
             name="3.5-large",
@@ -38,6 +40,8 @@ FACTS = FamilyFacts(
             encoder_parameters=5_580_620_800,
             vae_parameters=83_819_683,
             activation_bytes_per_token=108_000,
+            control_parameters=2_654_723_200,
+            control_layers=12,
         ),
         Flavour(
             name="3-medium",
@@ -50,7 +54,10 @@ FACTS = FamilyFacts(
             encoder_parameters=5_580_620_800,
             vae_parameters=83_819_683,
             activation_bytes_per_token=50_000,
+            control_parameters=1_062_855_168,
+            control_layers=12,
         ),
     ),
     pipelines=("StableDiffusion3Pipeline",),
+    uncontrolled="",
 )

@@ -28,9 +28,13 @@ FACTS = FamilyFacts(
             activation_bytes_per_token=101_000,
             largest_block=1_206_568_960,
             quantized_share=0.85,
+            control_parameters=1_251_014_160,
+            control_layers=34,
         ),
     ),
     pipelines=("StableDiffusionXLPipeline",),
     quantization_doubt="its activations fill the memory rather than its weights, and its convolutions stay as they are",
     backward_blocks=5,  # 4.2 measured: LoRA on an H200, 1024 x 1024, batch 4
+    uncontrolled="",
+    control_pixels=True,
 )

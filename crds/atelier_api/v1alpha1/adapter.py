@@ -147,6 +147,12 @@ class FullAdapter(Block):
     type: Literal["full"]
 
 
+class ControlNetAdapter(Block):
+    """A control network (ControlNet, arXiv:2302.05543): a trained copy of the frozen base's own blocks, steered by a picture."""
+
+    type: Literal["controlnet"]
+
+
 DecomposableAdapter = LokrAdapter | LohaAdapter | LoconAdapter
 """The types of lycoris-lora that know weight decomposition."""
 
@@ -156,7 +162,10 @@ ScaledLycorisAdapter = DecomposableAdapter | DyloraAdapter
 LycorisAdapter = DecomposableAdapter | DiagOftAdapter | BoftAdapter | DyloraAdapter | Ia3Adapter
 """The types of lycoris-lora."""
 
-Adapter = Annotated[LoraAdapter | LycorisAdapter | FullAdapter, Field(discriminator="type")]
+LayeredAdapter = LoraAdapter | LycorisAdapter
+"""The types that are put on layers of the denoiser."""
+
+Adapter = Annotated[LoraAdapter | LycorisAdapter | FullAdapter | ControlNetAdapter, Field(discriminator="type")]
 
 
 def alpha_of(adapter: LoraAdapter | ScaledLycorisAdapter) -> float:

@@ -24,6 +24,16 @@ class DataSource(Block):
         max_length=MOST_REFERENCES,
         description="Folders or prefixes of reference pictures, one picture per sample from each, under the sample's name with any ending. For families that train on pairs: there the captions are instructions.",
     )
+    conditioning: ReferencePlace | None = Field(
+        default=None,
+        description="Folder or prefix of conditioning pictures (edges, depths, poses …), one for each sample, under its name with any ending, and cut like it. For adapter type `controlnet`.",
+    )
+
+    @property
+    def beside(self) -> dict[str, str]:
+        """Where the pictures beside its samples are, by the field."""
+        places = {f"references[{number}]": uri for number, uri in enumerate(self.references)}
+        return places if self.conditioning is None else places | {"conditioning": self.conditioning}
 
 
 class Captions(Block):

@@ -78,6 +78,7 @@ class DataStatus(Block):
     no_caption: int = Field(default=0, ge=0, description="Without caption.")
     too_short: int = Field(default=0, ge=0, description="Clips that are too short.")
     no_reference: int = Field(default=0, ge=0, description="Without a reference picture that can be read.")
+    no_conditioning: int = Field(default=0, ge=0, description="Without a conditioning picture that fits.")
 
 
 class ArtifactStatus(Block):

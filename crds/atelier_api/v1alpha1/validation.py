@@ -34,6 +34,16 @@ class ValidationPrompt(Block):
         max_length=MOST_REFERENCES,
         description="Reference pictures that are edited, for families that train on pairs: files, or `s3://bucket/key`.",
     )
+    conditioning: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=2048,
+        description="Conditioning picture, for adapter type `controlnet`: a file or `s3://bucket/key`. It is cut to the size of the sample.",
+    )
+    conditioning_scale: Annotated[Decimal, Field(ge=0, le=10)] | None = Field(
+        default=None,
+        description="How much of the control network counts, for adapter type `controlnet`: 0 is the base alone, 1 what was trained.",
+    )
 
     lyrics: str | None = Field(
         default=None, max_length=4096, description="Words that are sung, for audio families; lines as they are."
@@ -48,7 +58,8 @@ class ValidationPrompt(Block):
     def pictures(self) -> dict[str, str]:
         """Where all its pictures are, by the field."""
         frames = {PICTURE_FIELDS[frame]: uri for frame, uri in self.shown.items() if uri is not None}
-        return frames | {f"references[{number}]": uri for number, uri in enumerate(self.references)}
+        references = {f"references[{number}]": uri for number, uri in enumerate(self.references)}
+        return frames | references | ({} if self.conditioning is None else {"conditioning": self.conditioning})
 
 
 class Validation(Block):
@@ -88,5 +99,5 @@ class Publish(Block):
         default=["diffusers", "kohya", "lycoris"],
         min_length=1,
         max_length=3,
-        description="`diffusers`: `pytorch_lora_weights.safetensors` (LoRA) or a model folder (full-rank). `kohya`: the layout of ComfyUI and kohya-ss, LoRA only. `lycoris`: that of lycoris-lora, for its types of adapter. What cannot hold the run's adapter is left out.",
+        description="`diffusers`: `pytorch_lora_weights.safetensors` (LoRA) or a model folder (full-rank, control network). `kohya`: the layout of ComfyUI and kohya-ss, LoRA only. `lycoris`: that of lycoris-lora, for its types of adapter. What cannot hold the run's adapter is left out.",
     )

@@ -85,6 +85,7 @@ def data_status(progress: Progress) -> DataStatus | None:
         no_caption=_whole(funnel.no_caption),
         too_short=_whole(funnel.too_short),
         no_reference=_whole(funnel.no_reference),
+        no_conditioning=_whole(funnel.no_conditioning),
     )
 
 

@@ -11,7 +11,7 @@ from atelier_api.quantizations import Quantization
 from atelier_api.read import problems, validated
 from atelier_api.rules import processes_per_node
 from atelier_api.v1alpha1 import TrainingRun
-from atelier_api.v1alpha1.adapter import LoconAdapter, LohaAdapter, LoraAdapter
+from atelier_api.v1alpha1.adapter import ControlNetAdapter, LoconAdapter, LohaAdapter, LoraAdapter
 from atelier_operator.planner.memory import GIB, ModelFacts
 from atelier_operator.planner.strategy import USABLE, Fit, Machine, best_fit, device_memory
 
@@ -118,7 +118,7 @@ def _levers(run: TrainingRun, model: ModelFacts, machine: Machine) -> Iterator[l
         yield [{"spec.model.quantization": kind} for kind in _smaller_kinds(spec.model.quantization, model.family)]
     if isinstance(spec.adapter, LoraAdapter | LohaAdapter | LoconAdapter):
         yield [{"spec.adapter.rank": rank} for rank in _halvings(spec.adapter.rank) if rank >= SMALLEST_RANK]
-    if not isinstance(spec.adapter, LoraAdapter):
+    if not isinstance(spec.adapter, LoraAdapter | ControlNetAdapter):
         yield [{"spec.adapter": {"type": "lora"}}]
     if model.family.modality == "video":
         yield list(_fewer_frames(run, model))

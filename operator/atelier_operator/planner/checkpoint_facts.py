@@ -97,6 +97,8 @@ def checkpoint_facts(model: ModelSpec, folder: Path) -> ModelFacts:
         experts=len(denoisers),
         quantized_share=flavour.quantized_share,
         fp32_share=flavour.fp32_share,
+        control_parameters=flavour.control_parameters * denoiser.total // flavour.parameters,
+        control_layers=-(-flavour.control_layers * shape.layers // flavour.layers),
     )
 
 

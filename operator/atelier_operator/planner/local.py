@@ -169,7 +169,13 @@ def _with_pictures_here(run: TrainingRun, around: Surroundings) -> TrainingRun:
         return None if uri is None else _absolute_uri(uri, around)
 
     sources = [
-        source.model_copy(update={"references": [here(uri) for uri in source.references]}) for source in data.sources
+        source.model_copy(
+            update={
+                "references": [here(uri) for uri in source.references],
+                "conditioning": here(source.conditioning),
+            }
+        )
+        for source in data.sources
     ]
     prompts = [
         prompt.model_copy(
@@ -177,6 +183,7 @@ def _with_pictures_here(run: TrainingRun, around: Surroundings) -> TrainingRun:
                 "image": here(prompt.image),
                 "last_image": here(prompt.last_image),
                 "references": [here(uri) for uri in prompt.references],
+                "conditioning": here(prompt.conditioning),
             }
         )
         for prompt in validation.prompts

@@ -17,7 +17,7 @@ from atelier_api.families import FAMILIES, FamilyFacts, Flavour
 from atelier_api.family_rules import bucket_alignment
 from atelier_api.quantizations import packed_bytes, unpacked_bytes
 from atelier_api.v1alpha1 import TrainingRunSpec
-from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter, LycorisAdapter
+from atelier_api.v1alpha1.adapter import ControlNetAdapter, FullAdapter, LayeredAdapter
 from atelier_api.v1alpha1.model import ModelSpec
 from atelier_operator.planner.adapter_sizes import Linear, kept_bytes, parameters
 
@@ -46,6 +46,9 @@ AUTOENCODER_VALUES_PER_SAMPLE = 643
 
 AUTOENCODER_FRAMES = 7
 """Frames that a causal video autoencoder holds at once, whatever the clip's length (measured): four, and what it caches of others."""
+
+CONDITION_VALUES_PER_PIXEL = 131
+"""Values that a control network keeps per pixel of its conditioning picture (measured)."""
 
 GUIDED_SAMPLES = 2
 """Samples in a forward pass with classifier-free guidance."""
@@ -79,6 +82,8 @@ class ModelFacts:
     experts: int = 1
     quantized_share: float = 0.98
     fp32_share: float = 0.0
+    control_parameters: int = 0
+    control_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,8 @@ def flavour_facts(family: FamilyFacts, flavour: Flavour) -> ModelFacts:
         experts=flavour.experts,
         quantized_share=flavour.quantized_share,
         fp32_share=flavour.fp32_share,
+        control_parameters=flavour.control_parameters,
+        control_layers=flavour.control_layers,
     )
 
 
@@ -178,10 +185,12 @@ def trained_parameters(spec: TrainingRunSpec, model: ModelFacts) -> int:
     adapter = spec.adapter
     if isinstance(adapter, FullAdapter):
         return model.parameters
+    if isinstance(adapter, ControlNetAdapter):
+        return model.control_parameters
     return model.layers * sum(parameters(adapter, layer) for layer in _adapted_layers(adapter, model))
 
 
-def _adapted_layers(adapter: LoraAdapter | LycorisAdapter, model: ModelFacts) -> Iterator[Linear]:
+def _adapted_layers(adapter: LayeredAdapter, model: ModelFacts) -> Iterator[Linear]:
     """The layers of a block that the adapter is put on, rather too many."""
     for _ in range(ATTENTION_LAYERS):
         if not _only(adapter, "mlp"):
@@ -217,27 +226,28 @@ def _drawn_extent(spec: TrainingRunSpec, family: FamilyFacts) -> Extent:
 
 def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, device: Literal["cpu", "cuda"]) -> Parts:
     numbers, full = spec.hyperparameters, isinstance(spec.adapter, FullAdapter)
+    whole = full or isinstance(spec.adapter, ControlNetAdapter)
     trained = trained_parameters(spec, model)
     trained_bytes = 2 if numbers.optimizer.type == "adamw-bf16" else 4
     sharded = choice.strategy == "fsdp2"
     shards = choice.processes if sharded else 1
-    # FSDP2 shards the base of an adapter, and replicates the adapter.
-    trained_shards = shards if full else 1
+    # FSDP2 shards the base of an adapter, and replicates the adapter; a control network is sharded as a model is.
+    trained_shards = shards if whole else 1
     compute_bytes = _precision_bytes(spec)
     copies = 0
-    if sharded and not full:
+    if sharded and not whole:
         copies = GATHERED_BLOCKS * _frozen_bytes(spec, model, model.largest_block)
     elif sharded:
         # The gradient of a block is whole, in fp32, until it has been summed over the processes.
         copies = model.largest_block * (GATHERED_BLOCKS * compute_bytes + trained_bytes)
-    elif full and trained_bytes > compute_bytes:
-        copies = model.parameters * compute_bytes
+    elif whole and trained_bytes > compute_bytes:
+        copies = trained * compute_bytes
     if spec.model.quantization is not None:
         # The largest layer: of attention and feed-forward in one, or of what modulates two streams.
         largest = model.width * max(3 * model.width + 2 * model.mlp_width, 12 * model.width)
         copies += largest * unpacked_bytes(spec.model.quantization, compute_bytes)
     # Of several experts one is trained in a step, and gradients are freed after it; but DDP's buckets stay, one set per expert.
-    gradient_sets = 1 if choice.strategy == "single" or (sharded and full) else model.experts
+    gradient_sets = 1 if choice.strategy == "single" or (sharded and whole) else model.experts
     return Parts(
         base_weights=0 if full else _share(model.experts * _frozen_bytes(spec, model, model.parameters), shards),
         trained_weights=_share(model.experts * trained * trained_bytes, trained_shards),
@@ -268,6 +278,10 @@ def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> in
     edge = model.family.reference_resolution(spec.data.resolution)
     tokens = choice.micro_batch_size * (tokens + _reference_tokens(model.family, references, edge))
     kept = model.activation_bytes_per_token * _precision_bytes(spec) // 2
+    if isinstance(spec.adapter, ControlNetAdapter):
+        block_input = min(model.width * _precision_bytes(spec), kept // LARGEST_INPUT)
+        pictures = choice.micro_batch_size * _kept_for_condition(spec, model)
+        return pictures + _controlled(model, choice, tokens * kept, tokens * block_input)
     if isinstance(spec.adapter, FullAdapter) or not _only(spec.adapter, "attention"):
         kept = int(kept * WIDE_TARGETS)
     block = tokens * kept + _kept_by_adapter(spec, model, tokens)
@@ -277,10 +291,29 @@ def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> in
     return tokens * block_input * model.layers + block * model.family.backward_blocks
 
 
+def _controlled(model: ModelFacts, choice: Choice, block: int, block_input: int) -> int:
+    """What a control network and its base keep; `block` is what one block of the base does, of an input of `block_input`."""
+    # Gradients go through the base's blocks behind the first that the network adds to.
+    based = model.layers - (model.control_layers if model.family.control_pixels else 0)
+    if not choice.gradient_checkpointing:
+        return int(block * (based + model.control_layers * WIDE_TARGETS + 1))
+    working = int(block * WIDE_TARGETS * model.family.backward_blocks)
+    # What comes out of a block of the network is kept beside what goes in.
+    return block_input * (based + 2 * model.control_layers) + working
+
+
+def _kept_for_condition(spec: TrainingRunSpec, model: ModelFacts) -> int:
+    """Of one conditioning picture that is given as pixels, what the layers keep that bring it to the size of latents."""
+    if not model.family.control_pixels:
+        return 0
+    extent = trained_extent(spec, model.family)
+    return extent.width * extent.height * CONDITION_VALUES_PER_PIXEL * _precision_bytes(spec)
+
+
 def _kept_by_adapter(spec: TrainingRunSpec, model: ModelFacts, tokens: int) -> int:
     """What the adapter keeps in a block, beside what LoRA would."""
     adapter = spec.adapter
-    if isinstance(adapter, FullAdapter):
+    if isinstance(adapter, FullAdapter | ControlNetAdapter):
         return 0
     return sum(kept_bytes(adapter, layer, tokens, _precision_bytes(spec)) for layer in _adapted_layers(adapter, model))
 
@@ -314,7 +347,7 @@ def _autoencoder(family: FamilyFacts, extent: Extent, precision_bytes: int) -> i
     return extent.width * extent.height * frames * AUTOENCODER_VALUES_PER_PIXEL * precision_bytes
 
 
-def _only(adapter: LoraAdapter | LycorisAdapter, preset: str) -> bool:
+def _only(adapter: LayeredAdapter, preset: str) -> bool:
     """Whether the preset is all that is targeted. Regular expressions count as everything: they may match any module."""
     return set(adapter.targets) == {preset}
 

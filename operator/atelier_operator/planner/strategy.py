@@ -11,7 +11,7 @@ from typing import Literal
 
 from atelier_api.rules import processes_per_node, world_size
 from atelier_api.v1alpha1 import TrainingRunSpec
-from atelier_api.v1alpha1.adapter import FullAdapter, Ia3Adapter
+from atelier_api.v1alpha1.adapter import ControlNetAdapter, FullAdapter, Ia3Adapter
 from atelier_operator.planner.memory import Choice, ModelFacts, Prediction, Strategy, predict
 
 USABLE = 0.94
@@ -85,7 +85,7 @@ def learning_rate(spec: TrainingRunSpec) -> float:
     """The peak learning rate."""
     if spec.hyperparameters.learning_rate is not None:
         return spec.hyperparameters.learning_rate
-    if isinstance(spec.adapter, FullAdapter):
+    if isinstance(spec.adapter, FullAdapter | ControlNetAdapter):
         return FULL_LEARNING_RATE
     return IA3_LEARNING_RATE if isinstance(spec.adapter, Ia3Adapter) else ADAPTER_LEARNING_RATE
 

@@ -1,17 +1,18 @@
-"""What is trained: adapters on a denoiser, or the denoiser itself."""
+"""What is trained: adapters on a denoiser, the denoiser itself, or a control network beside it."""
 
 import torch
 from torch import nn
 from torch.nn import Parameter
 
-from atelier_api.v1alpha1.adapter import Adapter
+from atelier_api.v1alpha1.adapter import Adapter, ControlNetAdapter
+from atelier_runtime.adapters.controlnet import build_control_network
 from atelier_runtime.adapters.full import install_full
 from atelier_runtime.adapters.lora import ADAPTER_NAME, install_lora
 from atelier_runtime.adapters.report import AdapterReport, Draw
 from atelier_runtime.adapters.targets import resolve_targets
 from atelier_runtime.family import Family
 
-__all__ = ["ADAPTER_NAME", "AdapterReport", "Draw", "install", "resolve_targets", "trainable"]
+__all__ = ["ADAPTER_NAME", "AdapterReport", "Draw", "build_control_network", "install", "resolve_targets", "trainable"]
 
 
 def install(
@@ -21,6 +22,8 @@ def install(
 
     `dtype` is that of the adapter's weights; full-rank weights keep theirs. Raises ConfigError where nothing would be trained.
     """
+    if isinstance(adapter, ControlNetAdapter):
+        raise ValueError("a control network is put on no denoiser: build_control_network makes it")
     if adapter.type == "full":
         return install_full(denoiser, family)
     if adapter.type == "lora":

@@ -5,6 +5,7 @@ Below the folder that is given:
     diffusers/pytorch_lora_weights.safetensors   `pipe.load_lora_weights(folder / "diffusers")`, or as the facts say
     kohya/<run>.safetensors                      ComfyUI, kohya's scripts; the family's module says whether diffusers reads it
     diffusers/<component>/                       full-rank: `Pipeline.from_pretrained(base, <component>=Model.from_pretrained(...))`
+    diffusers/controlnet/                        a control network: the same, of the pipeline that samples with one
 
 A checkpoint with two experts gives two LoRA files: the first expert's under the names above (kohya: `<run>_high_noise`), the second's
 with the ending `_low_noise`, which diffusers loads by `weight_name=..., load_into_transformer_2=True`.
@@ -41,6 +42,7 @@ from atelier_runtime.checkpoint.exported_file import (
     details_of,
     noise_range,
 )
+from atelier_runtime.control import CONTROL_NETWORK
 from atelier_runtime.family import Family
 from atelier_runtime.lora_layout import LoraKey, LoraLayout
 from atelier_runtime.module_names import matching_expression
@@ -112,18 +114,17 @@ def export_lora(
     return exported
 
 
-def export_full(
+def export_models(
     weights: Mapping[str, State], run_file: RunFile, family: Family, folder: Path, *, provenance: Provenance
 ) -> list[ExportedFile]:
-    """Write each trained component as a model folder in `hyperparameters.precision`, with `atelier.json` beside the weights.
+    """Write each trained model, a denoiser or a control network, as a folder in `hyperparameters.precision`, with `atelier.json`.
 
     `weights` are the trained parameters; what was frozen comes from the base checkpoint. Raises StoreError where a file reads
     back different.
     """
-    dtype = torch.bfloat16 if run_file.spec.hyperparameters.precision == "bf16" else torch.float32
     exported = []
     for component, state in weights.items():
-        model: Any = components.load_denoiser(run_file.model_folder, component, dtype, torch.device("cpu"))
+        model = _untrained(component, run_file, family)
         unexpected = model.load_state_dict(state, strict=False).unexpected_keys
         if unexpected:
             raise ValueError(f"the base checkpoint's {component} has no parameters {', '.join(unexpected[:5])}")
@@ -134,6 +135,16 @@ def export_full(
         compare(target, sorted(target.glob("*.safetensors")), model.state_dict())
         exported += [as_exported(path, "diffusers") for path in sorted(target.iterdir())]
     return exported
+
+
+def _untrained(component: str, run_file: RunFile, family: Family) -> Any:
+    """The model as the base checkpoint has it; a control network as it is copied from there."""
+    dtype = torch.bfloat16 if run_file.spec.hyperparameters.precision == "bf16" else torch.float32
+    if component != CONTROL_NETWORK:
+        return components.load_denoiser(run_file.model_folder, component, dtype, torch.device("cpu"))
+    assert family.control is not None
+    base = components.load_denoiser(run_file.model_folder, family.denoisers[0], dtype, torch.device("cpu"))
+    return family.control.copied(base).to(dtype)
 
 
 def lora_weights(state: State) -> dict[str, LoraWeights]:

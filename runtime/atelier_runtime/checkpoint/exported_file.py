@@ -15,7 +15,7 @@ from torch import Tensor
 
 from atelier_api.errors import StoreError
 from atelier_api.run_file import RunFile
-from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter, LycorisAdapter, ScaledLycorisAdapter, alpha_of
+from atelier_api.v1alpha1.adapter import LoraAdapter, LycorisAdapter, ScaledLycorisAdapter, alpha_of
 from atelier_runtime import components
 from atelier_runtime.family import Family
 
@@ -88,9 +88,10 @@ def details_of(run_file: RunFile, family: Family, component: str, provenance: Pr
     """The `modelspec.*` header (sai_model_spec 1.0.0) and where the weights come from."""
     spec, adapter = run_file.spec, run_file.spec.adapter
     architecture = family.architecture(components.denoiser_config(run_file.model_folder, component))
+    ending = {"full": "", "controlnet": "/controlnet"}.get(adapter.type, "/lora")
     details: dict[str, str | int | float | bool | None] = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": architecture if adapter.type == "full" else f"{architecture}/lora",
+        "modelspec.architecture": architecture + ending,
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
         "modelspec.title": run_file.identity.name,
         "modelspec.date": provenance.date.isoformat(timespec="seconds"),
@@ -114,7 +115,7 @@ def details_of(run_file: RunFile, family: Family, component: str, provenance: Pr
             "atelier.dora": adapter.dora,
             "atelier.rslora": adapter.rslora,
         }
-    elif not isinstance(adapter, FullAdapter):
+    elif isinstance(adapter, LycorisAdapter):
         details |= _lycoris_details(adapter)
     return {key: str(value) for key, value in details.items() if value is not None}
 

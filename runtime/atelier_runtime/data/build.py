@@ -4,7 +4,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from atelier_runtime.data.encode import Builder, Encoders, LatentJob, Limits, Te
 from atelier_runtime.data.funnel import Fate, Funnel, refuse_empty
 from atelier_runtime.data.keys import Encoding, FolderHashes, pipeline_flags, text_components
 from atelier_runtime.data.order import SampleOrder
-from atelier_runtime.data.prepare import Sample, Scan, cutting_rule, extensions, reading_threads, select
+from atelier_runtime.data.prepare import Companion, Sample, Scan, cutting_rule, extensions, reading_threads, select
 from atelier_runtime.data.scan import ClipRule, SoundRule
 from atelier_runtime.family import Family, Song
 
@@ -58,6 +58,9 @@ def build_dataset(run_file: RunFile, family: Family, dist: Ranks, report: Report
     for item in keyed:
         if item.latents in rejected:
             funnel.reject(item.sample.name, Fate.UNREADABLE, rejected[item.latents])
+        elif item.condition is not None and item.condition in rejected:
+            reason = f"of its conditioning picture: {rejected[item.condition]}"
+            funnel.reject(item.sample.name, Fate.NO_CONDITIONING, reason)
         elif reasons := [rejected[key] for key in item.needed if key in rejected]:
             funnel.reject(item.sample.name, Fate.NO_REFERENCE, f"of its reference: {reasons[0]}")
     kept = [item for item in keyed if rejected.keys().isdisjoint(item.needed)]
@@ -100,10 +103,12 @@ class _Keyed:
     references: tuple[bytes, ...]
     captions: tuple[bytes, ...]
     empty: bytes
+    condition: bytes | None = None
 
     @property
     def needed(self) -> tuple[bytes, ...]:
-        return (self.latents, *self.references, *self.captions, self.empty)
+        condition = () if self.condition is None else (self.condition,)
+        return (self.latents, *self.references, *self.captions, self.empty, *condition)
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,12 @@ def _keyed(samples: Sequence[Sample], encoding: Encoding, family: Family) -> lis
             known[caption, *seen] = encoding.text_key(caption, seen)
         return known[caption, *seen]
 
+    def condition_key(condition: Companion | None) -> bytes | None:
+        if condition is None or family.control is None:
+            return None
+        latents = family.control.takes == "latents"
+        return encoding.condition_key(condition.content, condition.placement, latents=latents)
+
     return [
         _Keyed(
             sample,
@@ -168,27 +179,41 @@ def _keyed(samples: Sequence[Sample], encoding: Encoding, family: Family) -> lis
             tuple(encoding.song_key(song) for song in sample.songs)
             or tuple(text_key(caption, sample) for caption in sample.captions),
             text_key(EMPTY, sample),
+            condition_key(sample.condition),
         )
         for sample in samples
     ]
 
 
-def _jobs(keyed: Sequence[_Keyed], family: Family) -> tuple[list[TextJob], list[LatentJob], list[LatentJob]]:
-    """What there is to encode, each thing once: captions, files, references."""
-    texts: dict[bytes, TextJob] = {}
-    files: dict[bytes, LatentJob] = {}
-    references: dict[bytes, LatentJob] = {}
+@dataclass(frozen=True)
+class _Jobs:
+    """What there is to encode, each thing once, by its key."""
+
+    texts: dict[bytes, TextJob] = field(default_factory=dict)
+    files: dict[bytes, LatentJob] = field(default_factory=dict)
+    references: dict[bytes, LatentJob] = field(default_factory=dict)
+    conditions: dict[bytes, LatentJob] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> set[bytes]:
+        return {*self.texts, *self.files, *self.references, *self.conditions}
+
+
+def _jobs(keyed: Sequence[_Keyed], family: Family) -> _Jobs:
+    jobs = _Jobs()
     for item in keyed:
         sample, seen = item.sample, item.sample.references if family.text_sees_references else ()
-        texts[item.empty] = TextJob(item.empty, EMPTY, seen)
+        jobs.texts[item.empty] = TextJob(item.empty, EMPTY, seen)
         songs: Sequence[Song | None] = sample.songs or [None] * len(sample.captions)
         for key, caption, song in zip(item.captions, sample.captions, songs, strict=True):
-            texts[key] = TextJob(key, caption, seen, song)
-        files[item.latents] = LatentJob(item.latents, sample.path, sample.content, sample.placement)
+            jobs.texts[key] = TextJob(key, caption, seen, song)
+        jobs.files[item.latents] = LatentJob(item.latents, sample.path, sample.content, sample.placement)
         for key, each in zip(item.references, sample.references, strict=True):
-            references[key] = LatentJob(key, each.path, each.content, each.placement)
-    in_order = sorted(texts.values(), key=lambda job: (job.caption, job.key))
-    return in_order, list(files.values()), list(references.values())
+            jobs.references[key] = LatentJob(key, each.path, each.content, each.placement)
+        if item.condition is not None and sample.condition is not None:
+            shown = sample.condition
+            jobs.conditions[item.condition] = LatentJob(item.condition, shown.path, shown.content, shown.placement)
+    return jobs
 
 
 def _fill(run_file: RunFile, family: Family, team: _Team, work: _Work) -> dict[bytes, str]:
@@ -207,20 +232,19 @@ def _fill(run_file: RunFile, family: Family, team: _Team, work: _Work) -> dict[b
         limits=Limits(),
         given=components.given_frames(family, run_file.model_folder, run_file.spec.data.clip.shown_frames),
     )
-    texts, files, references = _jobs(work.keyed, family)
+    jobs = _jobs(work.keyed, family)
     if team.share.index == 0:
         remove_leftovers(work.cache.folder)
     try:
         if work.shared:
             builder.shared(work.shared)
-        rejected = builder.captions(texts)
-        rejected |= builder.latents(files, cutting_rule(run_file, family))
-        rejected |= builder.references(references)
+        rejected = builder.captions(sorted(jobs.texts.values(), key=lambda job: (job.caption, job.key)))
+        rejected |= builder.latents(list(jobs.files.values()), cutting_rule(run_file, family))
+        rejected |= builder.references(list(jobs.references.values()))
+        rejected |= builder.conditions(list(jobs.conditions.values()))
     finally:
         encoders.free()
-    keys = {job.key for job in texts} | {job.key for job in (*files, *references)}
-    keys |= {work.shared} if work.shared else set()
-    _wait_for(work.cache, keys - rejected.keys())
+    _wait_for(work.cache, (jobs.keys | ({work.shared} if work.shared else set())) - rejected.keys())
     return rejected
 
 
@@ -246,7 +270,8 @@ def _columns(keyed: Sequence[_Keyed], cache: Cache, unit: int) -> tuple[Columns,
     captions, first = [], [0]
     references = np.full((len(keyed), max(len(item.references) for item in keyed)), -1, np.int64)
     for number, item in enumerate(keyed):
-        digest.update(repr(([item.latents, *item.references, *item.captions], item.sample.repeats)).encode())
+        pictures = [item.latents, *item.references, *([] if item.condition is None else [item.condition])]
+        digest.update(repr(([*pictures, *item.captions], item.sample.repeats)).encode())
         references[number, : len(item.references)] = [_row(cache, key) for key in item.references]
         captions += [_row(cache, key) for key in item.captions]
         first.append(len(captions))
@@ -258,6 +283,9 @@ def _columns(keyed: Sequence[_Keyed], cache: Cache, unit: int) -> tuple[Columns,
         first=np.array(first, np.int64),
         empty=np.array([_row(cache, item.empty) for item in keyed], np.int64),
         references=references,
+        conditions=np.array(
+            [-1 if item.condition is None else _row(cache, item.condition) for item in keyed], np.int64
+        ),
         padded=np.array([item.sample.placement.bucket.frames // unit if unit else 0 for item in keyed], np.int32),
     )
     return columns, digest.hexdigest()

@@ -23,7 +23,7 @@ class MicroBatch:
     true length, `sizes` [B, 6] in pixels (resized height and width, crop top and left, target height and width), `weights` [B] 0 or 1,
     `slots` places in the global batch, `names` file names, `frames` [B, ...] what is known of the frames that the network is shown,
     `references` clean latents [B, C, H, W] of the reference pictures, `lengths` [B] how many latents of a sound are its own: behind
-    them are zeros.
+    them are zeros. `condition` is what a control network is given: `pixels` [B, 3, H, W] from 0 to 255, or latents, `mean` and `std`.
     """
 
     latents: Tensor
@@ -36,6 +36,7 @@ class MicroBatch:
     frames: Features | None = None
     references: tuple[Tensor, ...] = ()
     lengths: Tensor | None = None
+    condition: Features | None = None
 
     def pinned(self) -> "MicroBatch":
         """The same in page-locked memory, from which copies to a GPU do not block."""
@@ -49,6 +50,7 @@ class MicroBatch:
             frames=self.frames and {name: tensor.pin_memory() for name, tensor in self.frames.items()},
             references=tuple(tensor.pin_memory() for tensor in self.references),
             lengths=None if self.lengths is None else self.lengths.pin_memory(),
+            condition=self.condition and {name: tensor.pin_memory() for name, tensor in self.condition.items()},
         )
 
 
@@ -57,6 +59,7 @@ class Columns:
     """The kept samples, one row each. Captions of sample i are the cache rows `captions[first[i]:first[i + 1]]`.
 
     `empty` [N] is the row of the empty caption. `references` [N, n] are rows of the reference pictures, -1 behind a sample's last.
+    `conditions` [N] are rows of the conditioning pictures, -1 where there is none.
     `padded` [N] is how many latents a sound's bucket has; 0 where latents are not padded.
     """
 
@@ -67,6 +70,7 @@ class Columns:
     first: NDArray[np.int64]
     empty: NDArray[np.int64]
     references: NDArray[np.int64]
+    conditions: NDArray[np.int64]
     padded: NDArray[np.int32]
 
 
@@ -130,6 +134,7 @@ class Dataset:
             or None,
             references=self._references(slots),
             lengths=lengths,
+            condition=self._condition(slots),
         )
 
     def _references(self, slots: Sequence[Slot]) -> tuple[Tensor, ...]:
@@ -137,6 +142,13 @@ class Dataset:
         rows = self._columns.references[[slot.sample for slot in slots]]
         rows = rows[:, rows[0] >= 0]
         return tuple(torch.stack([self._cache.read(int(row))["mean"] for row in column]) for column in rows.T)
+
+    def _condition(self, slots: Sequence[Slot]) -> Features | None:
+        rows = self._columns.conditions[[slot.sample for slot in slots]]
+        if (rows < 0).any():
+            return None
+        entries = [self._cache.read(int(row)) for row in rows]
+        return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
 
     def _caption_row(self, slot: Slot, step: int, epoch: int) -> int:
         """Cache row of the caption that the slot trains on."""

@@ -25,11 +25,11 @@ from atelier_runtime.data.captions import EMPTY
 from atelier_runtime.data.collective import Announcer, Ranks, Share, gather, in_rounds
 from atelier_runtime.data.image import fit, read_picture
 from atelier_runtime.data.keys import content_sha256, file_sha256
-from atelier_runtime.data.prepare import Reference
+from atelier_runtime.data.prepare import Companion
 from atelier_runtime.data.scan import Rule, SoundRule
 from atelier_runtime.data.sound import read_sound
 from atelier_runtime.data.video import read_clip
-from atelier_runtime.family import Family, Frame, Song
+from atelier_runtime.family import Family, Frame, Latents, Song
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class TextJob:
 
     key: bytes
     caption: str
-    references: tuple[Reference, ...] = ()
+    references: tuple[Companion, ...] = ()
     song: Song | None = None
 
 
@@ -166,6 +166,12 @@ class Builder:
         """The same for reference pictures."""
         return self._files("encoding references", jobs, None, self._encode_references)
 
+    def conditions(self, jobs: Sequence[LatentJob]) -> dict[bytes, str]:
+        """The same for conditioning pictures: their pixels, or their latents."""
+        control = self._family.control
+        encode = self._encode_conditions if control and control.takes == "latents" else _as_pixels
+        return self._files("encoding conditioning pictures", jobs, None, encode)
+
     def _files(
         self,
         stage: str,
@@ -249,9 +255,7 @@ class Builder:
         with torch.no_grad():
             latents = self._family.encode_pixels(pipe, pixels)
             frames = self._family.encode_frames(pipe, pixels, self._given) if self._given else {}
-        columns = {"mean": latents.mean} | ({} if latents.std is None else {"std": latents.std})
-        columns |= {FRAMES + name: tensor for name, tensor in frames.items()}
-        return [{name: self._stored(tensor[i]) for name, tensor in columns.items()} for i in range(len(batch))]
+        return self._entries(latents, {FRAMES + name: tensor for name, tensor in frames.items()})
 
     def _encode_waveforms(self, batch: Sequence[tuple[LatentJob, Tensor]]) -> list[dict[str, Tensor]]:
         """One by one, each at its own length: beside a longer one a sound would end in what is not its own."""
@@ -262,6 +266,16 @@ class Builder:
         with torch.no_grad():
             latents = self._family.encode_reference(self._encoders.pipe, pixels)
         return [{"mean": self._stored(one)} for one in latents]
+
+    def _encode_conditions(self, batch: Sequence[tuple[LatentJob, Tensor]]) -> list[dict[str, Tensor]]:
+        pixels = torch.stack([pixels for _, pixels in batch]).to(self._ranks.device)
+        with torch.no_grad():
+            return self._entries(self._family.encode_condition(self._encoders.pipe, pixels), {})
+
+    def _entries(self, latents: Latents, others: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """For each of a batch its posterior, with `others` [B, ...] beside."""
+        columns = {"mean": latents.mean} | ({} if latents.std is None else {"std": latents.std}) | others
+        return [{name: self._stored(tensor[i]) for name, tensor in columns.items()} for i in range(len(latents.mean))]
 
     def _keep(self, jobs: Sequence[LatentJob], entries: Sequence[dict[str, Tensor]]) -> list[tuple[bytes, str]]:
         rejected = []
@@ -344,6 +358,11 @@ def _read_references(job: TextJob) -> tuple[Image.Image, ...] | str:
         except Exception as error:  # as in `_read`
             return str(error) or type(error).__name__
     return tuple(pictures)
+
+
+def _as_pixels(batch: Sequence[tuple[LatentJob, Tensor]]) -> list[dict[str, Tensor]]:
+    """The 256 values that pixels in [-1, 1] were made of: a byte for each, where a number in bf16 would take two and be rounded."""
+    return [{"pixels": ((pixels + 1) * 127.5).round().to(torch.uint8)} for _, pixels in batch]
 
 
 def _pixels(bucket: Bucket) -> int:

@@ -18,6 +18,7 @@ class Fate(Enum):
     NO_CAPTION = "no_caption"
     TOO_SHORT = "too_short"
     NO_REFERENCE = "no_reference"
+    NO_CONDITIONING = "no_conditioning"
 
 
 class Funnel:

@@ -45,6 +45,11 @@ class Encoding:
         """Key of the latents of a reference picture with the SHA-256 `content`, placed so. 32 bytes."""
         return _digest("reference", self.family, self.autoencoder, self.precision, content, placement.sizes)
 
+    def condition_key(self, content: str, placement: Placement, *, latents: bool) -> bytes:
+        """Key of a conditioning picture with the SHA-256 `content`, placed so: of its pixels, or of its latents. 32 bytes."""
+        encoder = (self.family, self.autoencoder, self.precision) if latents else ()
+        return _digest("condition", *encoder, content, placement.sizes)
+
     def text_key(self, caption: str, references: Iterable[str] = ()) -> bytes:
         """Key of the text features of a caption, and of the reference pictures (by SHA-256) that its encoder sees. 32 bytes."""
         return _digest("text", self.family, self.text_encoders, self.precision, caption, *references)

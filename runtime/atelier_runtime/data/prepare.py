@@ -3,8 +3,8 @@
 import logging
 import os
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -48,7 +48,7 @@ from atelier_runtime.data.source import (
     is_remote,
     list_folder,
     list_objects,
-    with_references,
+    with_pictures,
 )
 from atelier_runtime.family import Family, Song
 
@@ -57,24 +57,30 @@ log = logging.getLogger(__name__)
 _SAVE_SECONDS = 30.0
 _ROUND_FILES_PER_THREAD = 8
 
+CONDITIONING = "conditioning"
+"""The field of a source with the place of its conditioning pictures."""
+
+MOST_STRETCHED = 1.02
+"""What tools make of a picture has sides rounded to a few pixels: its aspect may be off by as much."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
     """A file and what is in it. `caption` is None without a caption file, `lyrics` without one of lyrics.
 
-    A reference that is not there is told like a broken one.
+    `beside` are the pictures beside it, by the field that names their place. One that is not there is told like a broken one.
     """
 
     found: Found
     probe: Probe
     caption: CaptionText | None
-    references: tuple[Probe, ...] = ()
+    beside: Mapping[str, Probe] = field(default_factory=dict)
     lyrics: CaptionText | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """A reference picture: `content` is the file's SHA-256."""
+class Companion:
+    """A picture beside a sample, a reference or for conditioning: `content` is the file's SHA-256."""
 
     path: str
     content: str
@@ -94,8 +100,9 @@ class Sample:
     placement: Placement
     captions: tuple[str, ...]
     repeats: int
-    references: tuple[Reference, ...] = ()
+    references: tuple[Companion, ...] = ()
     songs: tuple[Song, ...] = ()
+    condition: Companion | None = None
 
 
 def cutting_rule(run_file: RunFile, family: Family) -> Rule:
@@ -131,49 +138,49 @@ def reading_threads(run_file: RunFile) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A file, and what an earlier scan saw in it, in the texts beside it and in its references."""
+    """A file, and what an earlier scan saw in it, and in the texts and pictures beside it."""
 
     found: Found
     probe: Probe | None
     caption: CaptionText | None
     lyrics: CaptionText | None
-    references: tuple[Probe | None, ...]
+    beside: Mapping[str, Probe | None]
 
     @classmethod
     def of(cls, found: Found, memory: ScanMemory) -> "_Known":
-        references = tuple(
-            _reference_probe(file) if isinstance(file, str) else memory.probe_of(file) for file in found.references
-        )
+        beside = {
+            name: _companion_probe(file) if isinstance(file, str) else memory.probe_of(file)
+            for name, file in found.beside.items()
+        }
         caption, lyrics = (memory.caption_of(file) if file else None for file in (found.caption, found.lyrics))
-        return cls(found, memory.probe_of(found.file), caption, lyrics, references)
+        return cls(found, memory.probe_of(found.file), caption, lyrics, beside)
 
     @property
     def is_complete(self) -> bool:
         is_captioned = self.caption is not None or self.found.caption is None
         is_sung = self.lyrics is not None or self.found.lyrics is None
-        return self.probe is not None and is_captioned and is_sung and None not in self.references
+        return self.probe is not None and is_captioned and is_sung and None not in self.beside.values()
 
     def scanned(self) -> Scanned:
         """Only for a complete one."""
         assert self.probe is not None
-        references = tuple(each for each in self.references if each is not None)
-        return Scanned(self.found, self.probe, self.caption, references, self.lyrics)
+        beside = {name: each for name, each in self.beside.items() if each is not None}
+        return Scanned(self.found, self.probe, self.caption, beside, self.lyrics)
 
     def looked_at(self, rule: Rule) -> Scanned:
         """Reads what is not known yet."""
         caption = self.caption or _text_of(self.found.caption, "caption")
         lyrics = self.lyrics or _text_of(self.found.lyrics, "lyrics")
-        pairs = zip(self.found.references, self.references, strict=True)
-        references = tuple(known or _reference_probe(file) for file, known in pairs)
-        return Scanned(self.found, self.probe or probe(self.found.file, rule), caption, references, lyrics)
+        beside = {name: self.beside[name] or _companion_probe(file) for name, file in self.found.beside.items()}
+        return Scanned(self.found, self.probe or probe(self.found.file, rule), caption, beside, lyrics)
 
 
 def _text_of(file: FileFacts | None, what: str) -> CaptionText | None:
     return None if file is None else read_caption(file, what)
 
 
-def _reference_probe(file: FileFacts | str) -> Probe:
-    """What is in a reference picture. One that is not there is like a broken one: its reason says so."""
+def _companion_probe(file: FileFacts | str) -> Probe:
+    """What is in a picture beside a sample. One that is not there is like a broken one: its reason says so."""
     return Probe("", 0, 0, 0, file) if isinstance(file, str) else probe(file, None)
 
 
@@ -197,17 +204,19 @@ class Scan:
     def _source(self, number: int, source: DataSource) -> list[Scanned]:
         uri, kinds = source.uri, extensions(self._rule)
         remote = self._fetched(uri, kinds) if is_remote(uri) else None
-        copies = [self._fetched(each, PICTURES) if is_remote(each) else None for each in source.references]
+        copies = {name: self._fetched(each, PICTURES) for name, each in source.beside.items() if is_remote(each)}
         memory = ScanMemory(self._cache, uri, self._rule) if self._ranks.rank == 0 else None
 
         def known_to_rank_zero() -> list[_Known]:
             assert memory is not None
             found = list_folder(number, uri, kinds) if remote is None else remote.found(number, kinds)
-            places = [
-                folder_paths(f"spec.data.sources[{number}].references[{index}]", each) if copy is None else copy.paths
-                for index, (each, copy) in enumerate(zip(source.references, copies, strict=True))
-            ]
-            return [_Known.of(item, memory) for item in with_references(found, places)]
+            places = {
+                name: copies[name].paths
+                if name in copies
+                else folder_paths(f"spec.data.sources[{number}].{name}", each)
+                for name, each in source.beside.items()
+            }
+            return [_Known.of(item, memory) for item in with_pictures(found, places)]
 
         known = on_rank_zero(self._ranks, known_to_rank_zero)
         scanned = {index: item.scanned() for index, item in enumerate(known) if item.is_complete}
@@ -269,13 +278,17 @@ def select(scanned: Sequence[Scanned], run_file: RunFile, family: Family, funnel
         if reason:
             funnel.reject(name, Fate.NO_REFERENCE, reason)
             continue
+        condition, reason = _condition(item, placement)
+        if reason:
+            funnel.reject(name, Fate.NO_CONDITIONING, reason)
+            continue
         songs: tuple[Song, ...] = ()
         if isinstance(rule, SoundRule):
             lyrics = (item.lyrics.text or "").strip() if item.lyrics else ""
             songs = tuple(Song(caption, lyrics, placement.length / rule.rate) for caption in captions)
         repeats = data.sources[item.found.source].repeats
         path = item.found.file.path
-        samples.append(Sample(name, path, seen.content, placement, captions, repeats, references, songs))
+        samples.append(Sample(name, path, seen.content, placement, captions, repeats, references, songs, condition))
     return samples
 
 
@@ -310,18 +323,41 @@ def _captions(item: Scanned, spec: Captions) -> tuple[tuple[str, ...], str]:
     return texts, "no caption file with text, and spec.data.captions.fallback is not set"
 
 
-def _references(item: Scanned, family: Family, data: Data) -> tuple[tuple[Reference, ...], str]:
+def _references(item: Scanned, family: Family, data: Data) -> tuple[tuple[Companion, ...], str]:
     """The reference pictures of a sample, and why one of them cannot be used; empty where all can."""
     resolution = family.facts.reference_resolution(data.resolution)
     references = []
-    for file, seen in zip(item.found.references, item.references, strict=True):
+    for name, seen in item.beside.items():
+        if name == CONDITIONING:
+            continue
+        file = item.found.beside[name]
         if isinstance(file, str):
             return (), file
         if seen.reason:
             return (), f"its reference {PurePosixPath(file.path).name} cannot be read: {seen.reason}"
         size = family.reference_size(seen.width, seen.height, resolution)
-        references.append(Reference(file.path, seen.content, place_whole(*size)))
+        references.append(Companion(file.path, seen.content, place_whole(*size)))
     return tuple(references), ""
+
+
+def _condition(item: Scanned, placement: Placement) -> tuple[Companion | None, str]:
+    """The conditioning picture of a sample, cut as the sample is, and why it cannot be used; None and empty where there is none to be.
+
+    It may have another size: the aspect has to be the same, or it would show other places than the sample.
+    """
+    file = item.found.beside.get(CONDITIONING)
+    if file is None:
+        return None, ""
+    if isinstance(file, str):
+        return None, file
+    seen, name = item.beside[CONDITIONING], PurePosixPath(file.path).name
+    if seen.reason:
+        return None, f"its conditioning picture {name} cannot be read: {seen.reason}"
+    stretched = seen.width * item.probe.height / (seen.height * item.probe.width)
+    if not 1 / MOST_STRETCHED <= stretched <= MOST_STRETCHED:
+        sizes = f"{seen.width} x {seen.height} and the sample {item.probe.width} x {item.probe.height}"
+        return None, f"its conditioning picture {name} is {sizes}; their aspects must be the same"
+    return Companion(file.path, seen.content, placement), ""
 
 
 def _display_name(found: Found, data: Data) -> str:
@@ -334,9 +370,9 @@ def _display_name(found: Found, data: Data) -> str:
 def _remember(memory: ScanMemory, scanned: Collection[Scanned]) -> None:
     probes = {item.found.file: item.probe for item in scanned}
     for item in scanned:
-        for file, seen in zip(item.found.references, item.references, strict=True):
+        for name, file in item.found.beside.items():
             if isinstance(file, FileFacts):
-                probes[file] = seen
+                probes[file] = item.beside[name]
     texts = {
         file: text
         for item in scanned

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from atelier_api.errors import DataError, StoreError
@@ -46,15 +46,15 @@ class FileFacts:
 class Found:
     """A picture, clip or sound of a source. `name` is its path below the source, with forward slashes.
 
-    `lyrics` is what a sound has beside its caption. `references` has an entry for each of the source's places of reference pictures:
-    the file there, or why there is none.
+    `lyrics` is what a sound has beside its caption. `beside` has an entry for each of the source's places of pictures beside its
+    samples, by the field that names it: the file there, or why there is none.
     """
 
     source: int
     name: str
     file: FileFacts
     caption: FileFacts | None
-    references: tuple[FileFacts | str, ...] = ()
+    beside: Mapping[str, FileFacts | str] = field(default_factory=dict)
     lyrics: FileFacts | None = None
 
 
@@ -81,11 +81,11 @@ def folder_paths(field: str, uri: str) -> dict[str, Path]:
     return {name: root / name for name in _walk(root)}
 
 
-def with_references(samples: Sequence[Found], places: Sequence[Mapping[str, Path]]) -> list[Found]:
-    """The samples with the picture of the same name, but for its ending, from each of the places (files by name)."""
-    tables = [_pictures_by_stem(paths) for paths in places]
+def with_pictures(samples: Sequence[Found], places: Mapping[str, Mapping[str, Path]]) -> list[Found]:
+    """The samples with the picture of the same name, but for its ending, from each of the places (files by name), by field."""
+    tables = {field: _pictures_by_stem(paths) for field, paths in places.items()}
     return [
-        replace(sample, references=tuple(_reference(sample, table, number) for number, table in enumerate(tables)))
+        replace(sample, beside={field: _companion(sample, table, field) for field, table in tables.items()})
         for sample in samples
     ]
 
@@ -179,13 +179,13 @@ def _pictures_by_stem(paths: Mapping[str, Path]) -> dict[str, list[Path]]:
     return table
 
 
-def _reference(sample: Found, table: Mapping[str, list[Path]], number: int) -> FileFacts | str:
+def _companion(sample: Found, table: Mapping[str, list[Path]], field: str) -> FileFacts | str:
     """The one picture of the sample's name, or why there is not one."""
     stem = _stem(sample.name)
     found = table.get(stem, [])
     if len(found) == 1:
         return FileFacts.of(str(found[0]))
-    place = f"spec.data.sources[{sample.source}].references[{number}]"
+    place = f"spec.data.sources[{sample.source}].{field}"
     if not found:
         return f"no picture {stem}.* in {place}"
     return f"{len(found)} pictures {stem}.* in {place}, where there must be one"

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, configuration
+from atelier_runtime.control import Control, with_plain_config
+from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents, SampleRequest, configuration
 from atelier_runtime.lora_layout import ADDED_QUERY_KEY_VALUE, QUERY_KEY_VALUE, THIRDS, LoraLayout, fused, plain
 
 T5_TOKENS = 256  # default of the pipeline's `max_sequence_length`
@@ -45,6 +46,47 @@ LAYOUT = LoraLayout(
 """Query, key and value are one layer in the original repository. The stock pipeline cannot read it: diffusers has no converter, and
 loads nothing without an error."""
 
+CONTROL_BLOCKS = 12  # diffusers' default
+TEXT_STREAM = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")
+"""What only a block's text stream comes out of."""
+
+
+class JointControl(Control):
+    """The first blocks; what comes out of one is added behind several of the base's. Of the text it is told the tokens alone.
+
+    Source: diffusers' `controlnet_sd3.py`, `pipeline_stable_diffusion_3_controlnet.py` and `transformer_sd3.py`.
+    """
+
+    pipeline = "StableDiffusion3ControlNetPipeline"
+    network = "SD3ControlNetModel"
+    picture = "control_image"
+    takes = "latents"
+
+    def copied(self, base: Any) -> nn.Module:
+        # At most half: the base takes output int(i / (blocks / outputs)) behind its block i, but none behind its last.
+        blocks = min(CONTROL_BLOCKS, base.config.num_layers // 2)
+        if not blocks:
+            raise ValueError(f"a base of {base.config.num_layers} blocks has none to copy")
+        from diffusers import SD3ControlNetModel
+
+        return SD3ControlNetModel.from_transformer(
+            with_plain_config(base), num_layers=blocks, num_extra_conditioning_channels=0
+        )
+
+    def unused(self, network: Any) -> tuple[str, ...]:
+        last = len(network.transformer_blocks) - 1
+        found = {name for name, _ in network.transformer_blocks[last].named_modules()} & set(TEXT_STREAM)
+        # The weights of a layer that is given zeros.
+        pooled = "time_text_embed.text_embedder.linear_1.weight"
+        return (*(f"transformer_blocks.{last}.{name}" for name in sorted(found)), pooled)
+
+    def predict(
+        self, base: nn.Module, network: nn.Module, condition: Tensor, scale: float, *given: Any, **named: Any
+    ) -> Any:
+        told = named | {"pooled_projections": torch.zeros_like(named["pooled_projections"])}
+        [samples] = network(*given, controlnet_cond=condition, conditioning_scale=scale, **told)
+        return base(*given, block_controlnet_hidden_states=samples, **named)
+
 
 class StableDiffusion3(Family):
     name = "sd3"
@@ -52,6 +94,7 @@ class StableDiffusion3(Family):
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     lora_layout = LAYOUT
     blocks = (Blocks("transformer_blocks", "text,tokens"),)
+    control = JointControl()
 
     def dead_modules(self, denoiser: nn.Module) -> tuple[str, ...]:
         """The last block drops its text stream, and with it what that stream's queries have gathered."""
@@ -83,7 +126,13 @@ class StableDiffusion3(Family):
             encoder_hidden_states=embeds,
             pooled_projections=conditions.text["pooled"],
             return_dict=False,
+            **conditions.controlled,
         )[0]
+
+    def encode_condition(self, pipe: Any, pixels: Tensor) -> Latents:
+        """Without the autoencoder's shift, which the pipeline leaves out for these networks."""
+        latents, config = self.encode_pixels(pipe, pixels), pipe.vae.config
+        return Latents(latents.mean + config.shift_factor * config.scaling_factor, latents.std)
 
     def sampling_arguments(self, pipe: Any, request: SampleRequest) -> dict[str, Any]:
         return super().sampling_arguments(pipe, request) | {"max_sequence_length": _t5_tokens(pipe)}

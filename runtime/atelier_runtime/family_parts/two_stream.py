@@ -5,7 +5,8 @@ so the length is part of the model, and CLIP's pooled vector. A reference pictur
 same time and in plane 1 of the positions. Source: diffusers' `pipeline_flux.py`, `pipeline_flux_kontext.py` and `transformer_flux.py`.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
+from atelier_runtime.control import Control, with_plain_config
 from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, configuration
 from atelier_runtime.lora_layout import ADDED_QUERY_KEY_VALUE, QUERY_KEY_VALUE, THIRDS, LoraLayout, fused, plain
 
@@ -77,9 +79,7 @@ class TwoStream(Family):
             value = TRAINING_GUIDANCE if conditions.guidance is None else conditions.guidance
             guidance = torch.full_like(time, value)
         tokens = denoiser(
-            hidden_states=torch.cat(
-                [F.pixel_unshuffle(each, 2).flatten(2).transpose(1, 2) for each in pictures], dim=1
-            ),
+            hidden_states=torch.cat([packed(each) for each in pictures], dim=1),
             timestep=time,
             guidance=guidance,
             pooled_projections=conditions.text["pooled"],
@@ -87,6 +87,7 @@ class TwoStream(Family):
             txt_ids=noisy.new_zeros(embeds.shape[1], 3),
             img_ids=torch.cat([_positions(plane, each) for plane, each in enumerate(pictures)]),
             return_dict=False,
+            **conditions.controlled,
         )[0][:, : rows * columns]
         return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), 2)
 
@@ -107,6 +108,62 @@ class TwoStream(Family):
         if not distilled and "guidance_scale" in arguments:
             arguments |= {"true_cfg_scale": arguments.pop("guidance_scale"), "negative_prompt": negative}
         return arguments | {"max_sequence_length": _t5_tokens(pipe)}
+
+
+class TwoStreamControl(Control):
+    """The first blocks of each of the two lists; what comes out of one is added behind several of the base's.
+
+    Source: diffusers' `controlnet_flux.py`, `pipeline_flux_controlnet.py` and `transformer_flux.py`.
+    """
+
+    pipeline = "FluxControlNetPipeline"
+    network = "FluxControlNetModel"
+    picture = "control_image"
+    takes = "latents"
+
+    def copied(self, base: Any) -> nn.Module:
+        from diffusers import FluxControlNetModel
+
+        config = base.config
+        return FluxControlNetModel.from_transformer(
+            with_plain_config(base),
+            num_layers=_copied_blocks(config.num_layers, 4),
+            num_single_layers=_copied_blocks(config.num_single_layers, 10),
+            attention_head_dim=config.attention_head_dim,
+            num_attention_heads=config.num_attention_heads,
+        )
+
+    def predict(
+        self, base: nn.Module, network: nn.Module, condition: Tensor, scale: float, *given: Any, **named: Any
+    ) -> Any:
+        return base(*given, **control_outputs(network, packed(condition), scale, named), **named)
+
+
+def control_outputs(network: nn.Module, condition: Tensor, scale: float, call: Mapping[str, Any]) -> dict[str, Any]:
+    """What a network adds to the transformer that is called with `call`: to the picture that is drawn, and nothing to its references.
+
+    `condition` [B, tokens, 64] has as many tokens as that picture, which the others follow; the network sees no others.
+    """
+    drawn = condition.shape[1]
+    behind = call["hidden_states"].shape[1] - drawn
+    told = {**call, "hidden_states": call["hidden_states"][:, :drawn], "img_ids": call["img_ids"][:drawn]}
+    double, single = network(controlnet_cond=condition, conditioning_scale=scale, **told)
+    if behind:
+        double, single = ([F.pad(each, (0, 0, 0, behind)) for each in outputs] for outputs in (double, single))
+    return {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
+
+
+def _copied_blocks(blocks: int, most: int) -> int:
+    """How many of a list are copied: diffusers' default, or fewer, so that each output has a place in the base.
+
+    The base takes output i // ceil(blocks / outputs) behind its block i.
+    """
+    return math.ceil(blocks / math.ceil(blocks / most))
+
+
+def packed(latents: Tensor) -> Tensor:
+    """[B, tokens, 4 C]: patches of 2 x 2, row by row."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
 def _positions(plane: int, latents: Tensor) -> Tensor:

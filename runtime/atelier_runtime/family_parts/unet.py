@@ -38,6 +38,7 @@ class UNet(Family):
             encoder_hidden_states=conditions.text["embeds"],
             added_cond_kwargs=self.added_conditions(conditions),
             return_dict=False,
+            **conditions.controlled,
         )[0]
 
     def added_conditions(self, conditions: Conditions) -> dict[str, Tensor]:

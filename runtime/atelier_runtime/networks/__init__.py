@@ -1,4 +1,4 @@
-"""Networks and pipelines of published models that diffusers lacks, under the class names that their checkpoints give.
+"""Networks and pipelines that diffusers lacks: of published models, under the class names that their checkpoints give.
 
 They are diffusers models and pipelines in every other respect, so that nothing else of the runtime knows the difference. Each is read
 when it is first asked for: every process of a run imports this package, and needs one of them at most. A pipeline's denoiser is here
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from atelier_runtime.networks.ace_step_v1 import ACEStepTransformer2DModel
     from atelier_runtime.networks.ace_step_v1_pipeline import ACEStepPipeline, GranularEulerScheduler
     from atelier_runtime.networks.ace_step_v1_sound import ADaMoSHiFiGANV1, MusicDCAE
+    from atelier_runtime.networks.flux_kontext_control_pipeline import FluxKontextControlNetPipeline
     from atelier_runtime.networks.longcat_video import LongCatVideoTransformer3DModel
     from atelier_runtime.networks.longcat_video_pipeline import LongCatVideoPipeline
     from atelier_runtime.networks.stable_cascade_encoder import EfficientNetEncoder
@@ -22,6 +23,7 @@ __all__ = [
     "ACEStepTransformer2DModel",
     "ADaMoSHiFiGANV1",
     "EfficientNetEncoder",
+    "FluxKontextControlNetPipeline",
     "GranularEulerScheduler",
     "LongCatVideoPipeline",
     "LongCatVideoTransformer3DModel",
@@ -35,6 +37,7 @@ _MODULES = {
     "ACEStepTransformer2DModel": "ace_step_v1",
     "ADaMoSHiFiGANV1": "ace_step_v1_sound",
     "EfficientNetEncoder": "stable_cascade_encoder",
+    "FluxKontextControlNetPipeline": "flux_kontext_control_pipeline",
     "GranularEulerScheduler": "ace_step_v1_pipeline",
     "LongCatVideoPipeline": "longcat_video_pipeline",
     "LongCatVideoTransformer3DModel": "longcat_video",

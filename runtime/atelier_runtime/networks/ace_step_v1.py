@@ -67,7 +67,9 @@ class ACEStepTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     ) -> None:
         super().__init__()
         if patch_size[1] != 1:
-            raise ValueError(f"patch_size is {tuple(patch_size)}; its second must be 1, a token for each column of latents")
+            raise ValueError(
+                f"patch_size is {tuple(patch_size)}; its second must be 1, a token for each column of latents"
+            )
         width = num_attention_heads * attention_head_dim
         self.proj_in = PatchEmbedding(in_channels, width, patch_size[0])
         self.time_proj = Timesteps(FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -111,7 +113,8 @@ class ACEStepTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         hidden = self.proj_in(hidden_states.to(dtype))
         head_width = self.config.attention_head_dim
         places, told_places = (
-            rotary_table(tokens.shape[1], head_width, self.config.rope_theta, tokens.device) for tokens in (hidden, told)
+            rotary_table(tokens.shape[1], head_width, self.config.rope_theta, tokens.device)
+            for tokens in (hidden, told)
         )
         for block in self.transformer_blocks:
             hidden = self._through(block, hidden, told, mask, modulation, places, told_places)
@@ -199,9 +202,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
         self.to_add_out = nn.Linear(width, width)
 
-    def forward(
-        self, hidden: Tensor, told: Tensor, mask: Tensor | None, places: Rotary, told_places: Rotary
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, told: Tensor, mask: Tensor | None, places: Rotary, told_places: Rotary) -> Tensor:
         query = rotated(split_heads(self.to_q(hidden), self.heads), places)
         key = rotated(split_heads(self.to_k(told), self.heads), told_places)
         return self.to_out[0](attended(query, key, split_heads(self.to_v(told), self.heads), mask))

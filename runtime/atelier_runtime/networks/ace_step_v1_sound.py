@@ -101,7 +101,9 @@ class ADaMoSHiFiGANV1(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if math.prod(upsample_rates) != hop_length:
-            raise ValueError(f"upsample_rates are {tuple(upsample_rates)}; their product must be hop_length, {hop_length}")
+            raise ValueError(
+                f"upsample_rates are {tuple(upsample_rates)}; their product must be hop_length, {hop_length}"
+            )
         self.backbone = ConvNeXtBackbone(input_channels, depths, dims, kernel_sizes[0])
         self.head = HiFiGANGenerator(
             (dims[-1], upsample_initial_channel),
@@ -125,9 +127,7 @@ class ADaMoSHiFiGANV1(ModelMixin, ConfigMixin):
         around = config.n_fft - config.hop_length
         padded = functional.pad(waveforms.flatten(0, -2), (around // 2, around - around // 2), mode="reflect")
         window = torch.hann_window(config.n_fft, device=device)
-        spectrum = torch.stft(
-            padded, config.n_fft, config.hop_length, window=window, center=False, return_complex=True
-        )
+        spectrum = torch.stft(padded, config.n_fft, config.hop_length, window=window, center=False, return_complex=True)
         loudness = torch.sqrt(torch.view_as_real(spectrum).square().sum(-1) + EPSILON)
         bands = torch.from_numpy(
             mel_filter_bank(

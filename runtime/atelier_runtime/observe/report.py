@@ -127,6 +127,7 @@ def _funnel(funnel: FunnelReport) -> str:
         ("too short", funnel.too_short),
         ("no caption", funnel.no_caption),
         ("no reference", funnel.no_reference),
+        ("no conditioning", funnel.no_conditioning),
         ("kept", funnel.kept),
     ]
     body = _table(("Files", "Count"), rows)

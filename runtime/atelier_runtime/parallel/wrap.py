@@ -6,13 +6,14 @@ Which weights are sharded (FSDP2) and which replicated (DDP):
 * fsdp2, few weights trained (an adapter): the frozen base is sharded, the adapter is replicated. An adapter's layers are tiny, and
   lie in another dtype inside the base's blocks, where a sharded group wants one dtype for all that it trains.
 * fsdp2, most weights trained: these are sharded, but for what has another dtype than the bulk (modules kept in fp32, a few vectors).
+* nothing trained, the base of a control network: sharded by fsdp2, and else left to each rank.
 
 So a sharded denoiser may also be inside DDP, which then knows the replicated parameters only.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -57,10 +58,11 @@ def wrap(
     if plan.gradient_checkpointing:
         enable: Any = denoiser.enable_gradient_checkpointing
         enable(_recomputed)  # before sharding: recomputation gathers weights again
-    if plan.strategy == "single":
+    trained = {id(p) for p in denoiser.parameters() if p.requires_grad}
+    if plan.strategy == "single" or (plan.strategy == "ddp" and not trained):
         return denoiser
     if plan.strategy == "ddp":
-        return _replicate(denoiser, {id(p) for p in denoiser.parameters() if p.requires_grad})
+        return _replicate(denoiser, trained)
     replicated = _replicated_under_sharding(denoiser, compute_dtype)
     _shard(denoiser, family, replicated, distributed, _policy(denoiser, compute_dtype))
     return _replicate(denoiser, {id(p) for p in replicated}) if replicated else denoiser
@@ -78,7 +80,10 @@ def no_sync(module: nn.Module) -> Iterator[None]:
     Gradients of sharded parameters are summed in every pass all the same: kept back, each rank would hold the gradient of the whole
     model, which did not fit in the first place.
     """
-    with module.no_sync() if isinstance(module, Replicated) else nullcontext():
+    with ExitStack() as stack:
+        for part in (module, *module.children()):  # a control network is beside its base
+            if isinstance(part, Replicated):
+                stack.enter_context(part.no_sync())
         yield
 
 
@@ -103,7 +108,11 @@ def blocks_of(denoiser: nn.Module, family: Family) -> list[nn.Module]:
     """The family's repeated blocks, in order, whatever lists they lie in. A path that this checkpoint lacks has none."""
     found: list[nn.Module] = []
     for blocks in family.blocks:
-        found.extend(_flatten(denoiser.get_submodule(blocks.attribute)))
+        try:
+            part = denoiser.get_submodule(blocks.attribute)
+        except AttributeError:  # a control network has no blocks that lead up
+            continue
+        found.extend(_flatten(part))
     return found
 
 

@@ -119,6 +119,14 @@ PATHS = {
         },
         "spec.data.sources\\[0\\].references\\[0\\] is 'originals'",
     ),
+    "relative conditioning pictures": (
+        {
+            "model": {"family": "sdxl", "flavour": None},
+            "adapter": {"type": "controlnet"},
+            "data": {"sources": [{"uri": "s3://bucket/a", "conditioning": "edges"}]},
+        },
+        "spec.data.sources\\[0\\].conditioning is 'edges'",
+    ),
     "the default store": ({"storage": {"uri": "runs"}}, "spec.storage.uri is 'runs'"),
     "a relative picture": (
         {

@@ -106,6 +106,25 @@ def test_a_picture_that_is_not_there_is_told(place: Path) -> None:
     assert str(refused.value) == f"{path} is 'first.png'; there is no file {place / 'first.png'}"
 
 
+def test_conditioning_pictures_get_absolute_places(place: Path) -> None:
+    prompts = [{"text": "a", "conditioning": "edges/a.png", "conditioningScale": "1"}]
+    sources = [{"uri": "pictures", "conditioning": "edges"}]
+    changes = {"data__sources": sources, "validation": {"prompts": prompts}}
+    controlled = local(adapter={"type": "controlnet"}, **changes)
+    with pytest.raises(ConfigError) as refused:
+        check_places(controlled.spec, around(place))
+    assert str(refused.value).splitlines() == [
+        f"spec.data.sources[0].conditioning is 'edges'; there is no folder {place / 'edges'}",
+        f"spec.validation.prompts[0].conditioning is 'edges/a.png'; there is no file {place / 'edges/a.png'}",
+    ]
+    (place / "edges").mkdir()
+    (place / "edges" / "a.png").write_text("x")
+    file = resolve_local(controlled, machine=cpu(64), around=around(place))
+    assert [source.conditioning for source in file.spec.data.sources] == [str(place / "edges")]
+    assert [prompt.conditioning for prompt in file.spec.validation.prompts] == [str(place / "edges/a.png")]
+    assert file.plan.learning_rate == 1e-5
+
+
 def test_everything_that_is_not_there_is_told_at_once(place: Path) -> None:
     absent = local(
         model__source="nowhere",

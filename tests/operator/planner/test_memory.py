@@ -76,6 +76,8 @@ def test_the_prediction_is_at_most_a_tenth_above_the_peak_on_a_gpu_and_not_below
     assert peak <= (parts.total - parts.overhead) / GIB <= 1.1 * peak
 
 
+CONDITIONED = [{"uri": "pictures", "conditioning": "edges"}]
+
 # Bytes per parameter of the runtime: fp32 weight, gradient and two moments are 16, autocast's copy 2; in bf16 all four are 8.
 STATES = {
     "fp32": ({}, (4, 4, 8, 2)),
@@ -91,6 +93,37 @@ def test_full_rank_state_is_bytes_per_parameter(changes: dict[str, Any], each: t
     state = (parts.trained_weights, parts.gradients, parts.optimizer, parts.copies)
     assert state == tuple(parameters * size for size in each)
     assert parts.base_weights == 0
+
+
+@pytest.mark.parametrize(("changes", "each"), STATES.values(), ids=STATES)
+def test_the_state_of_a_control_network_is_bytes_per_parameter_beside_the_frozen_base(
+    changes: dict[str, Any], each: tuple[int, ...]
+) -> None:
+    controlled = run("sdxl", adapter={"type": "controlnet"}, data__sources=CONDITIONED, **changes)
+    model = table_facts(controlled.spec.model)
+    parts = predicted(controlled).train
+    state = (parts.trained_weights, parts.gradients, parts.optimizer, parts.copies)
+    assert state == tuple(model.control_parameters * size for size in each)
+    assert parts.base_weights == model.parameters * (4 if "hyperparameters__precision" in changes else 2)
+
+
+def test_fsdp_shards_the_base_and_the_control_network() -> None:
+    controlled = run(
+        "flux", adapter={"type": "controlnet"}, data__sources=CONDITIONED, parallelism__gpusPerNode=4,
+        hyperparameters__globalBatchSize=4,
+    )  # fmt: skip
+    model = table_facts(controlled.spec.model)
+    parts = predicted(controlled, strategy="fsdp2", processes=4).train
+    assert parts.base_weights == -(-2 * model.parameters // 4)
+    assert parts.optimizer == -(-8 * model.control_parameters // 4)
+
+
+def test_drawing_with_a_control_network_is_a_phase_of_its_own() -> None:
+    prompts = [{"text": "a", "conditioning": "a.png", "conditioningScale": "1"}]
+    drawn = run("sdxl", adapter={"type": "controlnet"}, data__sources=CONDITIONED, validation={"prompts": prompts})
+    silent = run("sdxl", adapter={"type": "controlnet"}, data__sources=CONDITIONED)
+    assert predicted(drawn).train == predicted(silent).train
+    assert predicted(drawn).sample > predicted(silent).sample == 0
 
 
 def test_lora_keeps_the_base_in_the_runs_precision() -> None:

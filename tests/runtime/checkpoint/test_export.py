@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atelier_api.errors import ConfigError, StoreError
 from atelier_runtime.checkpoint import exported_file
-from atelier_runtime.checkpoint.export import check_formats, export_full, export_lora, kohya_tensors, lora_weights
+from atelier_runtime.checkpoint.export import check_formats, export_lora, export_models, kohya_tensors, lora_weights
 from atelier_runtime.families import get_family
 from atelier_runtime.lora_layout import LoraLayout
 from export_runs import FULL, PROVENANCE, Trained, run_file, trained
@@ -256,7 +256,7 @@ def test_a_file_that_reads_back_different_is_noticed(
 
 def test_a_full_rank_folder_has_the_precision_of_the_run_and_its_provenance(tmp_path: Path) -> None:
     result = make("sdxl", tmp_path, FULL, hyperparameters={"steps": 120, "precision": "bf16"})
-    files = export_full(result.weights, result.file, result.family, tmp_path / "out", provenance=PROVENANCE)
+    files = export_models(result.weights, result.file, result.family, tmp_path / "out", provenance=PROVENANCE)
     names = {file.path.relative_to(tmp_path / "out").as_posix() for file in files}
     assert names == {
         f"diffusers/unet/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors", "atelier.json")
@@ -272,7 +272,7 @@ def test_a_full_rank_folder_has_the_precision_of_the_run_and_its_provenance(tmp_
 def test_what_full_rank_training_froze_comes_from_the_base(tmp_path: Path) -> None:
     result = make("wan", tmp_path, FULL)
     state = {name: value for name, value in result.weights["transformer"].items() if name != "proj_out.bias"}
-    export_full({"transformer": state}, result.file, result.family, tmp_path / "out", provenance=PROVENANCE)
+    export_models({"transformer": state}, result.file, result.family, tmp_path / "out", provenance=PROVENANCE)
     tensors = load_file(tmp_path / "out/diffusers/transformer/diffusion_pytorch_model.safetensors")
     base = load_file(result.base / "transformer/diffusion_pytorch_model.safetensors")
     assert torch.equal(tensors["proj_out.bias"], base["proj_out.bias"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import stock_loader
-from atelier_runtime.checkpoint.export import export_full, export_lora
+from atelier_runtime.checkpoint.export import export_lora, export_models
 from export_runs import FULL, PROVENANCE, Trained, trained
 
 pytestmark = pytest.mark.processes
@@ -58,7 +58,7 @@ OURS: dict[str, np.ndarray] = {}
 
 def export(case: Case, folder: Path) -> Trained:
     result = trained(case.checkpoint, folder, case.spec, publish={"formats": list(case.layouts)})
-    write = export_full if case.adapter == FULL else export_lora
+    write = export_models if case.adapter == FULL else export_lora
     files = write(result.weights, result.file, result.family, folder / case.name, provenance=PROVENANCE)
     assert {file.format for file in files} == set(case.layouts)
     OURS[case.name] = result.picture()

@@ -43,7 +43,14 @@ def case() -> Case:
 def calls(case: Case, run: Any) -> list[dict[str, Tensor]]:
     """What the denoiser is told in each of its calls while `run` runs."""
     seen: list[dict[str, Tensor]] = []
-    names = ("hidden_states", "timestep", "encoder_text_hidden_states", "speaker_embeds", "lyric_token_idx", "lyric_mask")
+    names = (
+        "hidden_states",
+        "timestep",
+        "encoder_text_hidden_states",
+        "speaker_embeds",
+        "lyric_token_idx",
+        "lyric_mask",
+    )
 
     def hook(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         seen.append(dict(zip(names, args, strict=False)) | kwargs)

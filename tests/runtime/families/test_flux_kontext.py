@@ -1,12 +1,15 @@
 """Flux.1 Kontext: the reference has the pipeline's size and the target's time, and samples are drawn with it."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxControlNetPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 from atelier_api.errors import ConfigError
@@ -15,6 +18,7 @@ from atelier_runtime.families import get_family
 from atelier_runtime.parallel import Distributed
 from atelier_runtime.prompt_pictures import prompt_pictures
 from atelier_runtime.sampling import draw_samples
+from control_cases import ControlledCase, controlled_case
 from export_runs import run_file
 from family_cases import PROMPTS, Case, make_case
 from family_models import save_tiny
@@ -100,3 +104,64 @@ def test_a_reference_of_a_prompt_that_is_not_there_or_no_picture_is_refused(tmp_
     for name, reason in (("nowhere.png", "is not there"), ("cut.png", r"cannot be read as a picture \(.*\)")):
         with pytest.raises(ConfigError, match=f"{field}{name}', which {reason}; name another"):
             prompt_pictures(validated(tmp_path, tmp_path / "whole.png", tmp_path / name), FAMILY)
+
+
+@pytest.fixture(scope="module")
+def controlled() -> ControlledCase:
+    return controlled_case("flux_kontext", trained=True)
+
+
+@torch.no_grad()
+def test_the_network_sees_the_picture_that_is_drawn_and_adds_nothing_to_the_reference(
+    controlled: ControlledCase,
+) -> None:
+    seen: list[int] = []
+    added: list[torch.Tensor] = []
+    handles = [
+        controlled.network.register_forward_pre_hook(
+            lambda _module, _args, call: seen.append(call["hidden_states"].shape[1]), with_kwargs=True
+        ),
+        controlled.base.register_forward_hook(  # which is shown what others have added
+            lambda _module, _args, call, _output: added.extend(
+                [*call["controlnet_block_samples"], *call["controlnet_single_block_samples"]]
+            ),
+            with_kwargs=True,
+        ),
+    ]
+    controlled.pipe(**controlled.family.sampling_arguments(controlled.pipe, controlled.request(3.5, steps=1)))
+    for handle in handles:
+        handle.remove()
+    drawn = 64 * 32 // 16**2
+    assert seen == [drawn]
+    assert len(added) == 4
+    assert all(each.shape[1] > drawn and each[:, :drawn].any() and not each[:, drawn:].any() for each in added)
+
+
+@torch.no_grad()
+def test_without_a_network_that_does_something_our_pipeline_is_the_stock_one(case: Case) -> None:
+    ours = controlled_case("flux_kontext", trained=False)
+    pictures = [
+        each.pipe(**each.family.sampling_arguments(each.pipe, each.request(3.5, steps=2)), output_type="pt")[0]
+        for each in (case, ours)
+    ]
+    assert torch.equal(*pictures)
+
+
+@torch.no_grad()
+def test_without_references_the_network_steers_as_in_the_stock_pipeline_of_flux(
+    controlled: ControlledCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only pipeline of diffusers that takes this network knows no references."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda posterior, generator=None: posterior.mean)
+    stock = replace(controlled, pipe=FluxControlNetPipeline(**controlled.pipe.components))
+    stock.pipe.set_progress_bar_config(disable=True)
+    arguments = {
+        "prompt": PROMPTS[0],
+        "control_image": controlled.picture(0),
+        **{"width": 64, "height": 32, "guidance_scale": 3.5, "num_inference_steps": 3, "max_sequence_length": 16},
+    }
+    results = []
+    for pipe, more in ((controlled.pipe, {"max_area": 64 * 32}), (stock.pipe, {})):
+        generator = torch.Generator().manual_seed(3)
+        results.append(pipe(**arguments, **more, generator=generator, output_type="latent")[0])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)

@@ -148,7 +148,9 @@ def lyric_features(weights: Weights, lyrics: Sequence[int]) -> list[Tensor]:
         normed = [standardised(weights, f"{name}.norm_mha", x) for x in tokens]
         changes = relative_attention(weights, f"{name}.self_attn", normed)
         tokens = [x + change for x, change in zip(tokens, changes, strict=True)]
-        inner = [linear(weights, f"{name}.feed_forward.w_1", standardised(weights, f"{name}.norm_ff", x)) for x in tokens]
+        inner = [
+            linear(weights, f"{name}.feed_forward.w_1", standardised(weights, f"{name}.norm_ff", x)) for x in tokens
+        ]
         tokens = [x + linear(weights, f"{name}.feed_forward.w_2", silu(y)) for x, y in zip(tokens, inner, strict=True)]
     return [linear(weights, "lyric_proj", standardised(weights, "lyric_encoder.after_norm", x)) for x in tokens]
 

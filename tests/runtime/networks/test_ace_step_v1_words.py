@@ -37,7 +37,14 @@ def test_languages_that_would_have_to_be_romanised_are_refused(line: str, name: 
 
 @pytest.mark.parametrize(
     ("text", "language"),
-    [(ENGLISH, "en"), (GERMAN, "de"), (RUSSIAN, "ru"), (FRENCH, "fr"), ("床前明月光\n疑是地上霜", "zh"), ("1 2 3 …", "en")],
+    [
+        (ENGLISH, "en"),
+        (GERMAN, "de"),
+        (RUSSIAN, "ru"),
+        (FRENCH, "fr"),
+        ("床前明月光\n疑是地上霜", "zh"),
+        ("1 2 3 …", "en"),
+    ],
 )
 def test_the_language_is_that_of_the_whole_text(text: str, language: str) -> None:
     assert language_of(text) == language

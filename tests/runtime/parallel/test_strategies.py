@@ -3,6 +3,7 @@
 Everything is trained once, in one pair of processes, and looked at by many tests.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from atelier_api.families import NAMES
+from control_cases import CONTROLLED
 from family_cases import make_case
 from family_models import save_tiny
 from processes import run_ranks
@@ -28,7 +30,11 @@ def fp32_cases(folder: Path) -> Iterator[Case]:
         case = Case(family, "lora", folder / family)
         yield replace(case, checkpointing=True)
         yield replace(case, adapter="full")
+        if family in CONTROLLED:
+            yield replace(case, adapter="controlnet")
+            yield replace(case, adapter="controlnet", checkpointing=True)
         if family == "sd3":
+            yield replace(case, adapter="controlnet", accumulation=2)
             yield case
             yield replace(case, adapter="full", checkpointing=True)
             yield replace(case, adapter="lokr")  # beside the layers' output
@@ -49,6 +55,8 @@ def fp32_cases(folder: Path) -> Iterator[Case]:
 
 
 def bf16_cases(folder: Path) -> Iterator[Case]:
+    for optimizer in ("adamw", "adamw-bf16"):
+        yield Case("flux", "controlnet", folder / "flux", precision="bf16", optimizer=optimizer)
     case = Case("wan", "lora", folder / "wan", precision="bf16")  # it keeps some modules in fp32
     for optimizer in ("adamw", "adamw-bf16"):
         yield replace(case, optimizer=optimizer, checkpointing=True)
@@ -116,7 +124,7 @@ def test_two_processes_train_what_one_does(trained, strategy: str, case: str) ->
 def test_two_processes_train_what_one_does_in_bf16(trained, strategy: str, case: str) -> None:  # type: ignore[no-untyped-def]
     alone, together = pair(trained, strategy, case)
     # Shards are rounded with random numbers of their own: weights then agree up to the noise of the rounding.
-    rounds_apart = strategy == "fsdp2" and "full bf16 adamw-bf16" in case
+    rounds_apart = strategy == "fsdp2" and re.search("(full|controlnet) bf16 adamw-bf16", case) is not None
     assert together.losses == pytest.approx(alone.losses, rel=2e-3)
     assert together.norms == pytest.approx(alone.norms, rel=1e-2)
     assert distance(together.weights, alone.weights, alone.before) < (0.2 if rounds_apart else 0.03)
@@ -135,7 +143,7 @@ def test_only_the_first_rank_is_given_the_whole_weights(trained, strategy: str, 
     assert all(torch.equal(average, second.averages[name]) for name, average in first.averages.items())
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("adapter", ["lora", "full", "controlnet"])
 def test_two_accumulated_micro_batches_are_one_of_twice_the_size(trained, adapter: str) -> None:  # type: ignore[no-untyped-def]
     for strategy in STRATEGIES:
         once = pair(trained, strategy, f"sd3 {adapter} fp32 adamw keep x1")[1]
@@ -155,7 +163,7 @@ def test_fsdp_leaves_half_of_what_it_shards_on_each_rank(trained, case: str) -> 
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("case", [case for case in FP32 if " full " not in case])
+@pytest.mark.parametrize("case", [case for case in FP32 if " full " not in case and " controlnet " not in case])
 def test_an_adapter_reduces_the_gradients_of_the_adapter_and_no_more(trained, strategy: str, case: str) -> None:  # type: ignore[no-untyped-def]
     together = pair(trained, strategy, case)[1]
     assert together.reduced_elements == sum(weight.numel() for weight in together.weights.values())

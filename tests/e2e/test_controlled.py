@@ -1,0 +1,67 @@
+"""Whole runs of a control network, by the command that users type: a tiny SDXL, real digits, each with its negative as condition."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import ControlNetModel
+from PIL import Image, ImageOps
+
+from runs import LocalRun, checkpoint_state, history, tiny_run, write_digits, write_run
+
+pytestmark = pytest.mark.processes
+
+
+def controlled(folder: Path, name: str, **spec: Any) -> LocalRun:
+    """Digits as pictures; `edges` are their negatives, but for the last. `blank.png` is a white sheet."""
+    if not (folder / "pictures").exists():
+        write_digits(folder / "pictures", 9)
+        (folder / "edges").mkdir()
+        Image.new("RGB", (32, 32), "white").save(folder / "blank.png")
+        for path in sorted((folder / "pictures").glob("*.png"))[:-1]:
+            ImageOps.invert(Image.open(path)).save(folder / "edges" / path.with_suffix(".jpg").name)
+    data = {"sources": [{"uri": "pictures", "conditioning": "edges"}]}
+    changes = {"hyperparameters": {"steps": 4, "learningRate": "1e-2"}, **spec}
+    document = tiny_run(folder, "sdxl", name=name, adapter={"type": "controlnet"}, data=data, **changes)
+    return write_run(folder / f"{name}.yaml", document.document)
+
+
+def test_a_control_network_trains_resumes_draws_and_is_published(tmp_path: Path) -> None:
+    prompts = [
+        {"text": "a handwritten three", "conditioning": picture, "conditioningScale": scale}
+        for picture, scale in (("edges/0000.jpg", "1"), ("blank.png", "1"), ("edges/0000.jpg", "0"))
+    ]
+    shorter = {"steps": 2, "learningRate": "1e-2"}
+    broken = controlled(tmp_path, "broken", hyperparameters=shorter, validation={"prompts": prompts, "steps": 2})
+    output = broken.train()
+    assert "no conditioning 1, kept 8" in output
+    assert "no picture 0008.*" in output
+    broken.changed(hyperparameters={"steps": 4}).train()
+    straight = controlled(tmp_path, "straight")
+    straight.train()
+    assert history(broken) == history(straight)
+    one, other = checkpoint_state(broken, 4), checkpoint_state(straight, 4)
+    assert one.keys() == other.keys()
+    assert all(name.startswith(("/weights/controlnet.", "/optimizer/controlnet.", "/step")) for name in one)
+    assert all((one[name] == other[name]).all() for name in one)
+
+    drawn = [(broken.folder / "samples" / "00000004" / f"{index}.png").read_bytes() for index in range(3)]
+    assert len(set(drawn)) == 3
+    start = [(broken.folder / "samples" / "00000000" / f"{index}.png").read_bytes() for index in range(3)]
+    assert len(set(start)) == 1  # at its start the network changes nothing
+    assert drawn[2] == start[2]  # and with scale 0 it never does
+    folder = broken.folder / "exports/diffusers/controlnet"
+    network = ControlNetModel.from_pretrained(folder)
+    weights = {name.removeprefix("/weights/controlnet."): each for name, each in one.items() if "/weights/" in name}
+    assert weights.keys() == network.state_dict().keys()
+    assert all((network.state_dict()[name] == each).all() for name, each in weights.items())
+
+
+def test_a_prompt_whose_condition_is_no_picture_stops_the_run_before_anything_is_encoded(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    prompts = [{"text": "a handwritten three", "conditioning": "text.png", "conditioningScale": "1"}]
+    output = controlled(tmp_path, "bad", validation={"prompts": prompts, "steps": 2}).train(expect=64)
+    assert "spec.validation.prompts[0].conditioning is" in output
+    assert "no picture of a known format" in output
+    assert "encoding" not in output
+    assert "Traceback" not in output
