@@ -8,6 +8,7 @@ LYCORIS = ("lokr", "loha", "locon", "diag-oft", "boft", "dylora", "ia3")
 LAYOUTS: Mapping[str, tuple[str, ...]] = {
     "lora": ("diffusers", "kohya"),
     "full": ("diffusers",),
+    "textual-inversion": ("diffusers",),
     **dict.fromkeys(LYCORIS, ("lycoris",)),
 }
 """Layouts by type of adapter."""

@@ -23,7 +23,7 @@ from atelier_runtime import components, parallel
 from atelier_runtime.checkpoint import Checkpointer
 from atelier_runtime.data import Dataset, Loader, MicroBatch
 from atelier_runtime.denoisers import Denoisers
-from atelier_runtime.family import Conditions, Family, Stage
+from atelier_runtime.family import Conditions, Family, Features, Stage
 from atelier_runtime.objectives import Objective, build_objective
 from atelier_runtime.observe.metrics import TrainMetrics
 from atelier_runtime.optimizers import Ema, build_optimizer, clip_gradients, learning_rate_at
@@ -214,12 +214,9 @@ class Trainer:
             draws = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators])
             clean = clean + batch.std.to(device, torch.float32, non_blocking=True) * draws.to(device)
         prepared = parts.objective.prepare(clean, generators, stage=stage, tokens=_tokens(parts.family, clean))
-        text = {
-            key: value.to(device, non_blocking=True) for key, value in parts.family.collate_text(batch.text).items()
-        }
         frames = batch.frames and {key: value.to(device, non_blocking=True) for key, value in batch.frames.items()}
         conditions = Conditions(
-            text=text,
+            text=self._text(batch),
             sizes=batch.sizes.to(device),
             frame_rate=parts.dataset.frame_rate,
             frames=frames,
@@ -232,6 +229,14 @@ class Trainer:
             prediction = parts.family.predict(denoiser, prepared.noisy, prepared.time, conditions)
         mask = parts.family.loss_mask(clean, conditions)
         return (parts.objective.loss(prediction, prepared, mask) * batch.weights.to(device)).sum()
+
+    def _text(self, batch: MicroBatch) -> Features:
+        """Features of the captions on the device: from the cache, or where the adapter trains what reads them made now."""
+        if self._parts.denoisers.encode is not None:
+            return self._parts.denoisers.encode(batch.captions)
+        device = self._parts.distributed.device
+        collated = self._parts.family.collate_text(batch.text)
+        return {key: value.to(device, non_blocking=True) for key, value in collated.items()}
 
     def _pick_stage(self, step: int) -> Stage:
         """The stage of this step, the same on all ranks: one optimizer step trains one denoiser."""

@@ -4,6 +4,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from atelier_api.v1alpha1.adapter import (
     Ia3Adapter,
     LokrAdapter,
     LoraAdapter,
+    TextualInversionAdapter,
 )
 from atelier_api.v1alpha1.hyperparameters import Hyperparameters, Optimizer
 from atelier_api.v1alpha1.objective import Objective
@@ -38,13 +40,19 @@ ADAPTERS: dict[str, Any] = {
     "lokr": LokrAdapter(type="lokr", factor=4, targets=["all"]),
     "boft": BoftAdapter(type="boft", block_size=16, targets=["all"]),
     "dylora": DyloraAdapter(type="dylora", rank=4, targets=["all"]),
+    "textual-inversion": TextualInversionAdapter.model_validate(
+        {"type": "textual-inversion", "tokens": [{"token": "<fox>", "initializer": "f", "vectors": 2}]}
+    ),
     "ia3": Ia3Adapter(type="ia3", input_targets=["mlp"], targets=["all"]),
 }
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What a denoiser trains on, one for each slot of the global batch: latents, features of captions, frames and references shown."""
+    """What a denoiser trains on, one for each slot of the global batch: latents, features of captions, frames and references shown.
+
+    `captions` are for an adapter that trains what reads them.
+    """
 
     latents: Tensor
     text: Sequence[Features]
@@ -52,11 +60,14 @@ class Samples:
     frames: Features | None
     references: tuple[Tensor, ...]
     shared: Features
+    captions: Sequence[str]
 
-    def conditions(self, family: Family, slots: range) -> Conditions:
+    def conditions(self, family: Family, slots: range, encode: adapters.Encode | None) -> Conditions:
         rows = list(slots)
         return Conditions(
-            text=family.collate_text([self.text[slot] for slot in slots]),
+            text=family.collate_text([self.text[slot] for slot in slots])
+            if encode is None
+            else encode([f"<fox> {self.captions[slot]}" for slot in slots]),
             sizes=self.sizes[rows],
             frames=None if self.frames is None else {name: tensor[rows] for name, tensor in self.frames.items()},
             references=tuple(reference[rows] for reference in self.references),
@@ -134,7 +145,7 @@ def train(strategy: str, case: Case) -> Trained:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     distributed = parallel.Distributed(rank, rank, world, torch.device("cpu"))
     plan, family = plan_of(strategy, world, case), get_family(case.family)
-    model, wrapped, draw = _build(case, plan, family, distributed)
+    model, wrapped, report = _build(case, plan, family, distributed)
     named = adapters.trainable(model)
     hyperparameters = Hyperparameters(steps=STEPS, optimizer=Optimizer(type=case.optimizer, epsilon=1e-3))
     optimizer = build_optimizer(list(named.values()), hyperparameters, plan.learning_rate)
@@ -148,16 +159,17 @@ def train(strategy: str, case: Case) -> Trained:
     before = parallel.full_state(wrapped, named)
     for step in range(STEPS):
         if step == STEPS - 1:
-            drawn = _draw(case, family, wrapped, ema)
-        if draw is not None:
-            draw(sample_generator(0, step, ADAPTER_SLOT))
+            drawn = _draw(case, family, wrapped, ema, report.encode)
+        if report.draw is not None:
+            report.draw(sample_generator(0, step, ADAPTER_SLOT))
         share = torch.zeros(())
         for micro in range(case.accumulation):
             size = plan.micro_batch_size
             first = (micro * world + rank) * size
             last = micro == case.accumulation - 1
             with nullcontext() if last else parallel.no_sync(wrapped):
-                loss = _losses(case, family, wrapped, objective, step, range(first, first + size)).sum() / GLOBAL_BATCH
+                slots = range(first, first + size)
+                loss = _losses(case, family, wrapped, objective, step, slots, report.encode).sum() / GLOBAL_BATCH
                 (loss * world).backward()
             share += loss.detach()
         torch.distributed.all_reduce(share)
@@ -177,23 +189,32 @@ def train(strategy: str, case: Case) -> Trained:
 
 def _build(
     case: Case, plan: ExecutionPlan, family: Family, distributed: parallel.Distributed
-) -> tuple[nn.Module, nn.Module, adapters.Draw | None]:
+) -> tuple[nn.Module, nn.Module, adapters.AdapterReport]:
     trained_dtype = torch.bfloat16 if case.optimizer == "adamw-bf16" else torch.float32
     frozen_dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     base_dtype = trained_dtype if case.adapter == "full" else frozen_dtype
     model = components.load_denoiser(case.folder, family.denoisers[0], base_dtype, distributed.device)
     torch.manual_seed(3 + distributed.rank)  # ranks draw different adapters: those of rank 0 must win
-    draw = adapters.install(model, ADAPTERS[case.adapter], family, dtype=trained_dtype).draw
+    load_encoders = partial(components.load_encoders, family, case.folder, base_dtype, distributed.device)
+    report = adapters.install(model, ADAPTERS[case.adapter], family, dtype=trained_dtype, load_encoders=load_encoders)
     compute = torch.bfloat16 if case.precision == "bf16" else None
-    return model, parallel.wrap(model, plan, family, distributed, compute_dtype=compute), draw
+    return model, parallel.wrap(model, plan, family, distributed, compute_dtype=compute), report
 
 
-def _losses(case: Case, family: Family, wrapped: nn.Module, objective: Any, step: int, slots: range) -> Tensor:
+def _losses(
+    case: Case,
+    family: Family,
+    wrapped: nn.Module,
+    objective: Any,
+    step: int,
+    slots: range,
+    encode: adapters.Encode | None,
+) -> Tensor:
     assert case.samples is not None
     generators = [torch.Generator().manual_seed(1000 * step + slot) for slot in slots]
     stage = family.stages(components.read_pipeline_config(case.folder), family.denoisers[:1])[0]
     prepared = objective.prepare(case.samples.latents[list(slots)], generators, stage=stage, tokens=16)
-    conditions = case.samples.conditions(family, slots)
+    conditions = case.samples.conditions(family, slots, encode)
     prediction = _predict(case, family, wrapped, prepared.noisy, prepared.time, conditions)
     return objective.loss(prediction, prepared, family.loss_mask(prediction, conditions))
 
@@ -205,13 +226,13 @@ def _predict(
         return family.predict(wrapped, noisy, time, conditions)
 
 
-def _draw(case: Case, family: Family, wrapped: nn.Module, ema: Ema) -> Tensor:
+def _draw(case: Case, family: Family, wrapped: nn.Module, ema: Ema, encode: adapters.Encode | None) -> Tensor:
     """A prediction by the average, on all ranks alike, as sampling does it between two steps."""
     assert case.samples is not None
     steps = family.facts.objective == "diffusion" and family.facts.noise_schedule == "betas"
     time = torch.tensor([500]) if steps else torch.tensor([0.5])
-    conditions = case.samples.conditions(family, range(1))
     with ema.swapped(), torch.no_grad():
+        conditions = case.samples.conditions(family, range(1), encode)
         return _predict(case, family, wrapped, case.samples.latents[1:2], time, conditions).float()
 
 
@@ -243,4 +264,5 @@ def samples_of(tiny: FamilyCase, captions: Sequence[str]) -> Samples:
         frames=told.frames,
         references=told.references,
         shared=told.shared,
+        captions=captions,
     )

@@ -45,6 +45,15 @@ class Flavour:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """A text encoder that the stock pipeline can be given new tokens for: its components, and its name in files of such tokens."""
+
+    key: str
+    tokenizer: str
+    text_encoder: str
+
+
+@dataclass(frozen=True)
 class FamilyFacts:
     """One family. `frame_rule` (m, r): a clip has n = r modulo m frames. `shift` is the fallback where a checkpoint names none.
 
@@ -64,6 +73,8 @@ class FamilyFacts:
     `own_shift`: the stock pipeline shifts its noise levels by `shift` itself, whatever the checkpoint's scheduler says.
     `negative_prompts`: what it contrasts with can be written; else it is something learnt. `sample_edge` is
     that of what the stock pipeline draws, in the aspect of the reference and as large, where it takes no size.
+    `vocabularies` are those of text encoders in which textual inversion can learn words: all that tell the denoiser of a caption's
+    words, where the stock pipeline loads new ones; none: there is no textual inversion.
     """
 
     name: str
@@ -96,6 +107,7 @@ class FamilyFacts:
     autoencoder: tuple[str, ...] = ("vae",)
     noise_schedule: Literal["betas", "cosine"] = "betas"
     needs_fp32: str = ""
+    vocabularies: tuple[Vocabulary, ...] = ()
 
     def reference_resolution(self, resolution: int) -> int:
         """Edge in pixels of the square whose area references have in a run of `resolution`."""

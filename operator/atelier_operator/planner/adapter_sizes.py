@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from atelier_api.v1alpha1.adapter import (
-    Adapter,
     BoftAdapter,
     DiagOftAdapter,
     DyloraAdapter,
     FullAdapter,
     Ia3Adapter,
+    LayerAdapter,
     LohaAdapter,
     LokrAdapter,
     rebuilds_weights,
@@ -35,7 +35,7 @@ class Linear:
         return self.outputs * self.inputs
 
 
-def parameters(adapter: Adapter, layer: Linear) -> int:
+def parameters(adapter: FullAdapter | LayerAdapter, layer: Linear) -> int:
     """Parameters that are trained on the layer. Of IA³ with `inputTargets`, which know modules by name, the larger side counts."""
     match adapter:
         case LokrAdapter():
@@ -58,7 +58,7 @@ def parameters(adapter: Adapter, layer: Linear) -> int:
     return count + (layer.outputs if adapter.dora else 0)
 
 
-def kept_bytes(adapter: Adapter, layer: Linear, tokens: int, precision_bytes: int) -> int:
+def kept_bytes(adapter: FullAdapter | LayerAdapter, layer: Linear, tokens: int, precision_bytes: int) -> int:
     """What the layer keeps for the backward pass beside what LoRA would, mostly changed weights that are computed as a whole."""
     if isinstance(adapter, BoftAdapter):
         stages = butterfly_stages(layer.outputs, adapter.block_size)

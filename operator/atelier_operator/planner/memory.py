@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from atelier_api.families import FAMILIES, FamilyFacts, Flavour
 from atelier_api.family_rules import bucket_alignment
 from atelier_api.v1alpha1 import TrainingRunSpec
-from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter, LycorisAdapter
+from atelier_api.v1alpha1.adapter import FullAdapter, LayerAdapter, TextualInversionAdapter
 from atelier_api.v1alpha1.model import ModelSpec
 from atelier_operator.planner.adapter_sizes import Linear, kept_bytes, parameters
 
@@ -43,6 +43,10 @@ AUTOENCODER_VALUES_PER_SAMPLE = 643
 
 AUTOENCODER_FRAMES = 7
 """Frames that a causal video autoencoder holds at once, whatever the clip's length (measured): four, and what it caches of others."""
+
+TEXT_VALUES_PER_TOKEN = 15 * 12 * 768 + 11 * 32 * 1280
+"""Values that SDXL's text encoders, the only ones in which words are learnt, keep for each of their tokens: 15 and 11 (measured 14.3
+and 10.3; their GELUs differ) for each unit of width of each of their 12 and 32 layers."""
 
 GUIDED_SAMPLES = 2
 """Samples in a forward pass with classifier-free guidance."""
@@ -168,10 +172,13 @@ def trained_parameters(spec: TrainingRunSpec, model: ModelFacts) -> int:
     adapter = spec.adapter
     if isinstance(adapter, FullAdapter):
         return model.parameters
+    if isinstance(adapter, TextualInversionAdapter):
+        vectors = sum(each.vectors for each in adapter.tokens)
+        return vectors * len(model.family.vocabularies) * model.width  # no encoder of text is wider than that
     return model.layers * sum(parameters(adapter, layer) for layer in _adapted_layers(adapter, model))
 
 
-def _adapted_layers(adapter: LoraAdapter | LycorisAdapter, model: ModelFacts) -> Iterator[Linear]:
+def _adapted_layers(adapter: LayerAdapter, model: ModelFacts) -> Iterator[Linear]:
     """The layers of a block that the adapter is put on, rather too many."""
     for _ in range(ATTENTION_LAYERS):
         if not _only(adapter, "mlp"):
@@ -222,8 +229,11 @@ def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, devic
         copies = model.parameters * compute_bytes
     # Of several experts one is trained in a step, and gradients are freed after it; but DDP's buckets stay, one set per expert.
     gradient_sets = 1 if choice.strategy == "single" or (sharded and full) else model.experts
+    base = 0 if full else _share(model.experts * model.parameters * compute_bytes, shards)
+    if isinstance(spec.adapter, TextualInversionAdapter):  # captions are encoded in the step, on every device
+        base += model.encoder_parameters * compute_bytes
     return Parts(
-        base_weights=0 if full else _share(model.experts * model.parameters * compute_bytes, shards),
+        base_weights=base,
         trained_weights=_share(model.experts * trained * trained_bytes, trained_shards),
         gradients=_share(gradient_sets * trained * trained_bytes, trained_shards),
         optimizer=_share(model.experts * trained * 2 * trained_bytes, trained_shards),
@@ -241,19 +251,23 @@ def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> in
     edge = model.family.reference_resolution(spec.data.resolution)
     tokens = choice.micro_batch_size * (tokens + _reference_tokens(model.family, references, edge))
     kept = model.activation_bytes_per_token * _precision_bytes(spec) // 2
-    if isinstance(spec.adapter, FullAdapter) or not _only(spec.adapter, "attention"):
+    adapter = spec.adapter
+    if isinstance(adapter, FullAdapter) or (isinstance(adapter, LayerAdapter) and not _only(adapter, "attention")):
         kept = int(kept * WIDE_TARGETS)
     block = tokens * kept + _kept_by_adapter(spec, model, tokens)
+    text = 0
+    if isinstance(adapter, TextualInversionAdapter):
+        text = choice.micro_batch_size * model.text_tokens * TEXT_VALUES_PER_TOKEN * _precision_bytes(spec)
     if not choice.gradient_checkpointing:
-        return block * (model.layers + 1)
+        return text + block * (model.layers + 1)
     block_input = min(model.width * _precision_bytes(spec), kept // LARGEST_INPUT)
-    return tokens * block_input * model.layers + block * model.family.backward_blocks
+    return text + tokens * block_input * model.layers + block * model.family.backward_blocks
 
 
 def _kept_by_adapter(spec: TrainingRunSpec, model: ModelFacts, tokens: int) -> int:
     """What the adapter keeps in a block, beside what LoRA would."""
     adapter = spec.adapter
-    if isinstance(adapter, FullAdapter):
+    if not isinstance(adapter, LayerAdapter):
         return 0
     return sum(kept_bytes(adapter, layer, tokens, _precision_bytes(spec)) for layer in _adapted_layers(adapter, model))
 
@@ -287,7 +301,7 @@ def _autoencoder(family: FamilyFacts, extent: Extent, precision_bytes: int) -> i
     return extent.width * extent.height * frames * AUTOENCODER_VALUES_PER_PIXEL * precision_bytes
 
 
-def _only(adapter: LoraAdapter | LycorisAdapter, preset: str) -> bool:
+def _only(adapter: LayerAdapter, preset: str) -> bool:
     """Whether the preset is all that is targeted. Regular expressions count as everything: they may match any module."""
     return set(adapter.targets) == {preset}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from atelier_api.run_file import RunFile
-from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter
+from atelier_api.v1alpha1.adapter import LycorisAdapter
 from atelier_runtime.checkpoint.exported_file import ExportedFile, Provenance, State, complete, details_of, noise_range
 from atelier_runtime.family import Family
 from atelier_runtime.lycoris_layout import file_tensors
@@ -28,7 +28,7 @@ def export_lycoris(
     where a file reads back different.
     """
     adapter = run_file.spec.adapter
-    if isinstance(adapter, LoraAdapter | FullAdapter):
+    if not isinstance(adapter, LycorisAdapter):
         raise ValueError(f"no file of lycoris-lora can be made of an adapter of type {adapter.type}")
     exported = []
     for component, state in weights.items():

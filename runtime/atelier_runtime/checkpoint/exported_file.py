@@ -15,11 +15,14 @@ from torch import Tensor
 
 from atelier_api.errors import StoreError
 from atelier_api.run_file import RunFile
-from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter, LycorisAdapter, ScaledLycorisAdapter, alpha_of
+from atelier_api.v1alpha1.adapter import LoraAdapter, LycorisAdapter, ScaledLycorisAdapter, alpha_of
 from atelier_runtime import components
 from atelier_runtime.family import Family
 
 State = Mapping[str, Tensor]
+
+_SUFFIXES = {"full": "", "textual-inversion": "/textual-inversion"}
+"""What follows the architecture in `modelspec.architecture`, by type of adapter; of the others it is that of LoRA."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def details_of(run_file: RunFile, family: Family, component: str, provenance: Pr
     architecture = family.name if layout is None else layout.architecture
     details: dict[str, str | int | float | bool | None] = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": architecture if adapter.type == "full" else f"{architecture}/lora",
+        "modelspec.architecture": architecture + _SUFFIXES.get(adapter.type, "/lora"),
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
         "modelspec.title": run_file.identity.name,
         "modelspec.date": provenance.date.isoformat(timespec="seconds"),
@@ -114,7 +117,7 @@ def details_of(run_file: RunFile, family: Family, component: str, provenance: Pr
             "atelier.dora": adapter.dora,
             "atelier.rslora": adapter.rslora,
         }
-    elif not isinstance(adapter, FullAdapter):
+    elif isinstance(adapter, LycorisAdapter):
         details |= _lycoris_details(adapter)
     return {key: str(value) for key, value in details.items() if value is not None}
 

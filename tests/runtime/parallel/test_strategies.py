@@ -28,6 +28,8 @@ def fp32_cases(folder: Path) -> Iterator[Case]:
         case = Case(family, "lora", folder / family)
         yield replace(case, checkpointing=True)
         yield replace(case, adapter="full")
+        if family == "sdxl":  # rows of its text encoders, which lie outside of what is sharded and wrapped
+            yield replace(case, adapter="textual-inversion", checkpointing=True)
         if family == "sd3":
             yield case
             yield replace(case, adapter="full", checkpointing=True)
