@@ -7,9 +7,10 @@ from pathlib import Path
 from atelier_api.errors import RunError
 from atelier_api.exit_codes import ExitCode
 from atelier_api.families import FAMILIES
-from atelier_api.model_files import base_arguments, lora_loading, lycoris_loading
+from atelier_api.model_files import base_arguments, inversion_loading, lora_loading, lycoris_loading, token_file
 from atelier_api.result import AgentResult
 from atelier_api.run_file import RunFile
+from atelier_api.v1alpha1.adapter import TextualInversionAdapter
 from atelier_cli import terminal
 from atelier_cli.follow import last_lines
 from atelier_operator.planner.checkpoint_facts import DENOISERS
@@ -79,6 +80,12 @@ def loading(run_file: RunFile, exports: list[str]) -> Iterator[str]:
         denoisers = [name for name in DENOISERS if name in _classes(Path(run_file.model_folder))]
         for key, component in zip(sorted(lycoris), denoisers, strict=False):
             yield from lycoris_loading(component, f"{root}/{key}", run_file.spec.adapter.type)
+        return
+    if isinstance(run_file.spec.adapter, TextualInversionAdapter):
+        yield f"from {facts.library} import {pipeline}"
+        yield f"pipe = {pipeline}.from_pretrained({base})"
+        for each in run_file.spec.adapter.tokens:
+            yield from inversion_loading(facts, each.token, f"{root}/exports/diffusers/{token_file(each.token)}")
         return
     components = sorted(
         {key.split("/")[2] for key in exports if key.startswith("exports/diffusers/") and key.count("/") > 2}

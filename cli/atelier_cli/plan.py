@@ -166,6 +166,7 @@ def adapter_text(adapter: Adapter) -> str:
         FullAdapter,
         Ia3Adapter,
         LokrAdapter,
+        TextualInversionAdapter,
         alpha_of,
     )
 
@@ -173,6 +174,9 @@ def adapter_text(adapter: Adapter) -> str:
         return "none, full rank"
     if isinstance(adapter, ControlNetAdapter):
         return "control network"
+    if isinstance(adapter, TextualInversionAdapter):
+        told = (f"{each.token} ({each.vectors} vector{'' if each.vectors == 1 else 's'})" for each in adapter.tokens)
+        return f"textual inversion of {', '.join(told)}"
     name, on = ADAPTERS[adapter.type], f"on {', '.join(adapter.targets)}"
     if isinstance(adapter, DiagOftAdapter | BoftAdapter):
         return f"{name} of blocks up to {adapter.block_size}, {on}"

@@ -175,6 +175,17 @@ def _adapter_rules() -> Iterator[CelRule]:
         f"self.adapter.type != 'dylora' || {rank} % {block} == 0",
         "must divide spec.adapter.rank",
     )
+    inverting = "self.adapter.type == 'textual-inversion'"
+    named = "has(self.adapter.tokens) && size(self.adapter.tokens) > 0"
+    yield CelRule("adapter.tokens", f"!({inverting}) || ({named})", "must have at least one placeholder")
+    once = "self.adapter.tokens.all(each, self.adapter.tokens.exists_one(other, other.token == each.token))"
+    yield CelRule(
+        "adapter.tokens", f"!({inverting}) || !has(self.adapter.tokens) || {once}", "must name each placeholder once"
+    )
+    learning = _literal([name for name, facts in FAMILIES.items() if facts.vocabularies])
+    yield CelRule(
+        "adapter.type", f"!({inverting}) || self.model.family in {learning}", "this family learns no new words"
+    )
 
 
 def _given_or_default(name: str, kind: str) -> str:

@@ -7,7 +7,7 @@ from atelier_api.families import FAMILIES, FamilyFacts
 from atelier_api.layouts import written
 from atelier_api.problem import Problem, choice, refused
 from atelier_api.v1alpha1 import TrainingRunSpec
-from atelier_api.v1alpha1.adapter import ControlNetAdapter, LoraAdapter
+from atelier_api.v1alpha1.adapter import ControlNetAdapter, LoraAdapter, TextualInversionAdapter
 from atelier_api.v1alpha1.data import Data
 from atelier_api.v1alpha1.validation import PICTURE_FIELDS
 
@@ -89,6 +89,12 @@ def _fp32(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
     if numbers.optimizer.type == "adamw-bf16":
         allowed = f"must be adamw for {facts.name}: {facts.needs_fp32}"
         yield refused("spec.hyperparameters.optimizer.type", numbers.optimizer.type, allowed)
+
+
+def _vocabularies(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
+    if isinstance(spec.adapter, TextualInversionAdapter) and not facts.vocabularies:
+        takers = " or ".join(name for name, other in FAMILIES.items() if other.vocabularies)
+        yield refused("spec.adapter.type", spec.adapter.type, f"{facts.name} learns no new words; train {takers}")
 
 
 def _validation_size(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
@@ -206,4 +212,5 @@ FAMILY_RULES: tuple[Callable[[TrainingRunSpec, FamilyFacts], Iterator[Problem]],
     _lyrics,
     _kohya,
     _quantizable,
+    _vocabularies,
 )

@@ -9,6 +9,7 @@ LAYOUTS: Mapping[str, tuple[str, ...]] = {
     "lora": ("diffusers", "kohya"),
     "full": ("diffusers",),
     "controlnet": ("diffusers",),
+    "textual-inversion": ("diffusers",),
     **dict.fromkeys(LYCORIS, ("lycoris",)),
 }
 """Layouts by type of adapter."""

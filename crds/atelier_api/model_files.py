@@ -121,6 +121,24 @@ def lycoris_loading(component: str, path: str, kind: str) -> list[str]:
     ]
 
 
+def inversion_loading(facts: FamilyFacts, token: str, path: str) -> list[str]:
+    """Lines of Python that give `pipe`, the family's stock pipeline, the placeholder `token` of a file of textual inversion."""
+    return [
+        "from safetensors.torch import load_file",
+        f'vectors = load_file("{path}")',
+        *(
+            f'pipe.load_textual_inversion(vectors["{each.key}"], token="{token}", text_encoder=pipe.{each.text_encoder}, '
+            f"tokenizer=pipe.{each.tokenizer})"
+            for each in facts.vocabularies
+        ),
+    ]
+
+
+def token_file(token: str) -> str:
+    """Name of the file of a placeholder: ComfyUI calls it so in prompts (`embedding:pixel-knight`)."""
+    return f"{token.strip('<>')}.safetensors"
+
+
 def hub_snapshot(cache: Path, repository: str, revision: str) -> Path | None:
     """The whole snapshot of a revision (branch, tag or commit) in the hub library's cache; None where there is none yet."""
     base = hub_folder(cache, repository)

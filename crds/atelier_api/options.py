@@ -9,6 +9,7 @@ from typing import Any
 
 from atelier_api.families import FamilyFacts
 from atelier_api.fields import Node, tree
+from atelier_api.layouts import LAYOUTS
 from atelier_api.problem import Problem, refused
 from atelier_api.v1alpha1 import TrainingRunSpec
 from atelier_api.v1alpha1.objective import Objective
@@ -68,6 +69,12 @@ ONLY = (
         ),
         "family.modality",
         ("image", "video"),
+    ),
+    Only(
+        # No caption is dropped in textual inversion: what is learnt is in the captions alone.
+        ("data.captions.dropout",),
+        "adapter.type",
+        tuple(kind for kind in LAYOUTS if kind != "textual-inversion"),
     ),
     Only(("objective.huberC",), "objective.loss", ("huber",)),
     Only(

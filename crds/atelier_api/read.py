@@ -26,6 +26,7 @@ PATTERNS = {
     r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$": "lower-case letters, digits, '-' and '.', beginning and ending with a letter or digit",
     r"^(auto|dynamic|none|[0-9]+(\.[0-9]+)?)$": 'auto, dynamic, none or a number such as "3.0"',
     r"^[0-9]+(Mi|Gi)$": 'a size such as "80Gi" or "512Mi"',
+    r"^<[a-z0-9]+(-[a-z0-9]+)*>$": "lower-case words, digits and '-' between '<' and '>', such as <pixel-knight>",
     r"^https?://[^/ ]+": "a URL such as https://s3.example.org",
 }
 """What each pattern of the API means, for people."""

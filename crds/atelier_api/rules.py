@@ -17,7 +17,9 @@ from atelier_api.v1alpha1.adapter import (
     DyloraAdapter,
     FullAdapter,
     Ia3Adapter,
+    LayerAdapter,
     LoraAdapter,
+    TextualInversionAdapter,
     rebuilds_weights,
 )
 
@@ -142,7 +144,7 @@ def _sources_once(spec: TrainingRunSpec) -> Iterator[Problem]:
 
 
 def _targets(spec: TrainingRunSpec) -> Iterator[Problem]:
-    if isinstance(spec.adapter, FullAdapter | ControlNetAdapter):
+    if not isinstance(spec.adapter, LayerAdapter):
         return
     lists = {"targets": spec.adapter.targets}
     if isinstance(spec.adapter, Ia3Adapter):
@@ -161,6 +163,17 @@ def _rank_block(spec: TrainingRunSpec) -> Iterator[Problem]:
     if isinstance(adapter, DyloraAdapter) and adapter.rank % adapter.rank_block:
         allowed = f"must divide spec.adapter.rank, which is {adapter.rank}"
         yield refused("spec.adapter.rankBlock", adapter.rank_block, allowed)
+
+
+def _tokens(spec: TrainingRunSpec) -> Iterator[Problem]:
+    if not isinstance(spec.adapter, TextualInversionAdapter):
+        return
+    if not spec.adapter.tokens:
+        yield refused("spec.adapter.tokens", [], "must have at least one placeholder, such as <pixel-knight>")
+    names = [each.token for each in spec.adapter.tokens]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield refused(f"spec.adapter.tokens[{index}].token", name, "must differ from the others")
 
 
 def _batch(spec: TrainingRunSpec) -> Iterator[Problem]:
@@ -271,6 +284,7 @@ RULES: tuple[Callable[[TrainingRunSpec], Iterator[Problem]], ...] = (
     _revision,
     _targets,
     _rank_block,
+    _tokens,
     _sources_once,
     _batch,
     _schedule,

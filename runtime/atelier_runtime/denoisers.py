@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,14 +25,16 @@ log = logging.getLogger(__name__)
 class Denoisers:
     """The denoisers of a run: `models` as diffusers has them, `wrapped` as the strategy calls them.
 
-    `draws` are called before each step of the denoiser, where its adapter draws something once for the whole step. A control network is
-    one of the models; its denoiser is called together with it.
+    `draws` are called before each step of the denoiser, where its adapter draws something once for the whole step. `encode` is what
+    captions go through in the step, where the adapter trains what reads them. A control network is one of the models; its denoiser is
+    called together with it.
     """
 
     models: dict[str, nn.Module]
     wrapped: dict[str, nn.Module]
     stages: tuple[Stage, ...]
     draws: Mapping[str, adapters.Draw] = field(default_factory=dict)
+    encode: adapters.Encode | None = None
 
     @classmethod
     def load(cls, run_file: RunFile, family: Family, distributed: Distributed) -> "Denoisers":
@@ -39,12 +42,14 @@ class Denoisers:
         hyperparameters, adapter = run_file.spec.hyperparameters, run_file.spec.adapter
         base_dtype, trained_dtype = _dtypes(hyperparameters.precision, hyperparameters.optimizer.type, adapter.type)
         compute_dtype = torch.bfloat16 if hyperparameters.precision == "bf16" else None
+        load_encoders = partial(components.load_encoders, family, run_file.model_folder, base_dtype, distributed.device)
         names = components.denoiser_names(family, run_file.model_folder)
         if adapter.type == "controlnet":
             return cls._controlled(run_file, family, distributed, names)
         models: dict[str, nn.Module] = {}
         wrapped: dict[str, nn.Module] = {}
         draws: dict[str, adapters.Draw] = {}
+        encode: adapters.Encode | None = None
         for name in names:
             model = components.load_denoiser(
                 run_file.model_folder, name, base_dtype, _loading_device(run_file, distributed)
@@ -53,14 +58,15 @@ class Denoisers:
             if adapter.type == "lora":
                 check_formats(run_file, family, adapters.resolve_targets(model, adapter.targets, family))
             torch.manual_seed(hyperparameters.seed)
-            report = adapters.install(model, adapter, family, dtype=trained_dtype)
+            report = adapters.install(model, adapter, family, dtype=trained_dtype, load_encoders=load_encoders)
             _log_installed(name, report)
             if report.draw is not None:
                 draws[name] = report.draw
+            encode = report.encode or encode
             models[name] = model
             wrapped[name] = parallel.wrap(model, run_file.plan, family, distributed, compute_dtype=compute_dtype)
         stages = family.stages(components.read_pipeline_config(run_file.model_folder), names)
-        return cls(models, wrapped, stages, draws)
+        return cls(models, wrapped, stages, draws, encode)
 
     @classmethod
     def _controlled(

@@ -16,6 +16,7 @@ from atelier_api.errors import RunError
 from atelier_api.progress import ArtifactReport
 from atelier_runtime.checkpoint.export import export_lora, export_models
 from atelier_runtime.checkpoint.export_lycoris import export_lycoris
+from atelier_runtime.checkpoint.export_tokens import export_tokens
 from atelier_runtime.checkpoint.exported_file import ExportedFile, Provenance
 from atelier_runtime.denoisers import gathered_weights
 from atelier_runtime.observe.report import Picture, ReportData, Sound, render_report
@@ -27,6 +28,10 @@ from atelier_runtime.usage import usage
 log = logging.getLogger(__name__)
 
 MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "flac": "audio/flac"}
+
+
+_EXPORTS = {"lora": export_lora, "full": export_models, "controlnet": export_models, "textual-inversion": export_tokens}
+"""By type of adapter; the others are those of lycoris-lora."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,7 @@ def publish(parts: Parts, store: Store) -> list[PublishedFile]:
         return []
     folder = Path(parts.run_file.scratch) / "exports"
     provenance = Provenance(step=parts.state.step, date=datetime.now(UTC))
-    exports = {"lora": export_lora, "full": export_models, "controlnet": export_models}
-    export = exports.get(parts.run_file.spec.adapter.type, export_lycoris)
+    export = _EXPORTS.get(parts.run_file.spec.adapter.type, export_lycoris)
     files = export(weights, parts.run_file, parts.family, folder, provenance=provenance)
     return [_store(store, folder, file) for file in files]
 

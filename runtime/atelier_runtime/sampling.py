@@ -11,7 +11,9 @@ from PIL import Image
 from torch import nn
 
 from atelier_api.run_file import RunFile
+from atelier_api.v1alpha1.adapter import TextualInversionAdapter
 from atelier_runtime import components
+from atelier_runtime.adapters import show_tokens
 from atelier_runtime.data.sound import write_sound
 from atelier_runtime.family import Family, SampleRequest
 from atelier_runtime.parallel import Distributed
@@ -52,6 +54,8 @@ def draw_samples(
     dtype = torch.bfloat16 if run_file.spec.hyperparameters.precision == "bf16" else torch.float32
     pipe = components.load_pipeline(family, run_file.model_folder, dtype, distributed.device, denoisers=denoisers)
     pipe.set_progress_bar_config(disable=True)
+    if isinstance(run_file.spec.adapter, TextualInversionAdapter):
+        show_tokens(pipe, run_file.spec.adapter, family, denoisers)
     given = prompt_pictures(run_file, family)
     modes = {name: module.training for name, module in denoisers.items()}
     pictures = {}

@@ -212,12 +212,9 @@ class Trainer:
         clean = _drawn(batch.latents, batch.std, generators, device)
         control = None if batch.condition is None else control_input(batch.condition, generators, device)
         prepared = parts.objective.prepare(clean, generators, stage=stage, tokens=_tokens(parts.family, clean))
-        text = {
-            key: value.to(device, non_blocking=True) for key, value in parts.family.collate_text(batch.text).items()
-        }
         frames = batch.frames and {key: value.to(device, non_blocking=True) for key, value in batch.frames.items()}
         conditions = Conditions(
-            text=text,
+            text=self._text(batch),
             sizes=batch.sizes.to(device),
             frame_rate=parts.dataset.frame_rate,
             frames=frames,
@@ -231,6 +228,14 @@ class Trainer:
             prediction = parts.family.predict(denoiser, prepared.noisy, prepared.time, conditions)
         mask = parts.family.loss_mask(clean, conditions)
         return (parts.objective.loss(prediction, prepared, mask) * batch.weights.to(device)).sum()
+
+    def _text(self, batch: MicroBatch) -> Features:
+        """Features of the captions on the device: from the cache, or where the adapter trains what reads them made now."""
+        if self._parts.denoisers.encode is not None:
+            return self._parts.denoisers.encode(batch.captions)
+        device = self._parts.distributed.device
+        collated = self._parts.family.collate_text(batch.text)
+        return {key: value.to(device, non_blocking=True) for key, value in collated.items()}
 
     def _pick_stage(self, step: int) -> Stage:
         """The stage of this step, the same on all ranks: one optimizer step trains one denoiser."""

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 from atelier_api.layouts import LYCORIS
-from atelier_api.model_files import base_arguments, lora_loading, lycoris_loading
+from atelier_api.model_files import base_arguments, inversion_loading, lora_loading, lycoris_loading, token_file
 from atelier_api.run_file import RunFile
+from atelier_api.v1alpha1.adapter import TextualInversionAdapter
 from atelier_runtime import components
 from atelier_runtime.control import CONTROL_NETWORK
 from atelier_runtime.family import Family
@@ -54,6 +55,9 @@ def _loading(run_file: RunFile, family: Family, pipeline: str, keys: Sequence[st
             folder, name = key.rsplit("/", 1)
             second = ", load_into_transformer_2=True" if name.endswith("_low_noise.safetensors") else ""
             yield from lora_loading(family.facts, folder, name, second)
+    elif isinstance(run_file.spec.adapter, TextualInversionAdapter):
+        for token in run_file.spec.adapter.tokens:
+            yield from inversion_loading(family.facts, token.token, f"exports/diffusers/{token_file(token.token)}")
     elif adapter in LYCORIS:
         for key, component in zip(keys, family.denoisers, strict=False):
             yield from lycoris_loading(component, key, adapter)

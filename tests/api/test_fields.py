@@ -78,7 +78,7 @@ def test_a_variant_block_holds_the_fields_of_all_its_types() -> None:
     adapter = tree().fields["spec"].fields["adapter"]
     assert adapter.variants["full"] == ("type",)
     assert next(iter(adapter.fields)) == "type"
-    assert adapter.fields["type"].choices == ("lora", *LYCORIS, "full", "controlnet")
+    assert adapter.fields["type"].choices == ("lora", *LYCORIS, "textual-inversion", "full", "controlnet")
     assert set(adapter.fields) == {name for names in adapter.variants.values() for name in names}
 
 

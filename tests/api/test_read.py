@@ -139,7 +139,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an unknown type": (
         {"adapter__type": "lore"},
-        "spec.adapter.type is 'lore'; did you mean lora? allowed: lora, lokr, loha, locon, diag-oft, boft, dylora, ia3, full",
+        "spec.adapter.type is 'lore'; did you mean lora? allowed: lora, lokr, loha, locon, diag-oft, boft, dylora, ia3, "
+        "textual-inversion, full",
     ),
     "an unknown family": (
         {"model__family": "sdx"},

@@ -11,6 +11,7 @@ from run_documents import document
 
 WAN = {"family": "wan", "source": "base"}
 SDXL = {"family": "sdxl", "source": "base"}
+FOX = {"token": "<fox>", "initializer": "fox"}
 KONTEXT = {"family": "flux_kontext", "source": "base"}
 CASCADE = {"family": "stable_cascade", "source": "base"}
 SHOWN = [{"text": "a cat", "image": "a.png"}]
@@ -143,6 +144,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a block of more ranks than there are": (
         {"adapter": {"type": "dylora", "rankBlock": 256}},
         "spec.adapter.rankBlock is 256; must divide spec.adapter.rank, which is 128",
+    ),
+    "textual inversion without a placeholder": (
+        {"model": SDXL, "adapter": {"type": "textual-inversion"}},
+        "spec.adapter.tokens is []; must have at least one placeholder, such as <pixel-knight>",
+    ),
+    "a placeholder twice": (
+        {"model": SDXL, "adapter": {"type": "textual-inversion", "tokens": [FOX, FOX]}},
+        "spec.adapter.tokens[1].token is '<fox>'; must differ from the others",
+    ),
+    "textual inversion of a family whose text no stock pipeline gives new words": (
+        {"adapter": {"type": "textual-inversion", "tokens": [FOX]}},
+        "spec.adapter.type is 'textual-inversion'; flux learns no new words; train sdxl",
+    ),
+    "dropped captions in textual inversion": (
+        {
+            "model": SDXL,
+            "adapter": {"type": "textual-inversion", "tokens": [FOX]},
+            "data__captions": {"dropout": "0.5"},
+        },
+        "spec.data.captions.dropout is '0.5'; only for type lora or full or lokr or loha or locon or diag-oft or "
+        "boft or dylora or ia3",
     ),
     "a broken target of inputs": (
         {"adapter": {"type": "ia3", "inputTargets": ["mlp", "(to_q"]}},
@@ -290,6 +312,11 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     },
     "DyLoRA in blocks, in bf16": {
         "adapter": {"type": "dylora", "rank": 32, "rankBlock": 8},
+        "hyperparameters__optimizer__type": "adamw-bf16",
+    },
+    "words learnt in bf16": {
+        "model": SDXL,
+        "adapter": {"type": "textual-inversion", "tokens": [FOX | {"vectors": 4}, FOX | {"token": "<red-fox>"}]},
         "hyperparameters__optimizer__type": "adamw-bf16",
     },
     "(IA)³ in bf16": {"adapter": {"type": "ia3"}, "hyperparameters__optimizer__type": "adamw-bf16"},

@@ -8,6 +8,7 @@ import pytest
 from atelier_api.exit_codes import MEANINGS, ExitCode
 from atelier_api.result import AgentResult
 from atelier_cli.outcome import loading, made, stopped, tell_failure
+from atelier_cli.plan import adapter_text
 from atelier_runtime.observe.failure import record_failure
 from atelier_runtime.observe.scratch import Scratch
 from run_files import run_file
@@ -54,6 +55,24 @@ def test_files_of_lycoris_lora_are_merged_into_the_denoisers_they_belong_to(tmp_
             f"pipe.{component})",
             "network.merge_to(1.0)",
         ]
+
+
+def test_each_word_is_loaded_into_both_encoders(tmp_path: Path) -> None:
+    tokens = [{"token": f"<{name}>", "initializer": name} for name in ("fox", "red-hat")]
+    adapter = {"type": "textual-inversion", "tokens": tokens}
+    run = run_file(tmp_path, model={"family": "sdxl", "source": str(tmp_path)}, adapter=adapter)
+    lines = list(loading(run, ["exports/diffusers/fox.safetensors", "exports/diffusers/red-hat.safetensors"]))
+    assert f'vectors = load_file("{run.store_uri}/exports/diffusers/red-hat.safetensors")' in lines
+    loaders = [line for line in lines if line.startswith("pipe.load_textual_inversion")]
+    assert loaders == [
+        f'pipe.load_textual_inversion(vectors["{key}"], token="<{name}>", text_encoder=pipe.{encoder}, tokenizer=pipe.{tokenizer})'
+        for name in ("fox", "red-hat")
+        for key, encoder, tokenizer in (
+            ("clip_l", "text_encoder", "tokenizer"),
+            ("clip_g", "text_encoder_2", "tokenizer_2"),
+        )
+    ]
+    assert adapter_text(run.spec.adapter) == "textual inversion of <fox> (1 vector), <red-hat> (1 vector)"
 
 
 def test_trained_components_are_put_into_the_pipeline(tmp_path: Path) -> None:

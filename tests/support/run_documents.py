@@ -69,6 +69,7 @@ PATTERN_EXAMPLES = {
     r"^https?://[^/ ]+": ["https://s3.example", "http://127.0.0.1:9000"],
     r"^[a-z]([-a-z0-9]*[a-z0-9])?$": ["a", "a-1", "run"],
     r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$": ["default", "1a"],
+    r"^<[a-z0-9]+(-[a-z0-9]+)*>$": ["<fox>", "<pixel-knight-2>"],
 }
 """Strings that match each pattern of the API."""
 
@@ -221,6 +222,8 @@ def _mend(sound: Document, path: str) -> None:
     elif re.fullmatch(r"spec\.validation\.prompts\[.*\.references(\[.*)?", path):
         for prompt in spec["validation"].get("prompts", []):  # an earlier problem of them may have removed them
             prompt["references"] = ["a.png"][: _trains_on_pairs(spec["model"])]
+    elif path.startswith("spec.adapter.tokens") and spec["adapter"].get("type") == "textual-inversion":
+        spec["adapter"]["tokens"] = [{"token": "<fox>", "initializer": "fox"}]
     elif path == "spec.publish.formats":
         spec.setdefault("publish", {})["formats"] = [LAYOUTS[spec.get("adapter", {}).get("type", "lora")][0]]
     elif path == "spec.hyperparameters.precision":

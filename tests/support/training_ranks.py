@@ -4,6 +4,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from atelier_api.v1alpha1.adapter import (
     Ia3Adapter,
     LokrAdapter,
     LoraAdapter,
+    TextualInversionAdapter,
 )
 from atelier_api.v1alpha1.hyperparameters import Hyperparameters, Optimizer
 from atelier_api.v1alpha1.objective import Objective
@@ -42,13 +44,19 @@ ADAPTERS: dict[str, Any] = {
     "lokr": LokrAdapter(type="lokr", factor=4, targets=["all"]),
     "boft": BoftAdapter(type="boft", block_size=16, targets=["all"]),
     "dylora": DyloraAdapter(type="dylora", rank=4, targets=["all"]),
+    "textual-inversion": TextualInversionAdapter.model_validate(
+        {"type": "textual-inversion", "tokens": [{"token": "<fox>", "initializer": "f", "vectors": 2}]}
+    ),
     "ia3": Ia3Adapter(type="ia3", input_targets=["mlp"], targets=["all"]),
 }
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What a denoiser trains on, one for each slot of the global batch: latents, features of captions, frames and references shown."""
+    """What a denoiser trains on, one for each slot of the global batch: latents, features of captions, frames and references shown.
+
+    `captions` are for an adapter that trains what reads them.
+    """
 
     latents: Tensor
     text: Sequence[Features]
@@ -56,12 +64,17 @@ class Samples:
     frames: Features | None
     references: tuple[Tensor, ...]
     shared: Features
+    captions: Sequence[str]
     control: Tensor | None = None
 
-    def conditions(self, family: Family, slots: range, *, controlled: bool = False) -> Conditions:
+    def conditions(
+        self, family: Family, slots: range, encode: adapters.Encode | None = None, *, controlled: bool = False
+    ) -> Conditions:
         rows = list(slots)
         return Conditions(
-            text=family.collate_text([self.text[slot] for slot in slots]),
+            text=family.collate_text([self.text[slot] for slot in slots])
+            if encode is None
+            else encode([f"<fox> {self.captions[slot]}" for slot in slots]),
             sizes=self.sizes[rows],
             frames=None if self.frames is None else {name: tensor[rows] for name, tensor in self.frames.items()},
             references=tuple(reference[rows] for reference in self.references),
@@ -157,7 +170,7 @@ def train(strategy: str, case: Case) -> Trained:
     before = parallel.full_state(wrapped, named)
     for step in range(STEPS):
         if step == STEPS - 1:
-            drawn = _draw(case, family, called, ema)
+            drawn = _draw(case, family, called, ema, trained.encode)
         if trained.draw is not None:
             trained.draw(sample_generator(0, step, ADAPTER_SLOT))
         share = torch.zeros(())
@@ -166,7 +179,9 @@ def train(strategy: str, case: Case) -> Trained:
             first = (micro * world + rank) * size
             last = micro == case.accumulation - 1
             with nullcontext() if last else parallel.no_sync(called):
-                loss = _losses(case, family, called, objective, step, range(first, first + size)).sum() / GLOBAL_BATCH
+                slots = range(first, first + size)
+                losses_of = _losses(case, family, called, objective, step, slots, trained.encode)
+                loss = losses_of.sum() / GLOBAL_BATCH
                 (loss * world).backward()
             share += loss.detach()
         torch.distributed.all_reduce(share)
@@ -186,12 +201,13 @@ def train(strategy: str, case: Case) -> Trained:
 
 @dataclass(frozen=True)
 class Built:
-    """What is trained, as it is and as the strategy has it, and what is called; `draw` comes before each step, where there is one."""
+    """What is trained, as it is and as the strategy has it, and what is called; `draw` and `encode` as in an adapter's report."""
 
     model: nn.Module
     wrapped: nn.Module
     called: nn.Module
-    draw: adapters.Draw | None
+    draw: adapters.Draw | None = None
+    encode: adapters.Encode | None = None
 
 
 def _build(case: Case, plan: ExecutionPlan, family: Family, distributed: parallel.Distributed) -> Built:
@@ -200,29 +216,38 @@ def _build(case: Case, plan: ExecutionPlan, family: Family, distributed: paralle
     base_dtype = trained_dtype if case.adapter == "full" else frozen_dtype
     model = components.load_denoiser(case.folder, family.denoisers[0], base_dtype, distributed.device)
     compute = torch.bfloat16 if case.precision == "bf16" else None
-    network, draw = model, None
     if case.adapter == "controlnet":
         assert family.control is not None
         torch.manual_seed(3)  # what is sharded has to be the same on all ranks
         network, _ = adapters.build_control_network(model, family, dtype=trained_dtype, device=distributed.device)
+        if case.quantization is not None:
+            quantize(model, case.quantization, family, distributed.device)
+        base = parallel.wrap(model, plan, family, distributed, compute_dtype=compute)
+        wrapped = parallel.wrap(network, plan, family, distributed, compute_dtype=compute)
+        return Built(network, wrapped, Controlled(base, wrapped, family.control))
     if case.quantization is not None:
         quantize(model, case.quantization, family, distributed.device)
-    if case.adapter != "controlnet":
-        torch.manual_seed(3 + distributed.rank)  # ranks draw different adapters: those of rank 0 must win
-        draw = adapters.install(model, ADAPTERS[case.adapter], family, dtype=trained_dtype).draw
-    called = wrapped = parallel.wrap(model, plan, family, distributed, compute_dtype=compute)
-    if family.control is not None and network is not model:
-        wrapped = parallel.wrap(network, plan, family, distributed, compute_dtype=compute)
-        called = Controlled(called, wrapped, family.control)
-    return Built(network, wrapped, called, draw)
+    torch.manual_seed(3 + distributed.rank)  # ranks draw different adapters: those of rank 0 must win
+    load_encoders = partial(components.load_encoders, family, case.folder, base_dtype, distributed.device)
+    report = adapters.install(model, ADAPTERS[case.adapter], family, dtype=trained_dtype, load_encoders=load_encoders)
+    wrapped = parallel.wrap(model, plan, family, distributed, compute_dtype=compute)
+    return Built(model, wrapped, wrapped, report.draw, report.encode)
 
 
-def _losses(case: Case, family: Family, wrapped: nn.Module, objective: Any, step: int, slots: range) -> Tensor:
+def _losses(
+    case: Case,
+    family: Family,
+    wrapped: nn.Module,
+    objective: Any,
+    step: int,
+    slots: range,
+    encode: adapters.Encode | None,
+) -> Tensor:
     assert case.samples is not None
     generators = [torch.Generator().manual_seed(1000 * step + slot) for slot in slots]
     stage = family.stages(components.read_pipeline_config(case.folder), family.denoisers[:1])[0]
     prepared = objective.prepare(case.samples.latents[list(slots)], generators, stage=stage, tokens=16)
-    conditions = case.samples.conditions(family, slots, controlled=case.adapter == "controlnet")
+    conditions = case.samples.conditions(family, slots, encode, controlled=case.adapter == "controlnet")
     prediction = _predict(case, family, wrapped, prepared.noisy, prepared.time, conditions)
     return objective.loss(prediction, prepared, family.loss_mask(prediction, conditions))
 
@@ -234,13 +259,13 @@ def _predict(
         return family.predict(wrapped, noisy, time, conditions)
 
 
-def _draw(case: Case, family: Family, wrapped: nn.Module, ema: Ema) -> Tensor:
+def _draw(case: Case, family: Family, wrapped: nn.Module, ema: Ema, encode: adapters.Encode | None) -> Tensor:
     """A prediction by the average, on all ranks alike, as sampling does it between two steps."""
     assert case.samples is not None
     steps = family.facts.objective == "diffusion" and family.facts.noise_schedule == "betas"
     time = torch.tensor([500]) if steps else torch.tensor([0.5])
-    conditions = case.samples.conditions(family, range(1), controlled=case.adapter == "controlnet")
     with ema.swapped(), torch.no_grad():
+        conditions = case.samples.conditions(family, range(1), encode, controlled=case.adapter == "controlnet")
         return _predict(case, family, wrapped, case.samples.latents[1:2], time, conditions).float()
 
 
@@ -273,4 +298,5 @@ def samples_of(tiny: FamilyCase, captions: Sequence[str]) -> Samples:
         references=told.references,
         shared=told.shared,
         control=None if tiny.family.control is None else conditions_of(tiny, range(len(captions))),
+        captions=captions,
     )

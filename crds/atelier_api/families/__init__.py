@@ -2,9 +2,9 @@
 
 from importlib import import_module
 
-from atelier_api.families.facts import FamilyFacts, Flavour
+from atelier_api.families.facts import FamilyFacts, Flavour, Vocabulary
 
-__all__ = ["FAMILIES", "NAMES", "FamilyFacts", "Flavour"]
+__all__ = ["FAMILIES", "NAMES", "FamilyFacts", "Flavour", "Vocabulary"]
 
 NAMES = (
     *("sd3", "flux", "sdxl", "z_image", "wan"),

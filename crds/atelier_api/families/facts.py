@@ -55,6 +55,15 @@ class Flavour:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """A text encoder that the stock pipeline can be given new tokens for: its components, and its name in files of such tokens."""
+
+    key: str
+    tokenizer: str
+    text_encoder: str
+
+
+@dataclass(frozen=True)
 class FamilyFacts:
     """One family. `frame_rule` (m, r): a clip has n = r modulo m frames. `shift` is the fallback where a checkpoint names none.
 
@@ -77,6 +86,8 @@ class FamilyFacts:
     are the kinds that its frozen base may be kept in; `quantization_doubt` says why it has not all of them, or why none is advised.
     `uncontrolled` is why no control network can be trained for the family, empty where one can; `control_pixels`: it is given pixels,
     and joins the base behind the blocks that it copies, so that no gradient goes through those.
+    `vocabularies` are those of text encoders in which textual inversion can learn words: all that tell the denoiser of a caption's
+    words, where the stock pipeline loads new ones; none: there is no textual inversion.
     """
 
     name: str
@@ -113,6 +124,7 @@ class FamilyFacts:
     quantization_doubt: str = ""
     uncontrolled: str = "none is built in for it"
     control_pixels: bool = False
+    vocabularies: tuple[Vocabulary, ...] = ()
 
     def reference_resolution(self, resolution: int) -> int:
         """Edge in pixels of the square whose area references have in a run of `resolution`."""

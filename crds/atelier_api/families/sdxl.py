@@ -1,6 +1,6 @@
 """Sizes of Stable Diffusion XL."""
 
-from atelier_api.families.facts import FamilyFacts, Flavour
+from atelier_api.families.facts import FamilyFacts, Flavour, Vocabulary
 
 FACTS = FamilyFacts(
     name="sdxl",
@@ -34,6 +34,10 @@ FACTS = FamilyFacts(
     ),
     pipelines=("StableDiffusionXLPipeline",),
     quantization_doubt="its activations fill the memory rather than its weights, and its convolutions stay as they are",
+    vocabularies=(
+        Vocabulary("clip_l", "tokenizer", "text_encoder"),
+        Vocabulary("clip_g", "tokenizer_2", "text_encoder_2"),
+    ),
     backward_blocks=5,  # 4.2 measured: LoRA on an H200, 1024 x 1024, batch 4
     uncontrolled="",
     control_pixels=True,

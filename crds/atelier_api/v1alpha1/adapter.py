@@ -141,6 +141,38 @@ class Ia3Adapter(Block):
     targets: Targets = Field(default=["attention"])
 
 
+class InvertedToken(Block):
+    """A placeholder and the vectors that stand for it."""
+
+    token: str = Field(
+        max_length=64,
+        pattern=r"^<[a-z0-9]+(-[a-z0-9]+)*>$",
+        description="Placeholder, as it stands in captions and prompts: lower-case words, digits and hyphens between `<` and `>`.",
+    )
+    initializer: str = Field(
+        min_length=1,
+        max_length=256,
+        description="Word or words whose vectors the placeholder starts from, in turns where it has more vectors than they have tokens.",
+    )
+    vectors: int = Field(
+        default=1,
+        ge=1,
+        le=32,
+        description="Vectors of the placeholder, each of which takes the place of a token in the caption. At least as many as the initializer has tokens.",
+    )
+
+
+class TextualInversionAdapter(Block):
+    """New words for the text encoders, and nothing else (textual inversion, arXiv:2208.01618)."""
+
+    type: Literal["textual-inversion"]
+    tokens: list[InvertedToken] = Field(
+        default=[],
+        max_length=16,
+        description="Placeholders that are learnt, at least one. Each caption must have one: `data.captions.trigger` puts it there.",
+    )
+
+
 class FullAdapter(Block):
     """Full-rank: every weight of the denoiser is trained."""
 
@@ -162,10 +194,12 @@ ScaledLycorisAdapter = DecomposableAdapter | DyloraAdapter
 LycorisAdapter = DecomposableAdapter | DiagOftAdapter | BoftAdapter | DyloraAdapter | Ia3Adapter
 """The types of lycoris-lora."""
 
-LayeredAdapter = LoraAdapter | LycorisAdapter
-"""The types that are put on layers of the denoiser."""
+LayerAdapter = LoraAdapter | LycorisAdapter
+"""The types that are put on layers of the denoiser, which their `targets` name."""
 
-Adapter = Annotated[LoraAdapter | LycorisAdapter | FullAdapter | ControlNetAdapter, Field(discriminator="type")]
+Adapter = Annotated[
+    LayerAdapter | TextualInversionAdapter | FullAdapter | ControlNetAdapter, Field(discriminator="type")
+]
 
 
 def alpha_of(adapter: LoraAdapter | ScaledLycorisAdapter) -> float:

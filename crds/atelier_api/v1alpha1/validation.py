@@ -99,5 +99,5 @@ class Publish(Block):
         default=["diffusers", "kohya", "lycoris"],
         min_length=1,
         max_length=3,
-        description="`diffusers`: `pytorch_lora_weights.safetensors` (LoRA) or a model folder (full-rank, control network). `kohya`: the layout of ComfyUI and kohya-ss, LoRA only. `lycoris`: that of lycoris-lora, for its types of adapter. What cannot hold the run's adapter is left out.",
+        description="`diffusers`: `pytorch_lora_weights.safetensors` (LoRA), a model folder (full-rank, control network) or one file for each placeholder (textual inversion). `kohya`: the layout of ComfyUI and kohya-ss, LoRA only. `lycoris`: that of lycoris-lora, for its types of adapter. What cannot hold the run's adapter is left out.",
     )

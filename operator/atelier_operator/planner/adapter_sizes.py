@@ -13,7 +13,7 @@ from atelier_api.v1alpha1.adapter import (
     DyloraAdapter,
     FullAdapter,
     Ia3Adapter,
-    LayeredAdapter,
+    LayerAdapter,
     LohaAdapter,
     LokrAdapter,
     rebuilds_weights,
@@ -35,7 +35,7 @@ class Linear:
         return self.outputs * self.inputs
 
 
-def parameters(adapter: LayeredAdapter | FullAdapter, layer: Linear) -> int:
+def parameters(adapter: LayerAdapter | FullAdapter, layer: Linear) -> int:
     """Parameters that are trained on the layer. Of IA³ with `inputTargets`, which know modules by name, the larger side counts."""
     match adapter:
         case LokrAdapter():
@@ -58,7 +58,7 @@ def parameters(adapter: LayeredAdapter | FullAdapter, layer: Linear) -> int:
     return count + (layer.outputs if adapter.dora else 0)
 
 
-def kept_bytes(adapter: LayeredAdapter, layer: Linear, tokens: int, precision_bytes: int) -> int:
+def kept_bytes(adapter: LayerAdapter, layer: Linear, tokens: int, precision_bytes: int) -> int:
     """What the layer keeps for the backward pass beside what LoRA would, mostly changed weights that are computed as a whole."""
     if isinstance(adapter, BoftAdapter):
         stages = butterfly_stages(layer.outputs, adapter.block_size)

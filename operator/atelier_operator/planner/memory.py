@@ -17,7 +17,7 @@ from atelier_api.families import FAMILIES, FamilyFacts, Flavour
 from atelier_api.family_rules import bucket_alignment
 from atelier_api.quantizations import packed_bytes, unpacked_bytes
 from atelier_api.v1alpha1 import TrainingRunSpec
-from atelier_api.v1alpha1.adapter import ControlNetAdapter, FullAdapter, LayeredAdapter
+from atelier_api.v1alpha1.adapter import ControlNetAdapter, FullAdapter, LayerAdapter, TextualInversionAdapter
 from atelier_api.v1alpha1.model import ModelSpec
 from atelier_operator.planner.adapter_sizes import Linear, kept_bytes, parameters
 
@@ -49,6 +49,9 @@ AUTOENCODER_FRAMES = 7
 
 CONDITION_VALUES_PER_PIXEL = 131
 """Values that a control network keeps per pixel of its conditioning picture (measured)."""
+TEXT_VALUES_PER_TOKEN = 15 * 12 * 768 + 11 * 32 * 1280
+"""Values that SDXL's text encoders, the only ones in which words are learnt, keep for each of their tokens: 15 and 11 (measured 14.3
+and 10.3; their GELUs differ) for each unit of width of each of their 12 and 32 layers."""
 
 GUIDED_SAMPLES = 2
 """Samples in a forward pass with classifier-free guidance."""
@@ -187,10 +190,13 @@ def trained_parameters(spec: TrainingRunSpec, model: ModelFacts) -> int:
         return model.parameters
     if isinstance(adapter, ControlNetAdapter):
         return model.control_parameters
+    if isinstance(adapter, TextualInversionAdapter):
+        vectors = sum(each.vectors for each in adapter.tokens)
+        return vectors * len(model.family.vocabularies) * model.width  # no encoder of text is wider than that
     return model.layers * sum(parameters(adapter, layer) for layer in _adapted_layers(adapter, model))
 
 
-def _adapted_layers(adapter: LayeredAdapter, model: ModelFacts) -> Iterator[Linear]:
+def _adapted_layers(adapter: LayerAdapter, model: ModelFacts) -> Iterator[Linear]:
     """The layers of a block that the adapter is put on, rather too many."""
     for _ in range(ATTENTION_LAYERS):
         if not _only(adapter, "mlp"):
@@ -248,8 +254,11 @@ def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, devic
         copies += largest * unpacked_bytes(spec.model.quantization, compute_bytes)
     # Of several experts one is trained in a step, and gradients are freed after it; but DDP's buckets stay, one set per expert.
     gradient_sets = 1 if choice.strategy == "single" or (sharded and whole) else model.experts
+    base = 0 if full else _share(model.experts * _frozen_bytes(spec, model, model.parameters), shards)
+    if isinstance(spec.adapter, TextualInversionAdapter):  # captions are encoded in the step, on every device
+        base += model.encoder_parameters * compute_bytes
     return Parts(
-        base_weights=0 if full else _share(model.experts * _frozen_bytes(spec, model, model.parameters), shards),
+        base_weights=base,
         trained_weights=_share(model.experts * trained * trained_bytes, trained_shards),
         gradients=_share(gradient_sets * trained * trained_bytes, trained_shards),
         optimizer=_share(model.experts * trained * 2 * trained_bytes, trained_shards),
@@ -278,17 +287,21 @@ def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> in
     edge = model.family.reference_resolution(spec.data.resolution)
     tokens = choice.micro_batch_size * (tokens + _reference_tokens(model.family, references, edge))
     kept = model.activation_bytes_per_token * _precision_bytes(spec) // 2
-    if isinstance(spec.adapter, ControlNetAdapter):
+    adapter = spec.adapter
+    if isinstance(adapter, ControlNetAdapter):
         block_input = min(model.width * _precision_bytes(spec), kept // LARGEST_INPUT)
         pictures = choice.micro_batch_size * _kept_for_condition(spec, model)
         return pictures + _controlled(model, choice, tokens * kept, tokens * block_input)
-    if isinstance(spec.adapter, FullAdapter) or not _only(spec.adapter, "attention"):
+    if isinstance(adapter, FullAdapter) or (isinstance(adapter, LayerAdapter) and not _only(adapter, "attention")):
         kept = int(kept * WIDE_TARGETS)
     block = tokens * kept + _kept_by_adapter(spec, model, tokens)
+    text = 0
+    if isinstance(adapter, TextualInversionAdapter):
+        text = choice.micro_batch_size * model.text_tokens * TEXT_VALUES_PER_TOKEN * _precision_bytes(spec)
     if not choice.gradient_checkpointing:
-        return block * (model.layers + 1)
+        return text + block * (model.layers + 1)
     block_input = min(model.width * _precision_bytes(spec), kept // LARGEST_INPUT)
-    return tokens * block_input * model.layers + block * model.family.backward_blocks
+    return text + tokens * block_input * model.layers + block * model.family.backward_blocks
 
 
 def _controlled(model: ModelFacts, choice: Choice, block: int, block_input: int) -> int:
@@ -313,7 +326,7 @@ def _kept_for_condition(spec: TrainingRunSpec, model: ModelFacts) -> int:
 def _kept_by_adapter(spec: TrainingRunSpec, model: ModelFacts, tokens: int) -> int:
     """What the adapter keeps in a block, beside what LoRA would."""
     adapter = spec.adapter
-    if isinstance(adapter, FullAdapter | ControlNetAdapter):
+    if not isinstance(adapter, LayerAdapter):
         return 0
     return sum(kept_bytes(adapter, layer, tokens, _precision_bytes(spec)) for layer in _adapted_layers(adapter, model))
 
@@ -347,7 +360,7 @@ def _autoencoder(family: FamilyFacts, extent: Extent, precision_bytes: int) -> i
     return extent.width * extent.height * frames * AUTOENCODER_VALUES_PER_PIXEL * precision_bytes
 
 
-def _only(adapter: LayeredAdapter, preset: str) -> bool:
+def _only(adapter: LayerAdapter, preset: str) -> bool:
     """Whether the preset is all that is targeted. Regular expressions count as everything: they may match any module."""
     return set(adapter.targets) == {preset}
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from atelier_api.rules import processes_per_node, world_size
 from atelier_api.v1alpha1 import TrainingRunSpec
-from atelier_api.v1alpha1.adapter import ControlNetAdapter, FullAdapter, Ia3Adapter
+from atelier_api.v1alpha1.adapter import ControlNetAdapter, FullAdapter, Ia3Adapter, TextualInversionAdapter
 from atelier_operator.planner.memory import Choice, ModelFacts, Prediction, Strategy, predict
 
 USABLE = 0.94
@@ -22,6 +22,9 @@ LARGEST_MICRO_BATCH = 8
 ADAPTER_LEARNING_RATE = 1e-4
 IA3_LEARNING_RATE = 3e-3
 """That of the paper (arXiv:2205.05638): a factor has to move by tenths where the entry of a matrix moves by thousandths."""
+
+INVERSION_LEARNING_RATE = 5e-4
+"""That of diffusers' example of textual inversion."""
 
 FULL_LEARNING_RATE = 1e-5
 
@@ -87,6 +90,8 @@ def learning_rate(spec: TrainingRunSpec) -> float:
         return spec.hyperparameters.learning_rate
     if isinstance(spec.adapter, FullAdapter | ControlNetAdapter):
         return FULL_LEARNING_RATE
+    if isinstance(spec.adapter, TextualInversionAdapter):
+        return INVERSION_LEARNING_RATE
     return IA3_LEARNING_RATE if isinstance(spec.adapter, Ia3Adapter) else ADAPTER_LEARNING_RATE
 
 

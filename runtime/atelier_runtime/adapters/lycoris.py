@@ -117,7 +117,7 @@ def install_lycoris(
         layer.add_module(CHILD, module)
         module.apply_to()
     denoiser.train()
-    return report(denoiser, count_by_pattern(names), draw)
+    return report(denoiser, count_by_pattern(names), draw=draw)
 
 
 def _scales(name: str, layer: nn.Module, *, on_input: bool) -> Any:

@@ -15,8 +15,8 @@ def resolve_targets(denoiser: nn.Module, targets: Sequence[str], family: Family)
     """Full names of the linear layers that `targets` name, in the order of the model, without the family's dead modules.
 
     A target is a preset of the family or a regular expression over whole module names. Raises ConfigError where one of them
-    matches nothing: a typo beside a good target would otherwise go unseen. A convolution with a kernel of one pixel or sample is linear,
-    too.
+    matches nothing: a typo beside a good target would otherwise go unseen. A convolution with a kernel of one pixel or sample is
+    linear, too.
     """
     names = [name for name, module in denoiser.named_modules() if _is_linear(module)]
     dead = set(family.dead_modules(denoiser))

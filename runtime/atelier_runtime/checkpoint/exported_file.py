@@ -21,6 +21,9 @@ from atelier_runtime.family import Family
 
 State = Mapping[str, Tensor]
 
+_SUFFIXES = {"full": "", "controlnet": "/controlnet", "textual-inversion": "/textual-inversion"}
+"""What follows the architecture in `modelspec.architecture`, by type of adapter; of the others it is that of LoRA."""
+
 
 @dataclass(frozen=True)
 class ExportedFile:
@@ -88,10 +91,9 @@ def details_of(run_file: RunFile, family: Family, component: str, provenance: Pr
     """The `modelspec.*` header (sai_model_spec 1.0.0) and where the weights come from."""
     spec, adapter = run_file.spec, run_file.spec.adapter
     architecture = family.architecture(components.denoiser_config(run_file.model_folder, component))
-    ending = {"full": "", "controlnet": "/controlnet"}.get(adapter.type, "/lora")
     details: dict[str, str | int | float | bool | None] = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": architecture + ending,
+        "modelspec.architecture": architecture + _SUFFIXES.get(adapter.type, "/lora"),
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
         "modelspec.title": run_file.identity.name,
         "modelspec.date": provenance.date.isoformat(timespec="seconds"),

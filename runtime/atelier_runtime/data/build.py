@@ -4,7 +4,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 
 from atelier_api.errors import ConfigError, StoreError
 from atelier_api.run_file import RunFile
+from atelier_api.v1alpha1.adapter import TextualInversionAdapter
 from atelier_runtime import components
 from atelier_runtime.data.buckets import Bucket, alignment
 from atelier_runtime.data.cache import Cache, remove_leftovers
@@ -23,7 +24,16 @@ from atelier_runtime.data.encode import Builder, Encoders, LatentJob, Limits, Te
 from atelier_runtime.data.funnel import Fate, Funnel, refuse_empty
 from atelier_runtime.data.keys import Encoding, FolderHashes, pipeline_flags, text_components
 from atelier_runtime.data.order import SampleOrder
-from atelier_runtime.data.prepare import Companion, Sample, Scan, cutting_rule, extensions, reading_threads, select
+from atelier_runtime.data.prepare import (
+    Companion,
+    Sample,
+    Scan,
+    cutting_rule,
+    extensions,
+    reading_threads,
+    require_words,
+    select,
+)
 from atelier_runtime.data.scan import ClipRule, SoundRule
 from atelier_runtime.family import Family, Song
 
@@ -50,9 +60,15 @@ def build_dataset(run_file: RunFile, family: Family, dist: Ranks, report: Report
     kinds = ", ".join(extensions(rule))
     if not chosen:
         refuse_empty(funnel.report(), kinds)
+    adapter = run_file.spec.adapter
+    in_step = isinstance(
+        adapter, TextualInversionAdapter
+    )  # it trains what reads captions: their features change with each step
+    if isinstance(adapter, TextualInversionAdapter):
+        require_words(chosen, [each.token for each in adapter.tokens])
     encoding = on_rank_zero(dist, partial(_encoding, run_file, family))
     cache = Cache(folder)
-    keyed = _keyed(chosen, encoding, family)
+    keyed = _keyed(chosen, encoding, family, in_step=in_step)
     shared = encoding.shared_key() if family.shares else None
     rejected = _fill(run_file, family, team, _Work(keyed, cache, shared))
     for item in keyed:
@@ -70,13 +86,15 @@ def build_dataset(run_file: RunFile, family: Family, dist: Ranks, report: Report
     if dist.rank == 0:
         log.info("samples chosen", extra=outcome.model_dump(exclude={"rejected"}))
     columns, fingerprint = _columns(kept, cache, rule.unit if isinstance(rule, SoundRule) else 0)
+    if in_step:
+        columns = _with_texts(columns, kept)
     told = cache.read(_row(cache, shared)) if shared else {}
     cache.forget_keys()
     return Dataset(
         columns,
         cache,
         _order([item.sample for item in kept], run_file, family),
-        CaptionDraws(run_file.spec.data.captions.dropout, run_file.spec.hyperparameters.seed),
+        CaptionDraws(0.0 if in_step else run_file.spec.data.captions.dropout, run_file.spec.hyperparameters.seed),
         funnel=outcome,
         fingerprint=fingerprint,
         frame_rate=rule.fps if isinstance(rule, ClipRule) else None,
@@ -96,19 +114,21 @@ class _Team:
 
 @dataclass(frozen=True, slots=True)
 class _Keyed:
-    """A sample with the keys of what it needs in the cache."""
+    """A sample with the keys of what it needs in the cache, its text among it unless that is encoded `in_step`."""
 
     sample: Sample
     latents: bytes
     references: tuple[bytes, ...]
     captions: tuple[bytes, ...]
     empty: bytes
+    in_step: bool
     condition: bytes | None = None
 
     @property
     def needed(self) -> tuple[bytes, ...]:
+        text = () if self.in_step else (*self.captions, self.empty)
         condition = () if self.condition is None else (self.condition,)
-        return (self.latents, *self.references, *self.captions, self.empty, *condition)
+        return (self.latents, *self.references, *text, *condition)
 
 
 @dataclass(frozen=True)
@@ -155,7 +175,7 @@ def _encoding(run_file: RunFile, family: Family) -> Encoding:
     return encoding
 
 
-def _keyed(samples: Sequence[Sample], encoding: Encoding, family: Family) -> list[_Keyed]:
+def _keyed(samples: Sequence[Sample], encoding: Encoding, family: Family, *, in_step: bool) -> list[_Keyed]:
     """The samples with their keys."""
     known: dict[tuple[str, ...], bytes] = {}
 
@@ -179,6 +199,7 @@ def _keyed(samples: Sequence[Sample], encoding: Encoding, family: Family) -> lis
             tuple(encoding.song_key(song) for song in sample.songs)
             or tuple(text_key(caption, sample) for caption in sample.captions),
             text_key(EMPTY, sample),
+            in_step,
             condition_key(sample.condition),
         )
         for sample in samples
@@ -203,10 +224,11 @@ def _jobs(keyed: Sequence[_Keyed], family: Family) -> _Jobs:
     jobs = _Jobs()
     for item in keyed:
         sample, seen = item.sample, item.sample.references if family.text_sees_references else ()
-        jobs.texts[item.empty] = TextJob(item.empty, EMPTY, seen)
-        songs: Sequence[Song | None] = sample.songs or [None] * len(sample.captions)
-        for key, caption, song in zip(item.captions, sample.captions, songs, strict=True):
-            jobs.texts[key] = TextJob(key, caption, seen, song)
+        if not item.in_step:
+            jobs.texts[item.empty] = TextJob(item.empty, EMPTY, seen)
+            songs: Sequence[Song | None] = sample.songs or [None] * len(sample.captions)
+            for key, caption, song in zip(item.captions, sample.captions, songs, strict=True):
+                jobs.texts[key] = TextJob(key, caption, seen, song)
         jobs.files[item.latents] = LatentJob(item.latents, sample.path, sample.content, sample.placement)
         for key, each in zip(item.references, sample.references, strict=True):
             jobs.references[key] = LatentJob(key, each.path, each.content, each.placement)
@@ -273,7 +295,7 @@ def _columns(keyed: Sequence[_Keyed], cache: Cache, unit: int) -> tuple[Columns,
         pictures = [item.latents, *item.references, *([] if item.condition is None else [item.condition])]
         digest.update(repr(([*pictures, *item.captions], item.sample.repeats)).encode())
         references[number, : len(item.references)] = [_row(cache, key) for key in item.references]
-        captions += [_row(cache, key) for key in item.captions]
+        captions += [-1 if item.in_step else _row(cache, key) for key in item.captions]
         first.append(len(captions))
     columns = Columns(
         names=[item.sample.name for item in keyed],
@@ -281,7 +303,7 @@ def _columns(keyed: Sequence[_Keyed], cache: Cache, unit: int) -> tuple[Columns,
         sizes=np.array([item.sample.placement.sizes for item in keyed], np.int32),
         captions=np.array(captions, np.int64),
         first=np.array(first, np.int64),
-        empty=np.array([_row(cache, item.empty) for item in keyed], np.int64),
+        empty=np.array([-1 if item.in_step else _row(cache, item.empty) for item in keyed], np.int64),
         references=references,
         conditions=np.array(
             [-1 if item.condition is None else _row(cache, item.condition) for item in keyed], np.int64
@@ -289,6 +311,12 @@ def _columns(keyed: Sequence[_Keyed], cache: Cache, unit: int) -> tuple[Columns,
         padded=np.array([item.sample.placement.bucket.frames // unit if unit else 0 for item in keyed], np.int32),
     )
     return columns, digest.hexdigest()
+
+
+def _with_texts(columns: Columns, keyed: Sequence[_Keyed]) -> Columns:
+    """The columns of captions that are encoded in the step: the texts themselves, and their places."""
+    texts = [caption for item in keyed for caption in item.sample.captions]
+    return replace(columns, texts=texts, captions=np.arange(len(texts), dtype=np.int64))
 
 
 def _row(cache: Cache, key: bytes) -> int:

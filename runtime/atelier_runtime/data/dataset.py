@@ -23,7 +23,8 @@ class MicroBatch:
     true length, `sizes` [B, 6] in pixels (resized height and width, crop top and left, target height and width), `weights` [B] 0 or 1,
     `slots` places in the global batch, `names` file names, `frames` [B, ...] what is known of the frames that the network is shown,
     `references` clean latents [B, C, H, W] of the reference pictures, `lengths` [B] how many latents of a sound are its own: behind
-    them are zeros. `condition` is what a control network is given: `pixels` [B, 3, H, W] from 0 to 255, or latents, `mean` and `std`.
+    them are zeros. Where captions are encoded in the step `text` is empty and `captions` has them. `condition` is what a control
+    network is given: `pixels` [B, 3, H, W] from 0 to 255, or latents, `mean` and `std`.
     """
 
     latents: Tensor
@@ -37,6 +38,7 @@ class MicroBatch:
     references: tuple[Tensor, ...] = ()
     lengths: Tensor | None = None
     condition: Features | None = None
+    captions: tuple[str, ...] = ()
 
     def pinned(self) -> "MicroBatch":
         """The same in page-locked memory, from which copies to a GPU do not block."""
@@ -56,7 +58,8 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Columns:
-    """The kept samples, one row each. Captions of sample i are the cache rows `captions[first[i]:first[i + 1]]`.
+    """The kept samples, one row each. Captions of sample i are the cache rows `captions[first[i]:first[i + 1]]`, or their places in
+    `texts` where they are encoded in the step.
 
     `empty` [N] is the row of the empty caption. `references` [N, n] are rows of the reference pictures, -1 behind a sample's last.
     `conditions` [N] are rows of the conditioning pictures, -1 where there is none.
@@ -72,6 +75,7 @@ class Columns:
     references: NDArray[np.int64]
     conditions: NDArray[np.int64]
     padded: NDArray[np.int32]
+    texts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -121,11 +125,12 @@ class Dataset:
         padded = int(columns.padded[slots[0].sample])
         lengths = torch.tensor([entry["mean"].shape[-1] for entry in entries]) if padded else None
         stds = [_padded(entry["std"], padded) for entry in entries if "std" in entry]
+        rows = [self._caption_row(slot, step, epoch) for slot in slots]
         frames = [name for name in entries[0] if name.startswith(FRAMES)]
         return MicroBatch(
             latents=torch.stack([_padded(entry["mean"], padded) for entry in entries]),
             std=torch.stack(stds) if stds else None,
-            text=[self._cache.read(self._caption_row(slot, step, epoch)) for slot in slots],
+            text=[] if columns.texts else [self._cache.read(row) for row in rows],
             sizes=torch.from_numpy(columns.sizes[[slot.sample for slot in slots]]).to(torch.float32),
             weights=torch.tensor([slot.weight for slot in slots], dtype=torch.float32),
             slots=tuple(slot.index for slot in slots),
@@ -135,6 +140,7 @@ class Dataset:
             references=self._references(slots),
             lengths=lengths,
             condition=self._condition(slots),
+            captions=tuple(columns.texts[row] for row in rows) if columns.texts else (),
         )
 
     def _references(self, slots: Sequence[Slot]) -> tuple[Tensor, ...]:

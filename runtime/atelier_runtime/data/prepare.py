@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from atelier_api.errors import ConfigError
+from atelier_api.errors import ConfigError, DataError
 from atelier_api.run_file import RunFile
 from atelier_api.v1alpha1.data import Captions, Data, DataSource
 from atelier_runtime import components
@@ -290,6 +290,20 @@ def select(scanned: Sequence[Scanned], run_file: RunFile, family: Family, funnel
         path = item.found.file.path
         samples.append(Sample(name, path, seen.content, placement, captions, repeats, references, songs, condition))
     return samples
+
+
+def require_words(samples: Sequence[Sample], words: Sequence[str]) -> None:
+    """Raise DataError where a caption has none of the words that are learnt, or a word is in no caption: that would train nothing."""
+    way = "write it into the captions, or set spec.data.captions.trigger to it"
+    for sample in samples:
+        for caption in sample.captions:
+            if not any(word in caption for word in words):
+                raise DataError(
+                    f"a caption of {sample.name} has none of spec.adapter.tokens ({', '.join(words)}): {caption!r}; {way}"
+                )
+    for word in words:
+        if not any(word in caption for sample in samples for caption in sample.captions):
+            raise DataError(f"spec.adapter.tokens has {word}, which is in no caption; {way}, or remove it")
 
 
 def _too_short(seen: Probe, rule: Rule) -> str:

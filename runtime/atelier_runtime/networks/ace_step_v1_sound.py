@@ -8,6 +8,7 @@ Facts: https://github.com/ace-step/ACE-Step (Apache-2.0), arXiv:2010.05646 (HiFi
 Letters in shapes: B batch, M mel bands, F frames of a spectrogram, N samples of a waveform.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
@@ -151,7 +152,7 @@ class ConvNeXtBackbone(nn.Module):
         super().__init__()
         stem = nn.Conv1d(bands, widths[0], kernel, padding=kernel // 2, padding_mode="replicate")
         self.channel_layers = nn.ModuleList([nn.Sequential(stem, ChannelNorm(widths[0]))])
-        for narrow, wide in zip(widths, widths[1:], strict=False):
+        for narrow, wide in itertools.pairwise(widths):
             self.channel_layers.append(nn.Sequential(ChannelNorm(narrow), nn.Conv1d(narrow, wide, 1)))
         self.stages = nn.ModuleList(
             nn.Sequential(*(ConvNeXtBlock(width, kernel) for _ in range(depth)))

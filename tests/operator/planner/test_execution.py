@@ -94,6 +94,12 @@ def test_the_learning_rate_is_the_users_or_the_adapters(adapter: str, given_rate
     assert plan(of, table_facts(of.spec.model), gpu(80)).learning_rate == expected
 
 
+def test_words_are_learnt_at_the_rate_of_diffusers_example() -> None:
+    tokens = [{"token": "<fox>", "initializer": "fox"}]
+    of = run("sdxl", adapter={"type": "textual-inversion", "tokens": tokens})
+    assert plan(of, table_facts(of.spec.model), gpu(80)).learning_rate == 5e-4
+
+
 @pytest.mark.parametrize(("cores", "processes", "threads"), [(8, 2, 4), (2, 2, 1), (1, 2, 1), (7, 2, 3)])
 def test_cores_are_dealt_out_to_the_processes_of_the_cpu(cores: int, processes: int, threads: int) -> None:
     of = run(

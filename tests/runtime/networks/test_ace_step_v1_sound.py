@@ -1,5 +1,6 @@
 """What ACE-Step v1 hears and makes music with, against its equations written again in numpy, with loops over bands and samples."""
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -220,7 +221,7 @@ def published_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
     widths = (128, 256, 384, 512)
     yield from plain("backbone.channel_layers.0.0", 128, 128, 7)
     yield from plain("backbone.channel_layers.0.1", 128)
-    for stage, (narrow, wide) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+    for stage, (narrow, wide) in enumerate(itertools.pairwise(widths), start=1):
         yield from plain(f"backbone.channel_layers.{stage}.0", narrow)
         yield from plain(f"backbone.channel_layers.{stage}.1", wide, narrow, 1)
     for stage, (depth, width) in enumerate(zip((3, 3, 9, 3), widths, strict=True)):
