@@ -35,8 +35,10 @@ def fp32_cases(folder: Path) -> Iterator[Case]:
             yield replace(case, adapter="controlnet", checkpointing=True)
         if family == "sdxl":  # rows of its text encoders, which lie outside of what is sharded and wrapped
             yield replace(case, adapter="textual-inversion", checkpointing=True)
+            yield replace(case, adapter="textual-inversion", quantization="fp8")
         if family == "sd3":
             yield replace(case, adapter="controlnet", accumulation=2)
+            yield replace(case, adapter="controlnet", quantization="int8")
             yield case
             yield replace(case, adapter="full", checkpointing=True)
             yield replace(case, adapter="lokr")  # beside the layers' output
