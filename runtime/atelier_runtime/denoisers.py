@@ -30,9 +30,8 @@ class Denoisers:
         """Load, put the adapter on, and spread over the ranks. Raises ConfigError when nothing would be trained."""
         hyperparameters, adapter = run_file.spec.hyperparameters, run_file.spec.adapter
         base_dtype, trained_dtype = _dtypes(hyperparameters.precision, hyperparameters.optimizer.type, adapter.type)
-        compute_dtype = torch.bfloat16 if hyperparameters.precision == "bf16" else None
-        # Sharding moves block by block to the device: the whole model may not fit there, which is why it is sharded.
-        loading_device = torch.device("cpu") if run_file.plan.strategy == "fsdp2" else distributed.device
+        # Sharding moves piece by piece to the device: the whole model may not fit there, which is why it is sharded.
+        loading_device = torch.device("cpu") if parallel.shards_weights(run_file.plan) else distributed.device
         names = components.denoiser_names(family, run_file.model_folder)
         models: dict[str, nn.Module] = {}
         wrapped: dict[str, nn.Module] = {}
@@ -52,7 +51,9 @@ class Denoisers:
                 },
             )
             models[name] = model
-            wrapped[name] = parallel.wrap(model, run_file.plan, family, distributed, compute_dtype=compute_dtype)
+            wrapped[name] = parallel.wrap(
+                model, run_file.plan, family, distributed, hyperparameters=hyperparameters
+            )
         return cls(models, wrapped, family.stages(components.read_pipeline_config(run_file.model_folder), names))
 
     def trainable(self) -> dict[str, Parameter]:

@@ -2,7 +2,6 @@
 
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,16 @@ from torch import Tensor, nn
 
 from atelier_api.run_file import ExecutionPlan
 from atelier_api.v1alpha1.adapter import BoftAdapter, FullAdapter, LokrAdapter, LoraAdapter
-from atelier_api.v1alpha1.hyperparameters import Hyperparameters, Optimizer
+from atelier_api.v1alpha1.hyperparameters import Ema, Hyperparameters, Optimizer
 from atelier_api.v1alpha1.objective import Objective
 from atelier_runtime import adapters, components, parallel
+from atelier_runtime.denoisers import Denoisers, gathered_weights
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Conditions, Family, Features
 from atelier_runtime.objectives import build_objective
-from atelier_runtime.optimizers import Ema, build_optimizer, clip_gradients
 from atelier_runtime.parallel.wrap import blocks_of
+from atelier_runtime.train_state import State
+from atelier_runtime.trainer import build_state
 from family_cases import Case as FamilyCase
 
 STEPS = 3
@@ -56,7 +57,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train. `folder` holds a tiny checkpoint."""
+    """One way to train. `folder` holds a tiny checkpoint; `weight` is what gradients are multiplied with."""
 
     family: str
     adapter: str
@@ -66,11 +67,18 @@ class Case:
     optimizer: str = "adamw"
     checkpointing: bool = False
     accumulation: int = 1
+    experts: int = 1
+    weight: float = 1.0
 
     @property
     def name(self) -> str:
         recompute = "recompute" if self.checkpointing else "keep"
-        return f"{self.family} {self.adapter} {self.precision} {self.optimizer} {recompute} x{self.accumulation}"
+        experts = f" {self.experts} experts" if self.experts > 1 else ""
+        weight = "" if self.weight == 1 else f" times {self.weight:g}"
+        return (
+            f"{self.family} {self.adapter} {self.precision} {self.optimizer} {recompute} x{self.accumulation}"
+            f"{experts}{weight}"
+        )
 
 
 @dataclass(frozen=True)
@@ -119,44 +127,73 @@ def train_all(strategies: Sequence[str], world: int, cases: Sequence[Case]) -> d
     return results
 
 
-def train(strategy: str, case: Case) -> Trained:
-    """`STEPS` optimizer steps on fixed latents, in an initialised process group."""
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    distributed = parallel.Distributed(rank, rank, world, torch.device("cpu"))
-    plan, family = plan_of(strategy, world, case), get_family(case.family)
-    model, wrapped = _build(case, plan, family, distributed)
-    named = adapters.trainable(model)
-    hyperparameters = Hyperparameters(steps=STEPS, optimizer=Optimizer(type=case.optimizer, epsilon=1e-3))
-    optimizer = build_optimizer(list(named.values()), hyperparameters, plan.learning_rate)
-    ema = Ema(named, 0.9)
-    objective = build_objective(Objective(), family.facts, components.scheduler_config(case.folder))
-    losses, norms, drawn = [], [], torch.empty(0)
-    dtypes: set[str] = set()
-    blocks_of(model, family)[0].register_forward_pre_hook(
-        lambda block, _: dtypes.update(str(p.dtype) for p in block.parameters())
-    )
-    before = parallel.full_state(wrapped, named)
-    for step in range(STEPS):
-        if step == STEPS - 1:
-            drawn = _draw(case, family, wrapped, ema)
+class Training:
+    """A case under a strategy, before its first step, in an initialised process group."""
+
+    def __init__(self, strategy: str, case: Case) -> None:
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        distributed = parallel.Distributed(rank, rank, world, torch.device("cpu"))
+        hyperparameters = Hyperparameters(
+            steps=STEPS,
+            optimizer=Optimizer(type=case.optimizer, epsilon=1e-3),
+            gradient_clip=0.5,
+            ema=Ema(decay=0.9),
+            precision=case.precision,
+        )
+        self.case, self.rank, self.world = case, rank, world
+        self.plan, self.family = plan_of(strategy, world, case), get_family(case.family)
+        self.denoisers = _build(case, self.plan, hyperparameters, distributed)
+        self.state = build_state(self.denoisers, hyperparameters, self.plan, distributed)
+        self._objective = build_objective(Objective(), self.family.facts, components.scheduler_config(case.folder))
+
+    def step(self) -> tuple[float, float]:
+        """One optimizer step, of the experts in turn. Gives the global mean of the loss, and the gradient's norm."""
+        case, step, size = self.case, self.state.step, self.plan.micro_batch_size
+        names = list(self.denoisers.wrapped)
+        name = names[step % len(names)]
+        wrapped = self.denoisers.wrapped[name]
         share = torch.zeros(())
         for micro in range(case.accumulation):
-            size = plan.micro_batch_size
-            first = (micro * world + rank) * size
-            last = micro == case.accumulation - 1
-            with nullcontext() if last else parallel.no_sync(wrapped):
-                loss = _losses(case, family, wrapped, objective, step, range(first, first + size)).sum() / GLOBAL_BATCH
-                (loss * world).backward()
+            first = (micro * self.world + self.rank) * size
+            with parallel.micro_batch(wrapped, last=micro == case.accumulation - 1):
+                slots = range(first, first + size)
+                loss = _losses(case, self.family, wrapped, self._objective, step, slots).sum() / GLOBAL_BATCH
+                (loss * self.world * case.weight).backward()
             share += loss.detach()
         torch.distributed.all_reduce(share)
-        losses.append(float(share))
-        norms.append(float(clip_gradients(named.values(), 0.5)))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update()
-    averages = {name: _whole(average) for name, average in ema.state_dict()["averages"].items()}
+        norm = self.state.update(name, self.plan.learning_rate)
+        self.state.step += 1
+        return float(share), float(norm)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole trained weights by full name, on rank 0; empty elsewhere. Collective."""
+        gathered = gathered_weights(self.denoisers)
+        return {f"{name}.{key}": weight for name, state in gathered.items() for key, weight in state.items()}
+
+    def averages(self) -> dict[str, Tensor]:
+        """Whole moving averages by full name. Collective."""
+        return {name: _whole(average) for name, average in self.state.tensors()["ema"]["averages"].items()}
+
+
+def train(strategy: str, case: Case) -> Trained:
+    """`STEPS` optimizer steps on fixed latents, in an initialised process group."""
+    training = Training(strategy, case)
+    model, wrapped = next(iter(training.denoisers.models.values())), next(iter(training.denoisers.wrapped.values()))
+    losses, norms, drawn = [], [], torch.empty(0)
+    dtypes: set[str] = set()
+    for layer in blocks_of(model, training.family)[0].modules():
+        layer.register_forward_pre_hook(
+            lambda computing, _: dtypes.update(str(p.dtype) for p in computing.parameters(recurse=False))
+        )
+    before = training.weights()
+    for step in range(STEPS):
+        if step == STEPS - 1:
+            drawn = _draw(case, training.family, model, training.state)
+        loss, norm = training.step()
+        losses.append(loss)
+        norms.append(norm)
     return Trained(
-        losses, norms, drawn, before, parallel.full_state(wrapped, named), averages,
+        losses, norms, drawn, before, training.weights(), training.averages(),
         local_elements=sum(_local(p).numel() for p in model.parameters()),
         reduced_elements=_reduced_elements(wrapped),
         dtypes_in_a_block=dtypes,
@@ -164,16 +201,21 @@ def train(strategy: str, case: Case) -> Trained:
 
 
 def _build(
-    case: Case, plan: ExecutionPlan, family: Family, distributed: parallel.Distributed
-) -> tuple[nn.Module, nn.Module]:
+    case: Case, plan: ExecutionPlan, hyperparameters: Hyperparameters, distributed: parallel.Distributed
+) -> Denoisers:
+    family = get_family(case.family)
     trained_dtype = torch.bfloat16 if case.optimizer == "adamw-bf16" else torch.float32
     frozen_dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     base_dtype = trained_dtype if case.adapter == "full" else frozen_dtype
-    model = components.load_denoiser(case.folder, family.denoisers[0], base_dtype, distributed.device)
-    torch.manual_seed(3 + distributed.rank)  # ranks draw different adapters: those of rank 0 must win
-    adapters.install(model, ADAPTERS[case.adapter], family, dtype=trained_dtype)
-    compute = torch.bfloat16 if case.precision == "bf16" else None
-    return model, parallel.wrap(model, plan, family, distributed, compute_dtype=compute)
+    models, wrapped = {}, {}
+    for expert in range(case.experts):
+        name = f"expert{expert}"
+        model = components.load_denoiser(case.folder, family.denoisers[0], base_dtype, distributed.device)
+        torch.manual_seed(3 + distributed.rank + 10 * expert)  # ranks draw different adapters: those of rank 0 must win
+        adapters.install(model, ADAPTERS[case.adapter], family, dtype=trained_dtype)
+        models[name] = model
+        wrapped[name] = parallel.wrap(model, plan, family, distributed, hyperparameters=hyperparameters)
+    return Denoisers(models, wrapped, ())
 
 
 def _losses(case: Case, family: Family, wrapped: nn.Module, objective: Any, step: int, slots: range) -> Tensor:
@@ -193,17 +235,19 @@ def _predict(
         return family.predict(wrapped, noisy, time, conditions)
 
 
-def _draw(case: Case, family: Family, wrapped: nn.Module, ema: Ema) -> Tensor:
-    """A prediction by the average, on all ranks alike, as sampling does it between two steps."""
+def _draw(case: Case, family: Family, model: nn.Module, state: State) -> Tensor:
+    """A prediction by the average, on all ranks alike, as sampling does it between two steps: not by way of the strategy."""
     assert case.samples is not None
     steps = family.facts.objective == "diffusion" and family.facts.noise_schedule == "betas"
     time = torch.tensor([500]) if steps else torch.tensor([0.5])
     conditions = case.samples.conditions(family, range(1))
-    with ema.swapped(), torch.no_grad():
-        return _predict(case, family, wrapped, case.samples.latents[1:2], time, conditions).float()
+    with state.averaged(), torch.no_grad():
+        return _predict(case, family, model, case.samples.latents[1:2], time, conditions).float()
 
 
 def _local(tensor: Tensor) -> Tensor:
+    if hasattr(tensor, "ds_tensor"):
+        return tensor.ds_tensor
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

@@ -7,6 +7,9 @@ from pydantic import Field
 from atelier_api.v1alpha1.base import Block
 from atelier_api.v1alpha1.references import OBJECT_NAME
 
+DEEPSPEED = ("deepspeed-zero2", "deepspeed-zero3")
+"""Strategies that DeepSpeed runs."""
+
 
 class Parallelism(Block):
     """Nodes, processes and strategy."""
