@@ -17,6 +17,7 @@ from atelier_api.fields import MISSING
 from atelier_api.layouts import LAYOUTS, LYCORIS
 from atelier_api.options import ONLY, Only, node_at
 from atelier_api.rules import HUB_URI, S3_URI, SCHEME
+from atelier_api.v1alpha1.parallelism import DEEPSPEED
 from atelier_api.v1alpha1.profile import EQUAL, NFS_PATH, ONE_KIND, VOLUME_KINDS
 from atelier_api.v1alpha1.validation import PICTURE_FIELDS
 
@@ -70,6 +71,17 @@ def _plain_rules() -> Iterator[CelRule]:
         "parallelism.strategy",
         f"self.parallelism.strategy != 'single' || {WORLD} == 1",
         "single needs one process; use ddp or fsdp2",
+    )
+    yield CelRule(
+        "parallelism.strategy",
+        f"!(self.parallelism.strategy in {_literal(list(DEEPSPEED))}) || {WORLD} > 1",
+        "DeepSpeed shards over the processes, and the run has 1; set more, or strategy single",
+    )
+    yield CelRule(
+        "parallelism.strategy",
+        f"!(self.parallelism.strategy in {_literal(list(DEEPSPEED))}) || "
+        "self.hyperparameters.optimizer.type != 'adamw-bf16'",
+        "DeepSpeed trains fp32 weights, and adamw-bf16 has none; set type adamw, or strategy fsdp2",
     )
     yield CelRule(
         "parallelism.deviceMemory",

@@ -13,6 +13,7 @@ from atelier_api.options import unused
 from atelier_api.problem import Problem, choice, refused, shown
 from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
 from atelier_api.v1alpha1.adapter import FullAdapter, LoraAdapter, rebuilds_weights
+from atelier_api.v1alpha1.parallelism import DEEPSPEED
 
 PRESETS = ("attention", "mlp", "all")
 """Names in `adapter.targets` that a family translates; everything else there is a regular expression."""
@@ -186,6 +187,14 @@ def _processes(spec: TrainingRunSpec) -> Iterator[Problem]:
         yield refused("spec.parallelism.processesPerNode", parallelism.processes_per_node, allowed)
     if parallelism.strategy == "single" and world_size(spec) > 1:
         allowed = f"needs one process, and the run has {world_size(spec)}; use ddp or fsdp2"
+        yield refused("spec.parallelism.strategy", parallelism.strategy, allowed)
+    if parallelism.strategy in DEEPSPEED and world_size(spec) == 1:
+        allowed = "shards over the processes, and the run has 1; set more, or strategy single"
+        yield refused("spec.parallelism.strategy", parallelism.strategy, allowed)
+    if parallelism.strategy in DEEPSPEED and spec.hyperparameters.optimizer.type == "adamw-bf16":
+        allowed = (
+            "trains fp32 weights, and spec.hyperparameters.optimizer.type is adamw-bf16; set type adamw, or strategy fsdp2"
+        )
         yield refused("spec.parallelism.strategy", parallelism.strategy, allowed)
     if parallelism.device_memory is not None and int(parallelism.device_memory[:-2]) == 0:
         yield refused("spec.parallelism.deviceMemory", parallelism.device_memory, 'must be more than 0, such as "80Gi"')

@@ -93,6 +93,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"parallelism": {"strategy": "single", "gpusPerNode": 2}, "hyperparameters__globalBatchSize": 2},
         "spec.parallelism.strategy is 'single'; needs one process, and the run has 2; use ddp or fsdp2",
     ),
+    "DeepSpeed on one process": (
+        {"parallelism__strategy": "deepspeed-zero3"},
+        "spec.parallelism.strategy is 'deepspeed-zero3'; shards over the processes, and the run has 1; set more, or strategy single",
+    ),
+    "DeepSpeed with weights in bf16": (
+        {
+            "parallelism": {"strategy": "deepspeed-zero2", "gpusPerNode": 2},
+            "hyperparameters": {"steps": 1, "globalBatchSize": 2, "optimizer": {"type": "adamw-bf16"}},
+        },
+        "spec.parallelism.strategy is 'deepspeed-zero2'; trains fp32 weights, and spec.hyperparameters.optimizer.type is "
+        "adamw-bf16; set type adamw, or strategy fsdp2",
+    ),
     "no memory": ({"parallelism__deviceMemory": "0Gi"}, "spec.parallelism.deviceMemory is '0Gi'; must be more than 0"),
     "kohya of a whole model": (
         {"adapter": {"type": "full"}, "publish__formats": ["kohya"]},

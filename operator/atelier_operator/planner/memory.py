@@ -33,7 +33,7 @@ LARGEST_INPUT = 8
 """A block's input is at most this fraction (one eighth) of what it keeps: a UNet's deep levels have fewer tokens than its rows say."""
 
 GATHERED_BLOCKS = 2
-"""Blocks that FSDP2 holds unsharded at once: the one that computes and the one that is fetched."""
+"""Blocks that FSDP2 and ZeRO-3 hold unsharded at once: the one that computes and the one that is fetched."""
 
 AUTOENCODER_VALUES_PER_PIXEL = 128 * 6
 """Values an autoencoder holds per pixel while it decodes (measured): six tensors of 128 channels at full resolution."""
@@ -47,7 +47,7 @@ AUTOENCODER_FRAMES = 7
 GUIDED_SAMPLES = 2
 """Samples in a forward pass with classifier-free guidance."""
 
-Strategy = Literal["single", "ddp", "fsdp2"]
+Strategy = Literal["single", "ddp", "fsdp2", "deepspeed-zero2", "deepspeed-zero3"]
 
 
 class Extent(NamedTuple):
@@ -88,7 +88,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes on one device while training. `copies` are unsharded blocks of FSDP2, or bf16 copies of fp32 weights."""
+    """Bytes on one device while training. `copies` are unsharded blocks, bf16 copies of fp32 weights, and buckets of gradients."""
 
     base_weights: int
     trained_weights: int
@@ -205,33 +205,66 @@ def _drawn_extent(spec: TrainingRunSpec, family: FamilyFacts) -> Extent:
     return Extent(validation.width or edge, validation.height or edge, frames)
 
 
+class Shards(NamedTuple):
+    """In how many parts the processes hold what a strategy may share out; 1: every process has all of it."""
+
+    base: int
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+
+
+def _shards(choice: Choice, full: bool) -> Shards:
+    processes = choice.processes
+    if choice.strategy == "fsdp2":  # the base of an adapter is sharded, and the adapter replicated
+        trained = processes if full else 1
+        return Shards(processes, trained, trained, trained, trained)
+    if choice.strategy == "deepspeed-zero2":
+        return Shards(1, 1, processes, processes, 1)
+    if choice.strategy == "deepspeed-zero3":
+        return Shards(processes, processes, processes, processes, processes)
+    return Shards(1, 1, 1, 1, 1)
+
+
 def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, device: Literal["cpu", "cuda"]) -> Parts:
     numbers, full = spec.hyperparameters, isinstance(spec.adapter, FullAdapter)
     trained = trained_parameters(spec, model)
     trained_bytes = 2 if numbers.optimizer.type == "adamw-bf16" else 4
-    sharded = choice.strategy == "fsdp2"
-    shards = choice.processes if sharded else 1
-    # FSDP2 shards the base of an adapter, and replicates the adapter.
-    trained_shards = shards if full else 1
-    compute_bytes = _precision_bytes(spec)
-    copies = 0
-    if sharded:
-        # In full-rank training the gradient of a block is whole, in fp32, until it has been summed over the processes.
-        copies = model.largest_block * (GATHERED_BLOCKS * compute_bytes + (trained_bytes if full else 0))
-    elif full and trained_bytes > compute_bytes:
-        copies = model.parameters * compute_bytes
-    # Of several experts one is trained in a step, and gradients are freed after it; but DDP's buckets stay, one set per expert.
-    gradient_sets = 1 if choice.strategy == "single" or (sharded and full) else model.experts
+    shards = _shards(choice, full)
+    # Of several experts one is trained in a step, and gradients are freed after it; but DDP's buckets and ZeRO-3's parts stay.
+    freed = choice.strategy in ("single", "deepspeed-zero2") or (choice.strategy == "fsdp2" and full)
+    gradient_sets = 1 if freed else model.experts
+    # Of what it trains, ZeRO-2 keeps its part of the weights a second time: the optimizer's, all that it steps.
+    optimizer_bytes = trained_bytes * (3 if choice.strategy == "deepspeed-zero2" else 2)
     return Parts(
-        base_weights=0 if full else _share(model.experts * model.parameters * compute_bytes, shards),
-        trained_weights=_share(model.experts * trained * trained_bytes, trained_shards),
-        gradients=_share(gradient_sets * trained * trained_bytes, trained_shards),
-        optimizer=_share(model.experts * trained * 2 * trained_bytes, trained_shards),
-        ema=_share(model.experts * trained * 4, trained_shards) if numbers.ema else 0,
-        copies=copies,
+        base_weights=0 if full else _share(model.experts * model.parameters * _precision_bytes(spec), shards.base),
+        trained_weights=_share(model.experts * trained * trained_bytes, shards.weights),
+        gradients=_share(gradient_sets * trained * trained_bytes, shards.gradients),
+        optimizer=_share(model.experts * trained * optimizer_bytes, shards.optimizer),
+        ema=_share(model.experts * trained * 4, shards.ema) if numbers.ema else 0,
+        copies=_copies(spec, model, choice, trained_bytes),
         activations=_activations(spec, model, choice),
         overhead=FIXED_OVERHEAD[device],
     )
+
+
+def _copies(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, trained_bytes: int) -> int:
+    """Weights in the dtype that computes, where they are stored in another or in parts, and gradients on their way to the sum."""
+    full, compute_bytes = isinstance(spec.adapter, FullAdapter), _precision_bytes(spec)
+    gathered = model.largest_block * GATHERED_BLOCKS * compute_bytes
+    autocast = model.parameters * compute_bytes if full and trained_bytes > compute_bytes else 0
+    # DeepSpeed sums gradients in a bucket of a block's size.
+    bucket = min(model.largest_block, trained_parameters(spec, model)) * 4
+    if choice.strategy == "fsdp2":
+        # In full-rank training the gradient of a block is whole, in fp32, until it has been summed over the processes.
+        return gathered + (model.largest_block * trained_bytes if full else 0)
+    if choice.strategy == "deepspeed-zero2":
+        return autocast + bucket
+    if choice.strategy == "deepspeed-zero3":
+        # One bucket for each dtype that gradients travel in.
+        return gathered + bucket + (bucket // 2 if autocast else 0)
+    return autocast
 
 
 def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> int:
