@@ -124,17 +124,17 @@ def plan_of(strategy: str, world: int, case: Case) -> ExecutionPlan:
     )
 
 
-def train_all(strategies: Sequence[str], world: int, cases: Sequence[Case]) -> dict[tuple[str, str], Trained | str]:
-    """Every case under every strategy, by (strategy, case name); a traceback in place of what failed."""
-    parallel.start(plan_of(strategies[0], world, cases[0]))
+def train_all(world: int, ways: Sequence[tuple[str, Case]]) -> dict[tuple[str, str], Trained | str]:
+    """Each case under the strategy beside it, by (strategy, case name); a traceback in place of what failed."""
+    strategy, case = ways[0]
+    parallel.start(plan_of(strategy, world, case))
     results: dict[tuple[str, str], Trained | str] = {}
     try:
-        for strategy in strategies:
-            for case in cases:
-                try:
-                    results[strategy, case.name] = train(strategy, case)
-                except Exception:
-                    results[strategy, case.name] = traceback.format_exc()
+        for strategy, case in ways:
+            try:
+                results[strategy, case.name] = train(strategy, case)
+            except Exception:
+                results[strategy, case.name] = traceback.format_exc()
     finally:
         parallel.stop()
     return results

@@ -6,6 +6,7 @@ Everything is trained once, in one pair of processes, and looked at by many test
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results,
     """Results of one process, and of the two ranks of two."""
     folder = tmp_path_factory.mktemp("tiny")
     ready = prepared([*fp32_cases(folder), *bf16_cases(folder)])
-    alone = train_all(["single"], 1, ready)
-    return alone, *run_ranks(2, "training_ranks:train_all", STRATEGIES, 2, ready, timeout=600)
+    alone = train_all(1, list(product(["single"], ready)))
+    return alone, *run_ranks(2, "training_ranks:train_all", 2, list(product(STRATEGIES, ready)), timeout=600)
 
 
 def pair(trained: tuple[Results, Results, Results], strategy: str, case: str) -> tuple[Trained, Trained]:
