@@ -106,9 +106,7 @@ def test_the_exported_lora_in_a_new_process_draws_what_the_training_process_drew
         assert not same_pixels(drawn, untrained, tolerance=8)
 
 
-def test_zero3_of_two_processes_and_then_one_process_make_the_same_lora(
-    finished: tuple[LocalRun, str], tmp_path: Path
-) -> None:
+def test_zero3_of_two_processes_and_then_one_process_make_the_same_lora(finished: tuple[LocalRun, str]) -> None:
     ddp, _ = finished
     document = dict(ddp.document) | {"metadata": {"name": "zero3"}}
     changing = LocalRun(ddp.path.parent / "zero3.yaml", document)
