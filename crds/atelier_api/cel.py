@@ -14,6 +14,7 @@ from atelier_api.fields import MISSING
 from atelier_api.layouts import LAYOUTS, LYCORIS
 from atelier_api.options import ONLY, Only, node_at
 from atelier_api.rules import HUB_URI, S3_URI, SCHEME
+from atelier_api.v1alpha1.parallelism import DEEPSPEED
 from atelier_api.v1alpha1.profile import EQUAL, NFS_PATH, ONE_KIND, VOLUME_KINDS
 from atelier_api.v1alpha1.validation import PICTURE_FIELDS
 
@@ -59,6 +60,7 @@ def _plain_rules() -> Iterator[CelRule]:
         f"self.parallelism.strategy != 'single' || {WORLD} == 1",
         "single needs one process; use ddp or fsdp2",
     )
+    yield from _deepspeed_rules()
     yield CelRule(
         "parallelism.deviceMemory",
         "!has(self.parallelism.deviceMemory) || self.parallelism.deviceMemory.matches('[1-9]')",
@@ -92,6 +94,22 @@ def _plain_rules() -> Iterator[CelRule]:
     )
     yield from _conditioning_rules()
     yield from _format_rules()
+
+
+def _deepspeed_rules() -> Iterator[CelRule]:
+    other = f"!(self.parallelism.strategy in {literal(list(DEEPSPEED))})"
+    fp32 = "self.hyperparameters.optimizer.type != 'adamw-bf16'"
+    for rule, message in (
+        (f"{WORLD} > 1", "shards over the processes, and the run has 1; set more, or strategy single"),
+        (fp32, "trains fp32 weights, and adamw-bf16 has none; set type adamw, or strategy fsdp2"),
+        ("self.adapter.type != 'controlnet'", "trains no network beside its base; set ddp or fsdp2"),
+        ("self.adapter.type != 'textual-inversion'", "trains no words of text encoders; set ddp or fsdp2"),
+        (
+            "!has(self.model.quantization)",
+            "does not share out packed weights; remove quantization, or set ddp or fsdp2",
+        ),
+    ):
+        yield CelRule("parallelism.strategy", f"{other} || {rule}", f"DeepSpeed {message}")
 
 
 def _format_rules() -> Iterator[CelRule]:

@@ -1,4 +1,4 @@
-"""Whole runs of a control network, by the command that users type: a tiny SDXL, quantised, real digits, each with its negative as condition."""
+"""Whole runs of a control network, by the command that users type: a tiny SDXL, quantised, on digits with their negatives."""
 
 from pathlib import Path
 from typing import Any
