@@ -125,6 +125,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "spec.parallelism.strategy is 'deepspeed-zero3'; trains no network beside its base, as spec.adapter.type controlnet does; "
         "set ddp or fsdp2",
     ),
+    "DeepSpeed with words of text encoders": (
+        {
+            "model": SDXL,
+            "adapter": {"type": "textual-inversion", "tokens": [FOX]},
+            "parallelism": {"strategy": "deepspeed-zero2", "gpusPerNode": 2},
+            "hyperparameters__globalBatchSize": 2,
+        },
+        "spec.parallelism.strategy is 'deepspeed-zero2'; trains no words of text encoders, as spec.adapter.type textual-inversion "
+        "does; set ddp or fsdp2",
+    ),
     **{
         f"DeepSpeed's {strategy} with a quantised base": (
             {
