@@ -209,7 +209,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "adapter": {"type": "textual-inversion", "tokens": [FOX]},
             "data__captions": {"dropout": "0.5"},
         },
-        "spec.data.captions.dropout is '0.5'; only for type lora or full or lokr or loha or locon or diag-oft or "
+        "spec.data.captions.dropout is '0.5'; only for type lora or full or controlnet or lokr or loha or locon or diag-oft or "
         "boft or dylora or ia3",
     ),
     "a broken target of inputs": (

@@ -29,6 +29,7 @@ FACTS = FamilyFacts(
             vae_parameters=259_817_564,
             activation_bytes_per_token=100_000,
             largest_block=127_905_280,
+            quantized_share=0.59,  # feed-forwards are convolutions of one sample
         ),
     ),
     pipelines=("ACEStepPipeline",),
