@@ -111,6 +111,7 @@ class ACEStepPipeline(DiffusionPipeline):
         known, _, _ = ADaMoSHiFiGANV1.extract_init_dict(dict(vocoder.config))  # the maker's config says more
         vae = MusicDCAE(dict(dcae.config), known, vocoder.config.sampling_rate)
         vae.dcae, vae.vocoder = dcae, vocoder
+        vae.eval()
         return cls(
             tokenizer=AutoTokenizer.from_pretrained(folder / "umt5-base"),
             text_encoder=UMT5EncoderModel.from_pretrained(folder / "umt5-base", dtype=dtype),
