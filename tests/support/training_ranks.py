@@ -1,5 +1,6 @@
 """A few training steps of a tiny denoiser, the way the trainer does them, for comparing strategies. Runs in every rank."""
 
+import gc
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,6 +147,7 @@ def train_all(world: int, ways: Sequence[tuple[str, Case]]) -> dict[tuple[str, s
     results: dict[tuple[str, str], Trained | str] = {}
     try:
         for strategy, case in ways:
+            gc.freeze()  # DeepSpeed asks for a collection in each case, which would walk all that was ever imported
             try:
                 results[strategy, case.name] = train(strategy, case)
             except Exception:
