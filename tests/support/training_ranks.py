@@ -167,7 +167,9 @@ class Training:
         self.plan, self.family = plan_of(strategy, self.world, case), get_family(FAMILY_OF[case.tiny])
         made = _run_file(case, self.plan, self.rank)
         self.denoisers = Denoisers.load(made, self.family, distributed)
-        self.state = build_state(self.denoisers, made.spec.hyperparameters, self.plan, distributed)
+        # All ranks round alike what they all hold.
+        hyperparameters = made.spec.hyperparameters.model_copy(update={"seed": 0})
+        self.state = build_state(self.denoisers, hyperparameters, self.plan, distributed)
         self._objective = build_run_objective(made, self.family)
 
     def step(self) -> tuple[float, float]:
