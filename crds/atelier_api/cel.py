@@ -5,12 +5,12 @@ is there; a field that may be null is absent when it is (`has`). Each has a twin
 target is a regular expression, and that `a/` and `a` are one folder.
 """
 
-import json
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
+from atelier_api.cel_techniques import technique_rules
+from atelier_api.cel_terms import CelRule
+from atelier_api.cel_terms import by_family as _by_family
+from atelier_api.cel_terms import literal as _literal
 from atelier_api.families import FAMILIES
 from atelier_api.family_rules import COARSE_ALIGNMENT, FINE_BELOW
 from atelier_api.fields import MISSING
@@ -28,18 +28,9 @@ WORLD = (
 MICRO = "(has(self.hyperparameters.microBatchSize) ? self.hyperparameters.microBatchSize : 1)"
 
 
-@dataclass(frozen=True)
-class CelRule:
-    """A condition that must be true of `self`, the spec. `field` is the path below spec that the message is about."""
-
-    field: str
-    rule: str
-    message: str
-
-
 def spec_rules() -> list[CelRule]:
     """All rules between the fields of a spec."""
-    return [*_plain_rules(), *_location_rules(), *_family_rules(), *_option_rules()]
+    return [*_plain_rules(), *_location_rules(), *_family_rules(), *technique_rules(), *_option_rules()]
 
 
 def profile_rules() -> list[CelRule]:
@@ -399,16 +390,6 @@ def _is_default(option: str) -> str:
     return f"{field} == {_literal(node.default)}"
 
 
-def _by_family(values: dict[str, float]) -> str:
-    """The number of the run's family. Few numbers are told apart by names: a map of all families would be built at each use."""
-    common, *others = (value for value, _ in Counter(values.values()).most_common())
-    cases = [
-        f"self.model.family in {_literal([name for name, each in values.items() if each == value])} ? {_literal(value)} : "
-        for value in others
-    ]
-    return f"({''.join(cases)}{_literal(common)})" if cases else _literal(common)
-
-
 def _folder_or_s3(field: str) -> str:
     return f"(!{_matches(field, SCHEME)} || {_matches(field, S3_URI, whole=True)})"
 
@@ -416,14 +397,3 @@ def _folder_or_s3(field: str) -> str:
 def _matches(field: str, pattern: str, *, whole: bool = False) -> str:
     """`matches` finds a pattern anywhere, so both ends are anchored where they count."""
     return f"{field}.matches({_literal(f'^({pattern})' + ('$' if whole else ''))})"
-
-
-def _literal(value: Any) -> str:
-    """A value as a CEL literal, with single quotes: JSON otherwise."""
-    if isinstance(value, str):
-        return "'" + json.dumps(value)[1:-1].replace("'", "\\'") + "'"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_literal, value)) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value)
