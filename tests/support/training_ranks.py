@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from atelier_api.v1alpha1.adapter import (
 )
 from atelier_api.v1alpha1.hyperparameters import Hyperparameters, Optimizer
 from atelier_api.v1alpha1.objective import Objective
+from atelier_api.v1alpha1.techniques import LayerSync, Techniques
 from atelier_runtime import adapters, components, parallel
 from atelier_runtime.control import Controlled
 from atelier_runtime.families import get_family
@@ -32,6 +33,7 @@ from atelier_runtime.objectives import build_objective
 from atelier_runtime.optimizers import Ema, build_optimizer, clip_gradients
 from atelier_runtime.parallel.wrap import blocks_of
 from atelier_runtime.quantization import quantize
+from atelier_runtime.techniques import Pass, Technique, build_techniques
 from atelier_runtime.trainer import ADAPTER_SLOT, sample_generator
 from control_cases import conditions_of
 from family_cases import Case as FamilyCase
@@ -96,12 +98,14 @@ class Case:
     checkpointing: bool = False
     accumulation: int = 1
     quantization: Quantization | None = None
+    layer_sync: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
         recompute = "recompute" if self.checkpointing else "keep"
         base = f" {self.quantization}" if self.quantization else ""
-        return f"{self.family} {self.adapter} {self.precision} {self.optimizer} {recompute} x{self.accumulation}{base}"
+        sync = " layersync" if self.layer_sync else ""
+        return f"{self.family} {self.adapter} {self.precision} {self.optimizer} {recompute} x{self.accumulation}{base}{sync}"
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ def train(strategy: str, case: Case) -> Trained:
             last = micro == case.accumulation - 1
             with nullcontext() if last else parallel.no_sync(called):
                 slots = range(first, first + size)
-                losses_of = _losses(case, family, called, objective, step, slots, trained.encode)
+                losses_of = _losses(case, family, trained, objective, step, slots)
                 loss = losses_of.sum() / GLOBAL_BATCH
                 (loss * world).backward()
             share += loss.detach()
@@ -208,6 +212,7 @@ class Built:
     called: nn.Module
     draw: adapters.Draw | None = None
     encode: adapters.Encode | None = None
+    techniques: tuple[Technique, ...] = ()
 
 
 def _build(case: Case, plan: ExecutionPlan, family: Family, distributed: parallel.Distributed) -> Built:
@@ -231,25 +236,38 @@ def _build(case: Case, plan: ExecutionPlan, family: Family, distributed: paralle
     load_encoders = partial(components.load_encoders, family, case.folder, base_dtype, distributed.device)
     report = adapters.install(model, ADAPTERS[case.adapter], family, dtype=trained_dtype, load_encoders=load_encoders)
     wrapped = parallel.wrap(model, plan, family, distributed, compute_dtype=compute)
-    return Built(model, wrapped, wrapped, report.draw, report.encode)
+    techniques = build_techniques(_techniques(case), family, {"denoiser": model})
+    return Built(model, wrapped, wrapped, report.draw, report.encode, techniques)
+
+
+def _techniques(case: Case) -> Techniques:
+    if case.layer_sync is None:
+        return Techniques()
+    student, teacher = case.layer_sync
+    return Techniques(layer_sync=LayerSync(student_block=student, teacher_block=teacher))
 
 
 def _losses(
     case: Case,
     family: Family,
-    wrapped: nn.Module,
+    trained: Built,
     objective: Any,
     step: int,
     slots: range,
-    encode: adapters.Encode | None,
 ) -> Tensor:
     assert case.samples is not None
     generators = [torch.Generator().manual_seed(1000 * step + slot) for slot in slots]
     stage = family.stages(components.read_pipeline_config(case.folder), family.denoisers[:1])[0]
-    prepared = objective.prepare(case.samples.latents[list(slots)], generators, stage=stage, tokens=16)
-    conditions = case.samples.conditions(family, slots, encode, controlled=case.adapter == "controlnet")
-    prediction = _predict(case, family, wrapped, prepared.noisy, prepared.time, conditions)
-    return objective.loss(prediction, prepared, family.loss_mask(prediction, conditions))
+    latents = case.samples.latents[list(slots)]
+    prepared = objective.prepare(latents, generators, stage=stage, tokens=16)
+    conditions = case.samples.conditions(family, slots, trained.encode, controlled=case.adapter == "controlnet")
+    with ExitStack() as stack:
+        for technique in trained.techniques:
+            stack.enter_context(technique.watching())
+        prediction = _predict(case, family, trained.called, prepared.noisy, prepared.time, conditions)
+    mask = family.loss_mask(prediction, conditions)
+    losses = objective.loss(prediction, prepared, mask)
+    return sum((each.loss(Pass(latents, conditions, mask)) for each in trained.techniques), losses)
 
 
 def _predict(
