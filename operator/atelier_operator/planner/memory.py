@@ -53,6 +53,9 @@ TEXT_VALUES_PER_TOKEN = 15 * 12 * 768 + 11 * 32 * 1280
 """Values that SDXL's text encoders, the only ones in which words are learnt, keep for each of their tokens: 15 and 11 (measured 14.3
 and 10.3; their GELUs differ) for each unit of width of each of their 12 and 32 layers."""
 
+LAYER_SYNC_BYTES = 5 * 4
+"""Bytes for each token and unit of width while LayerSync compares two blocks: five fp32 copies, two of them for the backward pass."""
+
 GUIDED_SAMPLES = 2
 """Samples in a forward pass with classifier-free guidance."""
 
@@ -264,7 +267,7 @@ def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, devic
         optimizer=_share(model.experts * trained * 2 * trained_bytes, trained_shards),
         ema=_share(model.experts * trained * 4, trained_shards) if numbers.ema else 0,
         copies=copies,
-        activations=_activations(spec, model, choice),
+        activations=_activations(spec, model, choice) + _compared(spec, model, choice),
         overhead=FIXED_OVERHEAD[device],
     )
 
@@ -302,6 +305,14 @@ def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> in
         return text + block * (model.layers + 1)
     block_input = min(model.width * _precision_bytes(spec), kept // LARGEST_INPUT)
     return text + tokens * block_input * model.layers + block * model.family.backward_blocks
+
+
+def _compared(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> int:
+    """What techniques hold of the tokens of what is drawn, at the end of the forward pass."""
+    if spec.techniques.layer_sync is None:
+        return 0
+    tokens = model.family.latent_tokens(*trained_extent(spec, model.family))
+    return choice.micro_batch_size * tokens * model.width * LAYER_SYNC_BYTES
 
 
 def _controlled(model: ModelFacts, choice: Choice, block: int, block_input: int) -> int:
