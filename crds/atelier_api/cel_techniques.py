@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from atelier_api.cel_terms import CelRule, by_family, literal
+from atelier_api.cel_rule import CelRule, by_family, literal
 from atelier_api.families import FAMILIES
 from atelier_api.technique_rules import most_blocks
 

@@ -1,10 +1,12 @@
-"""What the CEL rules of the CRD are made of: the rule itself, and values as CEL writes them."""
+"""A rule in CEL, and how its expressions are written."""
 
 import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from atelier_api.rules import S3_URI, SCHEME
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,16 @@ class CelRule:
     field: str
     rule: str
     message: str
+
+
+def folder_or_s3(field: str) -> str:
+    """Whether the field, a path or URI, is what a store can be."""
+    return f"(!{matches(field, SCHEME)} || {matches(field, S3_URI, whole=True)})"
+
+
+def matches(field: str, pattern: str, *, whole: bool = False) -> str:
+    """`matches` finds a pattern anywhere, so both ends are anchored where they count."""
+    return f"{field}.matches({literal(f'^({pattern})' + ('$' if whole else ''))})"
 
 
 def by_family(values: Mapping[str, float]) -> str:
