@@ -1,10 +1,13 @@
 """LayerSync on every family: it compares the tokens that the prediction is made of, and only what it may reach learns."""
 
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from atelier_api.v1alpha1.adapter import FullAdapter
 from atelier_api.v1alpha1.techniques import LayerSync as LayerSyncSpec
@@ -19,6 +22,8 @@ pytestmark = pytest.mark.cell("layersync")
 
 LEVELS = (0.3, 0.9)
 WEIGHT = 0.2
+CONVOLVED = ("sana", "sdxl", "kolors", "sd15", "sd21", "stable_cascade", "ace_step_v1")
+"""With convolutions in their blocks or between them."""
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -113,22 +118,104 @@ def test_the_tokens_of_the_last_block_are_those_that_the_prediction_is_made_of(c
     counted = counted_tokens(mask, clean, case.family.facts.patch)
     for denoiser in case.denoisers.values():
         last = picture_blocks(denoiser, case.family)[-1]
-        outputs: list[Any] = []
-        handle = last.module.register_forward_hook(lambda *hook, seen=outputs: seen.append(hook[2]))
-        prediction = case.family.predict(denoiser, noisy, time, conditions)
-        handle.remove()
+        prediction, [outputs] = predicted(case, denoiser, [last], (noisy, time), conditions)
         hidden = [picture_of(last, output) for output in outputs]
-        first = 0
-        for output, places in zip(outputs, touched(prediction * (1 if mask is None else mask), hidden), strict=True):
-            rows = slice(first, first + len(places))
-            lengths = conditions.text["mask"].sum(dim=1)[rows] if "padding" in last.streams else None
-            tokens = picture_tokens(output, last.streams, latent_tokens(case.family, clean), lengths)
-            if counted is not None:
-                tokens = tokens * counted[rows].unsqueeze(2)
-            [found] = touched(tokens, [picture_of(last, output)])
-            assert torch.equal(found, places)
-            first = rows.stop
-        assert first == len(clean)
+        taken = tokens_of(case, last, outputs, clean, conditions)
+        if counted is not None:
+            taken = taken * counted.unsqueeze(2)
+        places = touched(prediction * (1 if mask is None else mask), hidden)
+        for expected, found in zip(places, touched(taken, hidden), strict=True):
+            assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_where_attention_mixes_nothing_a_patch_of_the_latents_is_in_the_token_of_its_place_alone(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the tokens of every block are those of what is drawn, and in one order: that in which `counted_tokens` counts them."""
+    if case.name in CONVOLVED:
+        pytest.skip("convolutions mix tokens, of which none are the text's: those of the last block are tested above")
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", own_value)
+    conditions, clean = case.conditions(PROMPTS), case.latents(2)
+    noisy, time, _ = case.noised(clean, LEVELS)
+    counted = counted_tokens(case.family.loss_mask(clean, conditions), clean, case.family.facts.patch)
+    count = latent_tokens(case.family, clean)
+    first = 0 if counted is None else int(counted[0].nonzero()[0])
+    for denoiser in case.denoisers.values():
+        blocks = picture_blocks(denoiser, case.family)
+
+        def tokens(given: Tensor, network: nn.Module = denoiser, blocks: list[PictureBlock] = blocks) -> list[Tensor]:
+            outputs = predicted(case, network, blocks, (given, time), conditions)[1]
+            return [tokens_of(case, block, of, clean, conditions) for block, of in zip(blocks, outputs, strict=True)]
+
+        plain = tokens(noisy)
+        for place in (first, count - 2):
+            marked = tokens(with_patch_changed(case, noisy, place))
+            for block, one, other in zip(blocks, plain, marked, strict=True):
+                assert one.shape[1] == count, block.name
+                changed = (one != other).any(dim=2)
+                assert changed.nonzero().tolist() == [[0, place], [1, place]], block.name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["ace_step", "ace_step_v1"])
+def test_a_sound_that_is_shorter_than_its_bucket_has_the_loss_that_it_has_alone(name: str) -> None:
+    case = make_case(name)
+    [denoiser] = case.denoisers.values()
+    clean, sync = case.latents(2), layer_sync(case, denoiser)
+    noisy, time, _ = case.noised(clean, LEVELS)
+    lengths = [clean.shape[-1], clean.shape[-1] - 3]
+    told = replace(case.conditions(PROMPTS), lengths=torch.tensor(lengths))
+    losses = passed(case, denoiser, sync, (clean, noisy, time), told)[1]
+    for i, length in enumerate(lengths):
+        row, alone = slice(i, i + 1), case.conditions([PROMPTS[i]], samples=[i])
+        given = (clean[row, :, :length], noisy[row, :, :length], time[row])
+        torch.testing.assert_close(passed(case, denoiser, sync, given, alone)[1], losses[row], atol=1e-5, rtol=1e-5)
+
+
+def own_value(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    """In place of attention: each token is given its own value, and nothing where it looks at others than those of its kind."""
+    if key.shape[-2] != query.shape[-2]:
+        return torch.zeros_like(query)
+    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+
+
+def with_patch_changed(case: Case, latents: Tensor, place: int) -> Tensor:
+    """Latents with another number in the patch that is the token of this place, frame by frame and row by row."""
+    patch, changed = case.family.facts.patch, latents.clone()
+    if latents.ndim == 3:
+        changed[..., patch * place] += 1
+        return changed
+    rows, columns = (edge // patch for edge in latents.shape[-2:])
+    frame, row, column = place // (rows * columns), place // columns % rows, place % columns
+    one = changed[:, :, frame] if latents.ndim == 5 else changed
+    one[..., patch * row, patch * column] += 1
+    return changed
+
+
+def predicted(
+    case: Case, denoiser: nn.Module, blocks: list[PictureBlock], given: tuple[Tensor, Tensor], conditions: Conditions
+) -> tuple[Tensor, list[list[Any]]]:
+    """The prediction of (noisy, time), and what each of the blocks returned in each call."""
+    outputs: list[list[Any]] = [[] for _ in blocks]
+    with ExitStack() as stack:
+        for block, seen in zip(blocks, outputs, strict=True):
+            handle = block.module.register_forward_hook(lambda *hook, seen=seen: seen.append(hook[2]))
+            stack.callback(handle.remove)
+        return case.family.predict(denoiser, *given, conditions), outputs
+
+
+def tokens_of(case: Case, block: PictureBlock, outputs: list[Any], latents: Tensor, conditions: Conditions) -> Tensor:
+    """[B, N, D] of what is drawn, of a block's outputs for B samples."""
+    found: list[Tensor] = []
+    first = 0
+    for output in outputs:
+        rows = slice(first, first + len(picture_of(block, output)))
+        lengths = conditions.text["mask"].sum(dim=1)[rows] if "padding" in block.streams else None
+        found.append(picture_tokens(output, block.streams, latent_tokens(case.family, latents), lengths))
+        first = rows.stop
+    assert first == len(latents)
+    return torch.cat(found)
 
 
 def picture_of(block: PictureBlock, output: Any) -> Tensor:

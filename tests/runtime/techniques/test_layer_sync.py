@@ -154,7 +154,7 @@ def test_what_is_not_watched_is_not_kept() -> None:
     conditions = case.conditions(["a lighthouse"])
     case.family.predict(denoiser, noisy, time, conditions)  # a sample that is drawn, or a recomputation
     assert torch.equal(loss_of(case, denoiser, technique), expected)
-    with pytest.raises(RuntimeError):  # and what has been asked for is given once
+    with pytest.raises(ValueError, match="non-empty"):  # and what has been asked for is given once
         technique.loss(Pass(clean, conditions, None))
 
 
