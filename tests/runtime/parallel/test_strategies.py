@@ -50,7 +50,7 @@ def fp32_cases(folder: Path) -> Iterator[Case]:
             yield replace(case, adapter="full", accumulation=2)
             yield replace(case, quantization="int8")
             yield replace(case, adapter="boft", quantization="int8")
-        if family == "sd3":  # hooks inside of what is sharded and wrapped
+            # hooks inside of what is sharded and wrapped
             yield replace(case, adapter="full", checkpointing=True, layer_sync=(0, 2))
         if family == "hunyuan_video15":  # a call for each sample
             yield replace(case, checkpointing=True, layer_sync=(0, 1))
