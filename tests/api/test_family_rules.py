@@ -161,22 +161,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": KONTEXT, "validation__prompts": [{"text": "make it red"}]},
         "spec.validation.prompts[0].references is []; must name 1 reference picture for flux_kontext",
     ),
-    "a teacher beyond the largest flavour's last block": (
-        {"techniques__layerSync": {"studentBlock": 8, "teacherBlock": 57}},
-        "spec.techniques.layerSync.teacherBlock is 57; must be at most 56: the tokens of what is drawn go through 57 blocks of flux",
-    ),
-    "a teacher beyond the flavour's last block": (
-        {"model": WAN | {"flavour": "2.1-t2v-1.3b"}, "techniques__layerSync": {"studentBlock": 8, "teacherBlock": 30}},
-        "spec.techniques.layerSync.teacherBlock is 30; must be at most 29: the tokens of what is drawn go through 30 blocks of wan "
-        "2.1-t2v-1.3b, the first is 0",
-    ),
-    "a teacher in the text's blocks": (
-        {
-            "model": {"family": "z_image", "source": "base"},
-            "techniques__layerSync": {"studentBlock": 8, "teacherBlock": 32},
-        },
-        "spec.techniques.layerSync.teacherBlock is 32; must be at most 31: the tokens of what is drawn go through 32 blocks of",
-    ),
 }
 
 
@@ -197,10 +181,6 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "validation": {"prompts": [{"text": "a cat", "image": "a.mp4"}], "frames": 17},
     },
     "one frame": {"model": WAN, "data__clip__frames": 1},
-    "a block of the largest flavour, without a flavour": {
-        "model": WAN,
-        "techniques__layerSync": {"studentBlock": 8, "teacherBlock": 30},
-    },
     "a resolution below a coarse bucket": {"data__resolution": 32},
     "a picture, without a flavour": {"model": WAN, "validation__prompts": SHOWN},
     "no picture, without a flavour": {"model": WAN, "validation__prompts": PROMPTS},

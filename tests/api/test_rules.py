@@ -19,8 +19,6 @@ SHOWN = [{"text": "a cat", "image": "a.png"}]
 CONTROLNET = {"type": "controlnet"}
 CONDITIONED = [{"uri": "a", "conditioning": "edges"}]
 
-SYNC = {"studentBlock": 8, "teacherBlock": 40, "weight": "0.5"}
-
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "frames of pictures": (
         {"data__clip__frames": 81},
@@ -326,18 +324,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model__source": "hf://a/b@c", "model__revision": "d"},
         "spec.model.revision is 'd'; the source 'hf://a/b@c' names one too; keep one",
     ),
-    "a teacher that is its own student": (
-        {"techniques__layerSync": {"studentBlock": 8, "teacherBlock": 8}},
-        "spec.techniques.layerSync.teacherBlock is 8; must be more than studentBlock, which is 8: a block learns from a later one",
-    ),
-    "a block of a base that a control network leaves as it is": (
-        {
-            "adapter": {"type": "controlnet"},
-            "data__sources": [{"uri": "a", "conditioning": "b"}],
-            "techniques__layerSync": SYNC,
-        },
-        "spec.techniques.layerSync is a mapping; only for type lora or full or lokr or loha or locon or diag-oft or boft or dylora",
-    ),
 }
 
 
@@ -382,7 +368,6 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "(IA)³ in bf16": {"adapter": {"type": "ia3"}, "hyperparameters__optimizer__type": "adamw-bf16"},
     "LoKr in bf16": {"adapter": {"type": "lokr"}, "hyperparameters__optimizer__type": "adamw-bf16"},
     "a quantised base": {"model__quantization": "nf4"},
-    "a block that learns from a later one": {"techniques__layerSync": SYNC},
     "a LoRA under DeepSpeed": {
         "parallelism": {"strategy": "deepspeed-zero3", "gpusPerNode": 2},
         "hyperparameters__globalBatchSize": 2,

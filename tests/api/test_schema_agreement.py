@@ -72,7 +72,7 @@ def test_both_take_a_number_at_its_bounds_and_neither_takes_one_beyond(path: str
 
 
 def _beside(path: str) -> dict[str, Any]:
-    """What the block that has the field must have as well: where blocks have types the first of them, and numbers that are required."""
+    """What the block that has the field must have as well: where blocks have types the first, and numbers that are required."""
     *blocks, name = path.split(".")
     node: Node = tree()
     for block in blocks:

@@ -21,6 +21,7 @@ from atelier_api.v1alpha1.adapter import ControlNetAdapter, FullAdapter, LayerAd
 from atelier_api.v1alpha1.model import ModelSpec
 from atelier_operator.planner.adapter_sizes import Linear, kept_bytes, parameters
 from atelier_operator.planner.sharding import Strategy, shards_of
+from atelier_operator.planner.techniques import compared_bytes
 
 GIB = 1 << 30
 
@@ -53,9 +54,6 @@ CONDITION_VALUES_PER_PIXEL = 131
 TEXT_VALUES_PER_TOKEN = 15 * 12 * 768 + 11 * 32 * 1280
 """Values that SDXL's text encoders, the only ones in which words are learnt, keep for each of their tokens: 15 and 11 (measured 14.3
 and 10.3; their GELUs differ) for each unit of width of each of their 12 and 32 layers."""
-
-LAYER_SYNC_BYTES = 5 * 4
-"""Bytes for each token and unit of width while LayerSync compares two blocks: five fp32 copies, two of them for the backward pass."""
 
 GUIDED_SAMPLES = 2
 """Samples in a forward pass with classifier-free guidance."""
@@ -242,6 +240,7 @@ def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, devic
     gradient_sets = 1 if freed else model.experts
     # Of what it trains, ZeRO-2 keeps its part of the weights a second time: the optimizer's, all that it steps.
     optimizer_bytes = trained_bytes * (3 if choice.strategy == "deepspeed-zero2" else 2)
+    tokens = choice.micro_batch_size * model.family.latent_tokens(*trained_extent(spec, model.family))
     base = 0 if full else _share(model.experts * _frozen_bytes(spec, model, model.parameters), shards.base)
     if isinstance(spec.adapter, TextualInversionAdapter):  # captions are encoded in the step, on every device
         base += model.encoder_parameters * _precision_bytes(spec)
@@ -252,7 +251,7 @@ def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, devic
         optimizer=_share(model.experts * trained * optimizer_bytes, shards.optimizer),
         ema=_share(model.experts * trained * 4, shards.ema) if numbers.ema else 0,
         copies=_copies(spec, model, choice, trained_bytes) + _unpacked(spec, model),
-        activations=_activations(spec, model, choice) + _compared(spec, model, choice),
+        activations=_activations(spec, model, choice) + compared_bytes(spec.techniques, tokens, model.width),
         overhead=FIXED_OVERHEAD[device],
     )
 
@@ -322,14 +321,6 @@ def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> in
         return text + block * (model.layers + 1)
     block_input = min(model.width * _precision_bytes(spec), kept // LARGEST_INPUT)
     return text + tokens * block_input * model.layers + block * model.family.backward_blocks
-
-
-def _compared(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> int:
-    """What techniques hold of the tokens of what is drawn, at the end of the forward pass."""
-    if spec.techniques.layer_sync is None:
-        return 0
-    tokens = model.family.latent_tokens(*trained_extent(spec, model.family))
-    return choice.micro_batch_size * tokens * model.width * LAYER_SYNC_BYTES
 
 
 def _controlled(model: ModelFacts, choice: Choice, block: int, block_input: int) -> int:
