@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from atelier_api.cel_families import family_rules
 from atelier_api.cel_rule import CelRule, folder_or_s3, literal, matches
+from atelier_api.cel_techniques import technique_rules
 from atelier_api.families import FAMILIES
 from atelier_api.fields import MISSING
 from atelier_api.layouts import LAYOUTS, LYCORIS
@@ -27,7 +28,7 @@ MICRO = "(has(self.hyperparameters.microBatchSize) ? self.hyperparameters.microB
 
 def spec_rules() -> list[CelRule]:
     """All rules between the fields of a spec."""
-    return [*_plain_rules(), *_location_rules(), *family_rules(), *_option_rules()]
+    return [*_plain_rules(), *_location_rules(), *family_rules(), *technique_rules(), *_option_rules()]
 
 
 def profile_rules() -> list[CelRule]:

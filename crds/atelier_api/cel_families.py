@@ -1,9 +1,8 @@
 """What families allow, as CEL; each rule has a twin in `family_rules`."""
 
-from collections import Counter
 from collections.abc import Iterator
 
-from atelier_api.cel_rule import CelRule, literal
+from atelier_api.cel_rule import CelRule, by_family, literal
 from atelier_api.families import FAMILIES
 from atelier_api.family_rules import COARSE_ALIGNMENT, FINE_BELOW
 from atelier_api.quantizations import QUANTIZATIONS
@@ -11,7 +10,7 @@ from atelier_api.v1alpha1.validation import PICTURE_FIELDS
 
 
 def family_rules() -> Iterator[CelRule]:
-    multiple = _by_family({name: facts.pixel_multiple for name, facts in FAMILIES.items()})
+    multiple = by_family({name: facts.pixel_multiple for name, facts in FAMILIES.items()})
     flavours = literal({name: [flavour.name for flavour in facts.flavours] for name, facts in FAMILIES.items()})
     known = f"self.model.flavour in {flavours}[self.model.family]"
     yield CelRule("model.flavour", f"!has(self.model.flavour) || {known}", "no flavour of this family")
@@ -102,7 +101,7 @@ def _quantization_rules() -> Iterator[CelRule]:
 
 def _negative_prompt_rules() -> Iterator[CelRule]:
     none = "self.validation.prompts.all(prompt, !has(prompt.negative) || prompt.negative == '')"
-    least = _by_family({name: facts.guidance_above for name, facts in FAMILIES.items()})
+    least = by_family({name: facts.guidance_above for name, facts in FAMILIES.items()})
     strong = f"has(self.validation.guidance) && double(self.validation.guidance) > {least}"
     learnt = literal([name for name, facts in FAMILIES.items() if not facts.negative_prompts])
     yield CelRule(
@@ -157,13 +156,3 @@ def _reference_rules() -> Iterator[CelRule]:
             alike = literal([name for name, each in takers.items() if each == most])
             fits = f"self.{field}.all({item}, size({item}.references) >= 1 && size({item}.references) <= {most})"
             yield CelRule(field, f"!(self.model.family in {alike}) || {fits}", f"must name 1 to {most} {what}")
-
-
-def _by_family(values: dict[str, float]) -> str:
-    """The number of the run's family. Few numbers are told apart by names: a map of all families would be built at each use."""
-    common, *others = (value for value, _ in Counter(values.values()).most_common())
-    cases = [
-        f"self.model.family in {literal([name for name, each in values.items() if each == value])} ? {literal(value)} : "
-        for value in others
-    ]
-    return f"({''.join(cases)}{literal(common)})" if cases else literal(common)

@@ -1,6 +1,8 @@
 """A rule in CEL, and how its expressions are written."""
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,16 @@ def folder_or_s3(field: str) -> str:
 def matches(field: str, pattern: str, *, whole: bool = False) -> str:
     """`matches` finds a pattern anywhere, so both ends are anchored where they count."""
     return f"{field}.matches({literal(f'^({pattern})' + ('$' if whole else ''))})"
+
+
+def by_family(values: Mapping[str, float]) -> str:
+    """The number of the run's family. Few numbers are told apart by names: a map of all families would be built at each use."""
+    common, *others = (value for value, _ in Counter(values.values()).most_common())
+    cases = [
+        f"self.model.family in {literal([name for name, each in values.items() if each == value])} ? {literal(value)} : "
+        for value in others
+    ]
+    return f"({''.join(cases)}{literal(common)})" if cases else literal(common)
 
 
 def literal(value: Any) -> str:

@@ -76,6 +76,12 @@ ONLY = (
         "adapter.type",
         tuple(kind for kind in LAYOUTS if kind != "textual-inversion"),
     ),
+    Only(
+        # A control network and new words leave the denoiser's blocks as they are: none could learn from another.
+        ("techniques.layerSync",),
+        "adapter.type",
+        tuple(kind for kind in LAYOUTS if kind not in ("controlnet", "textual-inversion")),
+    ),
     Only(("objective.huberC",), "objective.loss", ("huber",)),
     Only(
         ("objective.timesteps.logitMean", "objective.timesteps.logitScale"),

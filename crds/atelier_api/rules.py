@@ -11,6 +11,7 @@ from atelier_api.family_rules import FAMILY_RULES
 from atelier_api.layouts import LAYOUTS, written
 from atelier_api.options import unused
 from atelier_api.problem import Problem, choice, refused, shown
+from atelier_api.technique_rules import TECHNIQUE_FAMILY_RULES, TECHNIQUE_RULES
 from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
 from atelier_api.v1alpha1.adapter import (
     ControlNetAdapter,
@@ -42,11 +43,11 @@ def broken(run: TrainingRun) -> list[Problem]:
     """Every rule that the run breaks, in the order of the blocks."""
     spec = run.spec
     found = list(unknown_family({"spec": {"model": {"family": spec.model.family}}}))
-    for rule in RULES:
+    for rule in (*RULES, *TECHNIQUE_RULES):
         found.extend(rule(spec))
     facts = FAMILIES.get(spec.model.family)
     if facts is not None:
-        for family_rule in FAMILY_RULES:
+        for family_rule in (*FAMILY_RULES, *TECHNIQUE_FAMILY_RULES):
             found.extend(family_rule(spec, facts))
     found.extend(unused(spec, facts))
     return found

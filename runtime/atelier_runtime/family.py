@@ -17,7 +17,7 @@ Public convention, whatever the network wants inside:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -37,18 +37,26 @@ Frame = Literal["first", "last"]
 """A frame of the clip that a checkpoint is shown, beside the text. `first` several times are as many frames from the start."""
 
 
+Streams = Literal[
+    "tokens", "text", "text,tokens", "tokens,text", "text|tokens", "tokens|text", "text|tokens|padding", "maps"
+]
+
+
 @dataclass(frozen=True)
 class Blocks:
     """A list of repeated blocks of a denoiser: what is recomputed, sharded and hooked.
 
     `attribute` is the dotted path of the `nn.ModuleList` (or of a list of lists); `streams` says what a block returns:
     `tokens` one tensor of picture tokens, `text` one of the caption's, `text,tokens` or `tokens,text` a pair, `text|tokens` or
-    `tokens|text` one concatenated tensor, `maps` a picture-shaped [B, C, H, W], first of a tuple where a UNet returns its skips
-    as well. Tokens of reference pictures follow those of the target: the loss is on the latter alone.
+    `tokens|text` one concatenated tensor, `text|tokens|padding` one in which each sample's picture begins where its own text ends,
+    `maps` a picture-shaped [B, C, H, W], first of a tuple where a UNet returns its skips as well. Tokens of reference pictures
+    follow those of the target: the loss is on the latter alone. `inner` is the class of the modules that techniques look at, where
+    those are inside the blocks or only some of them: they return [B, N, D] or, again, maps.
     """
 
     attribute: str
-    streams: Literal["tokens", "text", "text,tokens", "tokens,text", "text|tokens", "tokens|text", "maps"] = "tokens"
+    streams: Streams = "tokens"
+    inner: str = ""
 
 
 @dataclass(frozen=True)
@@ -296,6 +304,32 @@ class Family(ABC):
             arguments[self.control.picture] = request.condition
             arguments["controlnet_conditioning_scale"] = request.condition_scale
         return {key: value for key, value in arguments.items() if value is not None}
+
+
+def named_blocks(denoiser: nn.Module, blocks: Blocks) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks of one list with their full names, in order, whatever lists they lie in. A path that the denoiser lacks has none."""
+    try:
+        part = denoiser.get_submodule(blocks.attribute)
+    except AttributeError:  # a control network has no blocks that lead up
+        return
+    yield from _leaves(blocks.attribute, part)
+
+
+def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, nn.ModuleList):
+        for key, child in module.named_children():
+            yield from _leaves(f"{name}.{key}", child)
+    else:
+        yield name, module
+
+
+def latent_tokens(family: Family, latents: Tensor) -> int:
+    """Tokens of one sample of latents [B, C, H, W], [B, C, F, H, W] or, of sounds, [B, C, T]."""
+    patch = family.facts.patch
+    if latents.ndim == 3:
+        return -(-latents.shape[-1] // patch)
+    frames = latents.shape[2] if latents.ndim == 5 else 1
+    return frames * (latents.shape[-2] // patch) * (latents.shape[-1] // patch)
 
 
 def configuration(denoiser: nn.Module) -> Any:

@@ -38,6 +38,7 @@ from atelier_runtime.publishing import publish, write_report, write_result
 from atelier_runtime.reporter import Reporter
 from atelier_runtime.sampling import draw_samples, sample_key, store_samples
 from atelier_runtime.store import Store, open_store
+from atelier_runtime.techniques import build_techniques
 from atelier_runtime.train_state import State
 from atelier_runtime.trainer import Parts, Trainer, build_run_objective, build_state, staging_folder
 
@@ -191,6 +192,7 @@ def prepare(session: Session) -> Parts:
     reporter.stage("Preparing", "loading the model")
     with reporter.timed("loading"):
         denoisers = Denoisers.load(run_file, family, distributed)
+        techniques = build_techniques(run_file.spec.techniques, family, denoisers.models)
         objective = build_run_objective(run_file, family)
         state = build_state(denoisers, run_file.spec.hyperparameters, run_file.plan, distributed)
         template = state.tensors()
@@ -208,7 +210,17 @@ def prepare(session: Session) -> Parts:
         run_file, distributed, session.store, staging_folder(run_file), dataset_hash=dataset.hash
     )
     return Parts(
-        run_file, family, distributed, denoisers, objective, dataset, state, checkpointer, session.metrics, reporter
+        run_file,
+        family,
+        distributed,
+        denoisers,
+        objective,
+        dataset,
+        state,
+        checkpointer,
+        session.metrics,
+        reporter,
+        techniques,
     )
 
 

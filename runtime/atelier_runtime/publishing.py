@@ -127,6 +127,7 @@ def _report_data(parts: Parts, store: Store, exports: Sequence[PublishedFile]) -
         exports=[(file.format, file.key, file.sha256) for file in exports],
         usage=usage(run_file, parts.family, [file.key for file in exports]),
         events=history.events,
+        techniques=history.techniques,
     )
 
 

@@ -10,7 +10,7 @@ import resource
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,15 +33,20 @@ LOSS_WINDOW = 20
 
 @dataclass
 class History:
-    """Facts of the whole run: [step, loss, gradient norm, learning rate] rows, seconds by phase, samples by step, events."""
+    """Facts of the whole run: [step, loss, gradient norm, learning rate] rows, seconds by phase, samples by step, events.
+
+    `techniques` has rows of (step, loss) of each technique.
+    """
 
     rows: list[tuple[int, float, float, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     samples: dict[int, list[str]] = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
+    techniques: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        lines: list[Any] = [{"seconds": self.seconds, "samples": self.samples, "events": self.events}, *self.rows]
+        head = {"seconds": self.seconds, "samples": self.samples, "events": self.events, "techniques": self.techniques}
+        lines: list[Any] = [head, *self.rows]
         return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
     @classmethod
@@ -50,7 +55,11 @@ class History:
         head, *rows = (json.loads(line) for line in data.decode().splitlines())
         samples = {int(step): keys for step, keys in head["samples"].items() if int(step) <= before_step}
         kept = [(int(r[0]), float(r[1]), float(r[2]), float(r[3])) for r in rows if r[0] < before_step]
-        return cls(kept, head["seconds"], samples, head["events"])
+        techniques = {
+            name: [(int(step), float(loss)) for step, loss in column if step < before_step]
+            for name, column in head.get("techniques", {}).items()  # written before there were techniques, it has none
+        }
+        return cls(kept, head["seconds"], samples, head["events"], techniques)
 
 
 class Reporter:
@@ -101,10 +110,17 @@ class Reporter:
         self.metrics.step_finished(step, samples=self._spec.hyperparameters.global_batch_size, pixels=pixels)
         self.metrics.data_waited(data_wait_seconds)
 
-    def step_confirmed(self, facts: StepFacts) -> None:
-        """Numbers of a step over all ranks."""
-        self.metrics.numbers(loss=facts.loss, gradient_norm=facts.gradient_norm, learning_rate=self.learning_rate)
+    def step_confirmed(self, facts: StepFacts, techniques: Mapping[str, float]) -> None:
+        """Numbers of a step over all ranks; of techniques the losses by name."""
+        self.metrics.numbers(
+            loss=facts.loss,
+            gradient_norm=facts.gradient_norm,
+            learning_rate=self.learning_rate,
+            techniques=techniques,
+        )
         self._losses.append(facts.loss)
+        for name, loss in techniques.items():
+            self.history.techniques.setdefault(name, []).append((facts.step, loss))
         self.history.rows.append((facts.step, facts.loss, facts.gradient_norm, self.learning_rate))
         self._unshown = facts
         if self._progress.is_due:

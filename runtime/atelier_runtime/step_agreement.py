@@ -1,9 +1,10 @@
-"""One small collective per step, read one step later: the mean loss, and what all ranks must agree on.
+"""One small collective per step, read one step later: the mean losses, and what all ranks must agree on.
 
 Reading a result in the step that made it would make the CPU wait for the device. The numbers of step n are asked for after the
 work of step n + 1 has been queued; before a checkpoint and at the end they are asked for at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,22 +16,27 @@ from atelier_runtime.parallel import Distributed
 
 @dataclass(frozen=True)
 class StepFacts:
-    """What all ranks know of a step. `loss` and `gradient_norm` are over the global batch; either may be non-finite."""
+    """What all ranks know of a step. `loss` and `gradient_norm` are over the global batch; either may be non-finite.
+
+    `techniques` are the losses beside the objective's, which `loss` does not hold.
+    """
 
     step: int
     loss: float
     gradient_norm: float
     stop: bool
     checkpoint_due: bool
+    techniques: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """`values`: loss and norm, and with several ranks the sums of their flags. `flags` are this rank's own."""
+    """`values`: loss, norm and so many losses of techniques, and with several ranks the sums of flags. `flags` are this rank's own."""
 
     step: int
     values: Tensor
     work: "torch.distributed.Work | None"
+    techniques: int
     flags: tuple[bool, bool]
 
 
@@ -42,22 +48,23 @@ class StepAgreement:
         self._pending: _Pending | None = None
 
     def submit(
-        self, step: int, loss: Tensor, gradient_norm: Tensor, *, stop: bool, checkpoint_due: bool
+        self, step: int, losses: Sequence[Tensor], gradient_norm: Tensor, *, stop: bool, checkpoint_due: bool
     ) -> StepFacts | None:
         """Queue the numbers of `step` and give those of the step before.
 
-        `loss` is this rank's share of the mean, so that the sum over ranks is the mean. `stop` on any rank stops all; only rank
-        0's clock counts for `checkpoint_due`.
+        `losses`, the objective's and then each technique's, are this rank's shares of the means, so that the sums over ranks are
+        the means. `stop` on any rank stops all; only rank 0's clock counts for `checkpoint_due`.
         """
         world_size = self._distributed.world_size
-        values, work = torch.stack([loss.detach().float(), gradient_norm.detach().float()]), None
+        loss, *techniques = losses
+        values, work = torch.stack([each.detach().float() for each in (loss, gradient_norm, *techniques)]), None
         if world_size > 1:
             values[1] /= world_size
-            flags = torch.tensor([float(stop), float(checkpoint_due)], device=loss.device)
+            flags = torch.tensor([float(stop), float(checkpoint_due)], device=values.device)
             values = torch.cat([values, flags])
             work = torch.distributed.all_reduce(values, async_op=True)
         earlier = self.collect()
-        self._pending = _Pending(step, values, work, (stop, checkpoint_due))
+        self._pending = _Pending(step, values, work, len(techniques), (stop, checkpoint_due))
         return earlier
 
     def collect(self) -> StepFacts | None:
@@ -67,6 +74,7 @@ class StepAgreement:
             return None
         if pending.work is not None:
             pending.work.wait()
-        loss, norm, *sums = pending.values.tolist()
+        loss, norm, *rest = pending.values.tolist()
+        techniques, sums = rest[: pending.techniques], rest[pending.techniques :]
         stop, due = (total > 0 for total in sums) if sums else pending.flags
-        return StepFacts(pending.step, loss, norm, stop, due)
+        return StepFacts(pending.step, loss, norm, stop, due, tuple(techniques))

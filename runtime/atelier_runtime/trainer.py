@@ -1,7 +1,8 @@
 """The training of one rank, from top to bottom: prepare, loop, finish.
 
-The trainer composes the parts (adapters, objectives, optimizers, data, parallel, checkpoint, observe); it knows no family and no
-technique by name. What differs between families is behind `Family`, what is predicted behind `Objective`.
+The trainer composes the parts (adapters, objectives, techniques, optimizers, data, parallel, checkpoint, observe); it knows no family
+and no technique by name. What differs between families is behind `Family`, what is predicted behind `Objective`, what is trained
+beside that behind `Technique`.
 """
 
 import functools
@@ -10,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +25,14 @@ from atelier_runtime import components, parallel
 from atelier_runtime.checkpoint import Checkpointer
 from atelier_runtime.data import Dataset, Loader, MicroBatch
 from atelier_runtime.denoisers import Denoisers
-from atelier_runtime.family import Conditions, Family, Features, Stage
+from atelier_runtime.family import Conditions, Family, Features, Stage, latent_tokens
 from atelier_runtime.objectives import Objective, build_objective
 from atelier_runtime.observe.metrics import TrainMetrics
 from atelier_runtime.optimizers import Ema, build_optimizer, learning_rate_at
 from atelier_runtime.parallel import Distributed
 from atelier_runtime.reporter import Reporter
 from atelier_runtime.step_agreement import StepAgreement, StepFacts
+from atelier_runtime.techniques import Pass, Technique
 from atelier_runtime.train_state import State, TrainState
 from atelier_runtime.zero_state import ZeroState
 
@@ -74,6 +76,7 @@ class Parts:
     checkpointer: Checkpointer
     metrics: TrainMetrics
     reporter: Reporter
+    techniques: tuple[Technique, ...] = ()
 
 
 def build_state(
@@ -131,12 +134,12 @@ class Trainer:
                 with parts.metrics.phase("data"):
                     step, micro_batches = next(loader)
                 total_weight = parts.dataset.order.batch(step).total_weight
-                loss, norm = self._step(step, micro_batches, total_weight, loader.read_on)
+                losses, norm = self._step(step, micro_batches, total_weight, loader.read_on)
                 state.step = step + 1
                 self._names[step] = [name for batch in micro_batches for name in batch.names]
                 facts = self._agreement.submit(
                     step,
-                    loss,
+                    losses,
                     norm,
                     stop=self._stop_requested(),
                     checkpoint_due=self._time_for_checkpoint(checkpoint.every_seconds),
@@ -173,8 +176,8 @@ class Trainer:
 
     def _step(
         self, step: int, micro_batches: Sequence[MicroBatch], total_weight: float, read_on: Callable[[], None]
-    ) -> tuple[Tensor, Tensor]:
-        """One optimizer step. Gives this rank's share of the mean loss, and the norm of the global gradient before clipping.
+    ) -> tuple[list[Tensor], Tensor]:
+        """One optimizer step. Gives this rank's shares of the mean losses, and the norm of the global gradient before clipping.
 
         `read_on` is called where this thread leaves the interpreter to others for a while.
         """
@@ -190,18 +193,18 @@ class Trainer:
         for index, batch in enumerate(micro_batches):
             with parallel.micro_batch(denoiser, last=index == len(micro_batches) - 1):
                 with metrics.phase("forward"):
-                    loss = self._loss(denoiser, batch, step, stage) / total_weight
+                    losses = [loss / total_weight for loss in self._losses(denoiser, batch, step, stage)]
                 read_on()
                 with metrics.phase("backward"):
-                    loss.backward(self._ranks)  # type: ignore[no-untyped-call]
-            shares.append(loss.detach())
+                    functools.reduce(torch.add, losses).backward(self._ranks)  # type: ignore[no-untyped-call]
+            shares.append([loss.detach() for loss in losses])
         with metrics.phase("optimizer"):
             norm = parts.state.update(stage.denoiser, rate)
         parts.reporter.learning_rate = rate
-        return functools.reduce(torch.add, shares), norm
+        return [functools.reduce(torch.add, column) for column in zip(*shares, strict=True)], norm
 
-    def _loss(self, denoiser: nn.Module, batch: MicroBatch, step: int, stage: Stage) -> Tensor:
-        """Sum over the micro-batch of weight times loss."""
+    def _losses(self, denoiser: nn.Module, batch: MicroBatch, step: int, stage: Stage) -> list[Tensor]:
+        """Sums over the micro-batch of weight times loss: the objective's, then each technique's."""
         parts = self._parts
         device = parts.distributed.device
         seed = parts.run_file.spec.hyperparameters.seed
@@ -210,7 +213,7 @@ class Trainer:
         generators = [sample_generator(seed, step, slot, spare[i]) for i, slot in enumerate(batch.slots)]
         clean = _drawn(batch.latents, batch.std, generators, device)
         control = None if batch.condition is None else control_input(batch.condition, generators, device)
-        prepared = parts.objective.prepare(clean, generators, stage=stage, tokens=_tokens(parts.family, clean))
+        prepared = parts.objective.prepare(clean, generators, stage=stage, tokens=latent_tokens(parts.family, clean))
         frames = batch.frames and {key: value.to(device, non_blocking=True) for key, value in batch.frames.items()}
         conditions = Conditions(
             text=self._text(batch),
@@ -223,10 +226,17 @@ class Trainer:
             control=control,
         )
         precision = parts.run_file.spec.hyperparameters.precision
-        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+        with ExitStack() as stack:
+            for technique in parts.techniques:
+                stack.enter_context(technique.watching())
+            if precision == "bf16":
+                stack.enter_context(torch.autocast(device.type, torch.bfloat16))
             prediction = parts.family.predict(denoiser, prepared.noisy, prepared.time, conditions)
         mask = parts.family.loss_mask(clean, conditions)
-        return (parts.objective.loss(prediction, prepared, mask) * batch.weights.to(device)).sum()
+        seen, weights = Pass(clean, conditions, mask), batch.weights.to(device)
+        losses = [parts.objective.loss(prediction, prepared, mask)]
+        losses += [technique.loss(seen) for technique in parts.techniques]
+        return [(loss * weights).sum() for loss in losses]
 
     def _text(self, batch: MicroBatch) -> Features:
         """Features of the captions on the device: from the cache, or where the adapter trains what reads them made now."""
@@ -260,7 +270,8 @@ class Trainer:
                 step=facts.step,
                 files=names,
             )
-        self._parts.reporter.step_confirmed(facts)
+        techniques = [technique.name for technique in self._parts.techniques]
+        self._parts.reporter.step_confirmed(facts, dict(zip(techniques, facts.techniques, strict=True)))
         return facts.stop, facts.checkpoint_due
 
     def _save(self) -> None:
@@ -314,15 +325,6 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of torch's own generator in one step of one rank: dropout and stochastic rounding draw from it."""
     digest = hashlib.blake2b(f"rank:{seed}:{step}:{rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def _tokens(family: Family, latents: Tensor) -> int:
-    """Tokens of one sample of latents [B, C, H, W], [B, C, F, H, W] or, of sounds, [B, C, T]."""
-    patch = family.facts.patch
-    if latents.ndim == 3:
-        return -(-latents.shape[-1] // patch)
-    frames = latents.shape[2] if latents.ndim == 5 else 1
-    return frames * (latents.shape[-2] // patch) * (latents.shape[-1] // patch)
 
 
 def _pixels(batch: MicroBatch, samples: float) -> float:

@@ -64,21 +64,25 @@ NUMBERS = [
 @pytest.mark.parametrize(("path", "node"), NUMBERS, ids=[path for path, _ in NUMBERS])
 def test_both_take_a_number_at_its_bounds_and_neither_takes_one_beyond(path: str, node: Node) -> None:
     for value, allowed in _at_bounds(node):
-        changed = document(**_owner(path), **{path.removeprefix("spec.").replace(".", "__"): value})
+        changed = document(**_beside(path), **{path.removeprefix("spec.").replace(".", "__"): value})
         structural = [other for other in violations(changed) if other == path and _outside(changed, path)]
         assert bool(structural) is not allowed, (value, structural)
         told = [problem for problem in problems(changed) if problem.path == path and "must be" in problem.message]
         assert any(node.bounds.text() in problem.message for problem in told) is not allowed, (value, told)
 
 
-def _owner(path: str) -> dict[str, str]:
-    """The type of the block that has the field, where blocks have types: the first."""
+def _beside(path: str) -> dict[str, Any]:
+    """What the block that has the field must have as well: where blocks have types the first, and numbers that are required."""
     *blocks, name = path.split(".")
     node: Node = tree()
     for block in blocks:
         node = node.fields[block]
+    others = {key: other for key, other in node.fields.items() if key != name and other.required}
+    found: dict[str, Any] = {key: other.bounds.low for key, other in others.items() if other.kind == "integer"}
     kind = next((kind for kind, names in node.variants.items() if name in names), None)
-    return {} if kind is None else {"__".join((*blocks[1:], "type")): kind}
+    if kind is not None:
+        found["type"] = kind
+    return {"__".join((*blocks[1:], key)): value for key, value in found.items()}
 
 
 def _outside(changed: Document, path: str) -> bool:

@@ -15,6 +15,7 @@ from atelier_operator.planner.memory import Choice, flavour_facts, predict
 from atelier_runtime import components
 from atelier_runtime.families import FAMILIES
 from atelier_runtime.family import Family
+from atelier_runtime.techniques.picture_blocks import picture_blocks
 from family_models import PUBLISHED, published_denoiser
 from family_models.published_parts import without_memory
 from planned_runs import run
@@ -86,6 +87,7 @@ def test_sizes_of_the_denoiser_are_those_of_the_published_config(facts: FamilyFa
     family, model = FAMILIES[facts.name], published_denoiser(facts.name, flavour.name)
     assert flavour.parameters == pytest.approx(count(model), rel=0.01)
     assert flavour.layers == layers_of(family, model)
+    assert flavour.picture_blocks == len(picture_blocks(model, family))
     assert flavour.width == width_of(model.config)
     assert flavour.mlp_width == max(mlp_widths_of(model))
     largest = max(count(block) for block in blocks_of(family, model))

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
@@ -84,7 +85,7 @@ def write_picture(path: Path) -> Path:
     return path
 
 
-def resolved(folder: Path, tiny: str, adapter: str, precision: str) -> RunFile:
+def resolved(folder: Path, tiny: str, adapter: str, precision: str, **spec: Any) -> RunFile:
     video = tiny.startswith("wan")
     base = save_tiny(tiny, folder / "base")
     if tiny == "ace_step":
@@ -115,6 +116,7 @@ def resolved(folder: Path, tiny: str, adapter: str, precision: str) -> RunFile:
         },
         validation={"prompts": [{"text": "a digit"} | shown], "steps": 2, "frames": 5},
         publish={"formats": ["diffusers"]},
+        **spec,
     )
     changes = {
         "strategy": "single",
@@ -198,6 +200,31 @@ def test_three_pictures_and_a_batch_of_four_train_every_picture_once_an_epoch(tm
 
 
 @pytest.mark.usefixtures("alone")
+def test_the_loss_of_a_technique_is_beside_the_objectives_which_is_as_without(tmp_path: Path) -> None:
+    techniques = {"layerSync": {"studentBlock": 0, "teacherBlock": 1}}
+    plan = resolved(tmp_path, "wan_ti2v", "lora", "bf16", techniques=techniques)
+    parts = launch.prepare(launch.open_session(plan, parallel.start(plan.plan), launch.StopFlag()))
+    parts.checkpointer.close()
+    batch = parts.dataset.load(parts.dataset.order.batch(0).slots, step=0, epoch=0)
+    given = (parts.denoisers.wrapped["transformer"], batch, 0, Stage("transformer"))
+    [loss, aligned] = Trainer(parts, lambda: False)._losses(*given)
+    [alone] = Trainer(replace(parts, techniques=()), lambda: False)._losses(*given)
+    assert torch.equal(loss, alone)
+    assert -0.2 * float(batch.weights.sum()) <= aligned < 0
+    aligned.backward()  # type: ignore[no-untyped-call]
+    reached = {name for name, p in parts.state.parameters.items() if p.grad is not None and p.grad.any()}
+    assert reached
+    assert all(name.startswith("transformer.blocks.0.") for name in reached)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_block_that_the_checkpoint_lacks_is_refused_when_training_starts(tmp_path: Path) -> None:
+    plan = resolved(tmp_path, "sd3", "lora", "fp32", techniques={"layerSync": {"studentBlock": 0, "teacherBlock": 9}})
+    with pytest.raises(ConfigError, match=r"spec\.techniques\.layerSync\.teacherBlock is 9; must be at most 2"):
+        launch.prepare(launch.open_session(plan, parallel.start(plan.plan), launch.StopFlag()))
+
+
+@pytest.mark.usefixtures("alone")
 def test_the_loss_of_a_run_does_not_count_on_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a clip that is drawn from its first frame, whatever is predicted for that frame."""
     plan = resolved(tmp_path, "wan_ti2v", "lora", "fp32")
@@ -205,11 +232,12 @@ def test_the_loss_of_a_run_does_not_count_on_what_is_shown(tmp_path: Path, monke
     parts.checkpointer.close()
     trainer, order, predict = Trainer(parts, lambda: False), parts.dataset.order, parts.family.predict
     batch = parts.dataset.load(order.batch(0).slots, step=0, epoch=0)
-    loss = trainer._loss(parts.denoisers.wrapped["transformer"], batch, 0, Stage("transformer"))
+    [loss] = trainer._losses(parts.denoisers.wrapped["transformer"], batch, 0, Stage("transformer"))
 
     def wrong_where_shown(*given: Any) -> torch.Tensor:
         return torch.cat([torch.full_like(given[1][:, :, :1], 100.0), predict(*given)[:, :, 1:]], dim=2)
 
     monkeypatch.setattr(type(parts.family), "predict", lambda _, *given: wrong_where_shown(*given))
-    assert torch.equal(trainer._loss(parts.denoisers.wrapped["transformer"], batch, 0, Stage("transformer")), loss)
+    [other] = trainer._losses(parts.denoisers.wrapped["transformer"], batch, 0, Stage("transformer"))
+    assert torch.equal(other, loss)
     assert loss < 100

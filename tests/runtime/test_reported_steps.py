@@ -32,7 +32,7 @@ class Run:
         self.now += seconds
         self.reporter.learning_rate = 1e-4 * step
         self.reporter.step_finished(step + 1, seconds, pixels=1.0, data_wait_seconds=0.0)
-        self.reporter.step_confirmed(StepFacts(step, 0.5 + step, 1.0, False, False))
+        self.reporter.step_confirmed(StepFacts(step, 0.5 + step, 1.0, False, False), {"layerSync": -0.1 * step})
 
     @property
     def progress(self) -> Progress:
@@ -84,3 +84,4 @@ def test_what_is_not_written_is_not_worked_out(tmp_path: Path, monkeypatch: pyte
             run.step(step)
         assert len(asked) == expected
         assert [row[0] for row in run.reporter.history.rows] == list(range(6))
+        assert run.reporter.history.techniques == {"layerSync": [(step, -0.1 * step) for step in range(6)]}

@@ -114,6 +114,8 @@ FEW = {
     "spec.hyperparameters.microBatchSize": [1, 2, 3, 8],
     "spec.hyperparameters.schedule.warmupSteps": [0, 1, 100],
     "spec.hyperparameters.steps": [1, 99, 1000],
+    "spec.techniques.layerSync.studentBlock": [0, 7, 40],
+    "spec.techniques.layerSync.teacherBlock": [0, 8, 23, 29, 47, 1023],
     "spec.parallelism.nodes": [1, 2, 3],
     "spec.parallelism.gpusPerNode": [0, 1, 2, 8],
     "spec.parallelism.processesPerNode": [1, 2, 3],
@@ -224,6 +226,8 @@ def _mend(sound: Document, path: str) -> None:
             prompt["references"] = ["a.png"][: _trains_on_pairs(spec["model"])]
     elif path.startswith("spec.adapter.tokens") and spec["adapter"].get("type") == "textual-inversion":
         spec["adapter"]["tokens"] = [{"token": "<fox>", "initializer": "fox"}]
+    elif path.startswith("spec.techniques.layerSync"):
+        spec["techniques"].pop("layerSync", None)
     elif path == "spec.publish.formats":
         spec.setdefault("publish", {})["formats"] = [LAYOUTS[spec.get("adapter", {}).get("type", "lora")][0]]
     elif path == "spec.hyperparameters.precision":

@@ -3,6 +3,7 @@
 import gc
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from atelier_runtime.denoisers import Denoisers, gathered_weights
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Conditions, Family, Features, Stage
 from atelier_runtime.parallel.wrap import blocks_of
+from atelier_runtime.techniques import Pass, build_techniques
 from atelier_runtime.trainer import ADAPTER_SLOT, build_run_objective, build_state, sample_generator
 from control_cases import conditions_of
 from family_cases import Case as FamilyCase
@@ -86,7 +88,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train. `tiny` is a pipeline of `family_models`, and `folder` holds its checkpoint; `weight` multiplies gradients."""
+    """One way to train. `tiny` is a pipeline of `family_models`, and `folder` holds its checkpoint; `weight` multiplies gradients.
+
+    `layer_sync` are LayerSync's student and teacher.
+    """
 
     tiny: str
     adapter: str
@@ -98,6 +103,7 @@ class Case:
     accumulation: int = 1
     quantization: Quantization | None = None
     weight: float = 1.0
+    layer_sync: tuple[int, int] | None = None
     steps: int = STEPS
 
     @property
@@ -105,8 +111,9 @@ class Case:
         recompute = "recompute" if self.checkpointing else "keep"
         base = f" {self.quantization}" if self.quantization else ""
         weight = "" if self.weight == 1 else f" times {self.weight:g}"
+        sync = " layersync" if self.layer_sync else ""
         words = (self.tiny, self.adapter, self.precision, self.optimizer, recompute, f"x{self.accumulation}")
-        return " ".join(words) + base + weight
+        return " ".join(words) + base + weight + sync
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,7 @@ class Training:
         hyperparameters = made.spec.hyperparameters.model_copy(update={"seed": 0})
         self.state = build_state(self.denoisers, hyperparameters, self.plan, distributed)
         self._objective = build_run_objective(made, self.family)
+        self._techniques = build_techniques(made.spec.techniques, self.family, self.denoisers.models)
 
     def step(self) -> tuple[float, float]:
         """One optimizer step, of the stages in turn. Gives the global mean of the loss, and the gradient's norm."""
@@ -220,8 +228,13 @@ class Training:
         latents = self.case.samples.latents[list(slots)]
         prepared = self._objective.prepare(latents, generators, stage=stage, tokens=16)
         conditions = self._conditions(slots)
-        prediction = self._predict(denoiser, prepared.noisy, prepared.time, conditions)
-        return self._objective.loss(prediction, prepared, self.family.loss_mask(prediction, conditions))
+        with ExitStack() as stack:
+            for technique in self._techniques:
+                stack.enter_context(technique.watching())
+            prediction = self._predict(denoiser, prepared.noisy, prepared.time, conditions)
+        mask = self.family.loss_mask(prediction, conditions)
+        losses = self._objective.loss(prediction, prepared, mask)
+        return sum((each.loss(Pass(latents, conditions, mask)) for each in self._techniques), losses)
 
     def _conditions(self, slots: range) -> Conditions:
         assert self.case.samples is not None
@@ -278,8 +291,16 @@ def _run_file(case: Case, plan: ExecutionPlan, rank: int) -> RunFile:
         adapter=ADAPTERS[case.adapter],
         hyperparameters=hyperparameters,
         publish={"formats": ["diffusers"]},
+        techniques=_techniques(case),
     )
     return made.model_copy(update={"plan": plan})
+
+
+def _techniques(case: Case) -> dict[str, Any]:
+    if case.layer_sync is None:
+        return {}
+    student, teacher = case.layer_sync
+    return {"layerSync": {"studentBlock": student, "teacherBlock": teacher}}
 
 
 def _is_rounded(weight: Tensor) -> bool:

@@ -22,6 +22,7 @@ FACTS = FamilyFacts(
             source="hf://ACE-Step/ACE-Step-v1-3.5B",
             parameters=3_305_659_264,
             layers=30,
+            text_blocks=6,
             width=2560,
             mlp_width=6400,
             text_tokens=_TEXT_TOKENS,

@@ -30,8 +30,8 @@ class Flavour:
     it, as the checkpoint embeds its guidance (`distilled`). `frames` are those of a clip that an image-to-video checkpoint is shown.
     `quantized_share` is the part of `parameters` that a quantised base keeps in few bits, at most 0.02 too little; `fp32_share` is the
     part that the network's class keeps in fp32 whatever the precision, 0 below 0.01. tests/operator/planner/test_quantized_memory.py
-    measures both. `control_parameters` and `control_layers` are those of the control network that is trained beside it; 0 where none
-    can be.
+    measures both. `text_blocks` are those of `layers` that the text alone goes through. `control_parameters` and `control_layers` are
+    those of the control network that is trained beside it; 0 where none can be.
     """
 
     name: str
@@ -50,8 +50,14 @@ class Flavour:
     frames: tuple[Literal["first", "last"], ...] = ()
     quantized_share: float = 0.98
     fp32_share: float = 0.0
+    text_blocks: int = 0
     control_parameters: int = 0
     control_layers: int = 0
+
+    @property
+    def picture_blocks(self) -> int:
+        """Blocks that the tokens of what is drawn go through."""
+        return self.layers - self.text_blocks
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ _480P = Flavour(
     source=f"{_HUB}480p_t2v",
     parameters=8_326_608_160,
     layers=56,
+    text_blocks=2,
     width=2048,
     mlp_width=8192,
     text_tokens=1256,

@@ -9,6 +9,7 @@ _SFT = Flavour(
     source="hf://kandinskylab/Kandinsky-5.0-T2I-Lite-sft-Diffusers",
     parameters=6_022_080_576,
     layers=52,
+    text_blocks=2,
     width=2560,
     mlp_width=10240,
     text_tokens=512,

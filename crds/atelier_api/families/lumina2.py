@@ -9,6 +9,7 @@ _BASE = Flavour(
     source="hf://Alpha-VLLM/Lumina-Image-2.0",
     parameters=2_609_769_152,
     layers=30,
+    text_blocks=2,
     width=2304,
     mlp_width=9216,
     text_tokens=256,

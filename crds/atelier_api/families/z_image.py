@@ -9,6 +9,7 @@ _TURBO = Flavour(
     source="hf://Tongyi-MAI/Z-Image-Turbo",
     parameters=6_154_908_736,
     layers=34,
+    text_blocks=2,
     width=3840,
     mlp_width=10240,
     text_tokens=512,

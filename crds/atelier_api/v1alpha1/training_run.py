@@ -14,6 +14,7 @@ from atelier_api.v1alpha1.parallelism import Parallelism
 from atelier_api.v1alpha1.references import ProfileRef
 from atelier_api.v1alpha1.schedule import Retry, Schedule
 from atelier_api.v1alpha1.storage import Storage
+from atelier_api.v1alpha1.techniques import Techniques
 from atelier_api.v1alpha1.validation import Publish, Validation
 
 
@@ -47,6 +48,7 @@ class TrainingRunSpec(Block):
     adapter: Adapter = Field(default_factory=LoraAdapter, description="What is trained.")
     data: Data = Field(description="Training data.")
     objective: Objective = Field(default_factory=Objective, description="Objective and loss.")
+    techniques: Techniques = Field(default_factory=Techniques, description="What is trained beside the objective.")
     hyperparameters: Hyperparameters = Field(description="Numbers of the training loop.")
     parallelism: Parallelism = Field(default_factory=Parallelism, description="Processes and strategy.")
     storage: Storage = Field(default_factory=Storage, description="Store of the run.")

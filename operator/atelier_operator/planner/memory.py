@@ -11,16 +11,17 @@ takes the precision's bytes, or, quantised, those of its kind (`atelier_api.quan
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from atelier_api.families import FAMILIES, FamilyFacts, Flavour
-from atelier_api.family_rules import bucket_alignment
 from atelier_api.quantizations import packed_bytes, unpacked_bytes
 from atelier_api.v1alpha1 import TrainingRunSpec
 from atelier_api.v1alpha1.adapter import ControlNetAdapter, FullAdapter, LayerAdapter, TextualInversionAdapter
 from atelier_api.v1alpha1.model import ModelSpec
 from atelier_operator.planner.adapter_sizes import Linear, kept_bytes, parameters
+from atelier_operator.planner.extents import Extent, drawn_extent, trained_extent
 from atelier_operator.planner.sharding import Strategy, shards_of
+from atelier_operator.planner.techniques import compared_bytes
 
 GIB = 1 << 30
 
@@ -56,14 +57,6 @@ and 10.3; their GELUs differ) for each unit of width of each of their 12 and 32 
 
 GUIDED_SAMPLES = 2
 """Samples in a forward pass with classifier-free guidance."""
-
-
-class Extent(NamedTuple):
-    """The size of a sample in pixels and frames; a sound is of 1 x 1, and its frames are samples."""
-
-    width: int
-    height: int
-    frames: int
 
 
 @dataclass(frozen=True)
@@ -205,30 +198,6 @@ def _adapted_layers(adapter: LayerAdapter, model: ModelFacts) -> Iterator[Linear
             yield Linear(model.width, model.mlp_width)
 
 
-def bucket_size(spec: TrainingRunSpec, family: FamilyFacts) -> int:
-    """Edge in pixels of the square bucket, rounded up: no bucket is much larger than this square."""
-    align = bucket_alignment(spec, family)
-    return -(-spec.data.resolution // align) * align
-
-
-def trained_extent(spec: TrainingRunSpec, family: FamilyFacts) -> Extent:
-    """The largest sample that is trained on, or nearly."""
-    if family.sample_rate is not None:
-        return Extent(1, 1, spec.data.audio.max_seconds * family.sample_rate)
-    size = bucket_size(spec, family)
-    return Extent(size, size, spec.data.clip.frames if family.modality == "video" else 1)
-
-
-def _drawn_extent(spec: TrainingRunSpec, family: FamilyFacts) -> Extent:
-    """A sample of a prompt."""
-    validation, data = spec.validation, spec.data
-    if family.sample_rate is not None:
-        return Extent(1, 1, (validation.seconds or data.audio.max_seconds) * family.sample_rate)
-    frames = (validation.frames or data.clip.frames) if family.modality == "video" else 1
-    edge = family.sample_edge or data.resolution
-    return Extent(validation.width or edge, validation.height or edge, frames)
-
-
 def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, device: Literal["cpu", "cuda"]) -> Parts:
     numbers, full, whole = spec.hyperparameters, isinstance(spec.adapter, FullAdapter), _trains_whole_model(spec)
     trained = trained_parameters(spec, model)
@@ -249,7 +218,8 @@ def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, devic
         optimizer=_share(model.experts * trained * optimizer_bytes, shards.optimizer),
         ema=_share(model.experts * trained * 4, shards.ema) if numbers.ema else 0,
         copies=_copies(spec, model, choice, trained_bytes) + _unpacked(spec, model),
-        activations=_activations(spec, model, choice),
+        activations=_activations(spec, model, choice)
+        + choice.micro_batch_size * compared_bytes(spec, model.family, model.width),
         overhead=FIXED_OVERHEAD[device],
     )
 
@@ -365,7 +335,7 @@ def _reference_tokens(family: FamilyFacts, references: int, edge: int) -> int:
 
 def _sample_phase(spec: TrainingRunSpec, model: ModelFacts, train: Parts, frozen: int) -> int:
     """The state of training without its activations, the stock pipeline's other models, and the larger of its two steps."""
-    family, extent = model.family, _drawn_extent(spec, model.family)
+    family, extent = model.family, drawn_extent(spec, model.family)
     precision = _precision_bytes(spec)
     references = max(len(prompt.references) for prompt in spec.validation.prompts)
     edge = family.reference_resolution(family.sample_edge or spec.data.resolution)

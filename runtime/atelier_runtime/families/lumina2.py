@@ -23,7 +23,7 @@ class Lumina2(Family):
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     # The refiners see one modality alone: `noise_refiner` the picture's tokens, `context_refiner` the text's. In `layers` a sample's
     # picture starts where its own text ends, and the shorter samples of a batch end in padding.
-    blocks = (Blocks("noise_refiner"), Blocks("context_refiner", "text"), Blocks("layers", "text|tokens"))
+    blocks = (Blocks("noise_refiner"), Blocks("context_refiner", "text"), Blocks("layers", "text|tokens|padding"))
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [L, 2304] and `mask` [L], all true: after padding in a batch the mask tells the true length."""

@@ -30,7 +30,11 @@ class StableCascade(Family):
     pipeline = "StableCascadePipeline"
     denoisers = ("prior",)
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
-    blocks = tuple(Blocks(f"{half}_blocks.{level}", "maps") for half in ("down", "up") for level in (0, 1))
+    blocks = tuple(
+        Blocks(f"{half}_blocks.{level}", "maps", inner="SDCascadeAttnBlock")
+        for half in ("down", "up")
+        for level in (0, 1)
+    )
     frozen_parameters = (r"clip_img_mapper\.weight",)  # its input is zeros
 
     def pipeline_of(self, pipeline_config: Mapping[str, Any]) -> str:

@@ -27,7 +27,10 @@ class UNet(Family):
 
     denoisers = ("unet",)
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": (*ATTENTION, *MLP, "proj_in", "proj_out")}  # noqa: RUF012
-    blocks = (Blocks("down_blocks", "maps"), Blocks("mid_block.attentions", "maps"), Blocks("up_blocks", "maps"))
+    blocks = tuple(
+        Blocks(attribute, "maps", inner="BasicTransformerBlock")
+        for attribute in ("down_blocks", "mid_block.attentions", "up_blocks")
+    )
     unquantized = (r".*\.time_emb_proj",)
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:

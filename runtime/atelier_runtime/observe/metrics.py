@@ -232,9 +232,21 @@ class TrainMetrics:
             metrics.flush()
             self._flushed_at = now
 
-    def numbers(self, *, loss: float, gradient_norm: float | None, learning_rate: float) -> None:
-        """The numbers of the newest step that is known; they may lag behind `step_finished`, so that no rank waits for its device."""
+    def numbers(
+        self,
+        *,
+        loss: float,
+        gradient_norm: float | None,
+        learning_rate: float,
+        techniques: Mapping[str, float] | None = None,
+    ) -> None:
+        """The numbers of the newest step that is known; they may lag behind `step_finished`, so that no rank waits for its device.
+
+        `techniques` are the losses beside the objective's, by name.
+        """
         if self._main:
+            for name, value in (techniques or {}).items():
+                self._metrics.set_later("train_technique_loss", value, name)
             self._metrics.set_later("train_loss", loss)
             self._metrics.set_later("train_learning_rate", learning_rate, "0")
             if gradient_norm is not None:

@@ -6,7 +6,7 @@ script.
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 
@@ -37,7 +37,8 @@ class Sound:
 class ReportData:
     """Everything the report shows. `facts` are the tiles at the top, `rows` are (step, loss) of every step.
 
-    `samples` maps a step to its pictures or sounds, one per prompt, None where one is missing. `settings` is the run's YAML.
+    `techniques` are such rows of the losses beside the objective's, by name. `samples` maps a step to its pictures or sounds, one per
+    prompt, None where one is missing. `settings` is the run's YAML.
     """
 
     title: str
@@ -53,6 +54,7 @@ class ReportData:
     exports: Sequence[tuple[str, str, str]]
     usage: str
     events: Sequence[str] = field(default_factory=tuple)
+    techniques: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
 
 def render_report(data: ReportData) -> str:
@@ -63,6 +65,7 @@ def render_report(data: ReportData) -> str:
         + "".join(f"<div class=fact><b>{_text(v)}</b><span>{_text(k)}</span></div>" for k, v in data.facts)
         + "</div>",
         _section("Loss", loss_curve(data.rows)),
+        *(_section(f"Loss of {name}", loss_curve(rows)) for name, rows in data.techniques.items()),
         _section("Samples", _gallery(data.prompts, data.samples)) if data.samples else "",
         _section("Data", _funnel(data.funnel)),
         _section("Time", _times(data.seconds)),

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from atelier_api.run_file import ExecutionPlan
 from atelier_api.v1alpha1.hyperparameters import Hyperparameters
-from atelier_runtime.family import Family
+from atelier_runtime.family import Family, named_blocks
 from atelier_runtime.parallel.distributed import Distributed
 from atelier_runtime.parallel.transparent import Transparent
 from atelier_runtime.parallel.zero import STAGES, Partitioned, partition
@@ -120,15 +120,8 @@ def full_state(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def blocks_of(denoiser: nn.Module, family: Family) -> list[nn.Module]:
-    """The family's repeated blocks, in order, whatever lists they lie in. A path that this checkpoint lacks has none."""
-    found: list[nn.Module] = []
-    for blocks in family.blocks:
-        try:
-            part = denoiser.get_submodule(blocks.attribute)
-        except AttributeError:  # a control network has no blocks that lead up
-            continue
-        found.extend(_flatten(part))
-    return found
+    """The family's repeated blocks, in order."""
+    return [block for blocks in family.blocks for _, block in named_blocks(denoiser, blocks)]
 
 
 def _recomputed(block: Callable[..., Any], *arguments: Any) -> Any:
@@ -140,14 +133,6 @@ def _recomputed(block: Callable[..., Any], *arguments: Any) -> Any:
     """
     views = [a.view_as(a) if isinstance(a, Tensor) and a.requires_grad else a for a in arguments]
     return checkpoint(block, *views, use_reentrant=False)
-
-
-def _flatten(module: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(module, nn.ModuleList):
-        for child in module:
-            yield from _flatten(child)
-    else:
-        yield module
 
 
 def _trains_adapter(denoiser: nn.Module) -> bool:

@@ -226,6 +226,14 @@ def test_activations_grow_with_samples_pixels_frames_and_precision() -> None:
     assert kept(run(), gradient_checkpointing=True) < kept(run()) / 5
 
 
+def test_layer_sync_holds_five_copies_of_a_blocks_tokens_in_fp32() -> None:
+    def kept(**changes: Any) -> int:
+        return predicted(run(**changes), micro_batch_size=2).train.activations
+
+    sync = {"techniques__layerSync": {"studentBlock": 8, "teacherBlock": 16}}
+    assert kept(**sync) - kept() == 2 * (64 * 64) * 3072 * 5 * 4
+
+
 def test_sounds_are_counted_by_their_seconds_whatever_pixels_there_would_be() -> None:
     half, whole = (run("ace_step", data__audio__maxSeconds=seconds) for seconds in (60, 120))
     facts = table_facts(whole.spec.model)

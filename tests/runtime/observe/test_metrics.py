@@ -201,7 +201,7 @@ metrics = TrainMetrics.from_environment(rank, os.environ)
 with metrics.phase("forward"):
     pass
 metrics.step_finished(7, samples=4, pixels=64)
-metrics.numbers(loss=0.5, gradient_norm=1.0, learning_rate=1e-4)
+metrics.numbers(loss=0.5, gradient_norm=1.0, learning_rate=1e-4, techniques={"layerSync": -0.1})
 metrics.data_waited(1.5)
 metrics.memory(allocated_bytes=1, reserved_bytes=2)
 with metrics.checkpoint_stall():

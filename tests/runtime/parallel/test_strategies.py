@@ -50,6 +50,10 @@ def fp32_cases(folder: Path) -> Iterator[Case]:
             yield replace(case, adapter="full", accumulation=2)
             yield replace(case, quantization="int8")
             yield replace(case, adapter="boft", quantization="int8")
+            # hooks inside of what is sharded and wrapped
+            yield replace(case, adapter="full", checkpointing=True, layer_sync=(0, 2))
+        if family == "hunyuan_video15":  # a call for each sample
+            yield replace(case, checkpointing=True, layer_sync=(0, 1))
         if family in ("sd3", "wan"):
             yield replace(case, quantization="nf4", checkpointing=True)
         if family in ("sdxl", "flux"):
@@ -120,6 +124,13 @@ def test_only_the_first_rank_is_given_the_whole_weights(trained, strategy: str, 
     assert first.losses == second.losses
     assert first.averages.keys() == second.averages.keys()
     assert all(torch.equal(average, second.averages[name]) for name, average in first.averages.items())
+
+
+@pytest.mark.parametrize("case", [case for case in FP32 if "layersync" in case])
+def test_a_loss_beside_the_objectives_is_trained_on(trained, case: str) -> None:  # type: ignore[no-untyped-def]
+    alone, plain = trained[0]["single", case], trained[0]["single", case.removesuffix(" layersync")]
+    assert all(one < other for one, other in zip(alone.losses, plain.losses, strict=True))
+    assert distance(alone.weights, plain.weights, plain.before) > 1e-3
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full", "controlnet"])

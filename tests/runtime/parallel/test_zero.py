@@ -36,6 +36,11 @@ def fp32_cases(strategy: str, folder: Path) -> Iterator[Case]:
             yield replace(case, adapter="full", accumulation=2)
             yield replace(case, adapter="dylora", checkpointing=True)  # trains another block in each step
             yield replace(case, adapter="ia3", checkpointing=True)
+            yield replace(case, adapter="full", checkpointing=True, layer_sync=(0, 2))
+    # A call for each sample, with hooks inside of what the engine hears of once.
+    yield Case(
+        "hunyuan_video15", "lora", folder / "hunyuan_video15", checkpointing=True, steps=TWO_STEPS, layer_sync=(0, 1)
+    )
     yield Case("wan22", "lora", folder / "wan22", steps=TWO_STEPS)  # two experts, trained in turn
 
 
