@@ -18,6 +18,7 @@ from atelier_api.layouts import LAYOUTS, LYCORIS
 from atelier_api.options import ONLY, Only, node_at
 from atelier_api.quantizations import QUANTIZATIONS
 from atelier_api.rules import HUB_URI, S3_URI, SCHEME
+from atelier_api.sliders import CEL as SLIDER_RULES
 from atelier_api.v1alpha1.profile import EQUAL, NFS_PATH, ONE_KIND, VOLUME_KINDS
 from atelier_api.v1alpha1.validation import PICTURE_FIELDS
 
@@ -104,6 +105,7 @@ def _plain_rules() -> Iterator[CelRule]:
         "with adapter type full the base itself is trained; remove it, or set type lora",
     )
     yield from _conditioning_rules()
+    yield from (CelRule(*rule) for rule in SLIDER_RULES)
     yield from _format_rules()
 
 

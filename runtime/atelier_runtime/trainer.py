@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from atelier_api.errors import DivergedError, StoreError
 from atelier_api.run_file import RunFile
 from atelier_runtime import components, parallel
+from atelier_runtime.adapters import at_strength
 from atelier_runtime.checkpoint import Checkpointer
-from atelier_runtime.data import Dataset, Loader, MicroBatch
+from atelier_runtime.data import Dataset, Loader, MicroBatch, StepBatch
 from atelier_runtime.denoisers import Denoisers
 from atelier_runtime.family import Conditions, Family, Features, Stage
 from atelier_runtime.objectives import Objective, build_objective
@@ -123,10 +124,10 @@ class Trainer:
                 started = time.perf_counter()
                 with parts.metrics.phase("data"):
                     step, micro_batches = next(loader)
-                total_weight = parts.dataset.order.batch(step).total_weight
-                loss, norm = self._step(step, micro_batches, total_weight, loader.read_on)
+                batch = parts.dataset.order.batch(step)
+                loss, norm = self._step(batch, micro_batches, loader.read_on)
                 state.step = step + 1
-                self._names[step] = [name for batch in micro_batches for name in batch.names]
+                self._names[step] = [name for micro_batch in micro_batches for name in micro_batch.names]
                 facts = self._agreement.submit(
                     step,
                     loss,
@@ -142,7 +143,7 @@ class Trainer:
                 parts.reporter.step_finished(
                     state.step,
                     time.perf_counter() - started,
-                    pixels=_pixels(micro_batches[0], total_weight),
+                    pixels=_pixels(micro_batches[0], batch.total_weight),
                     data_wait_seconds=loader.wait_seconds,
                 )
                 due = checkpoint.every_steps > 0 and state.step % checkpoint.every_steps == 0
@@ -165,16 +166,17 @@ class Trainer:
         return not stopped
 
     def _step(
-        self, step: int, micro_batches: Sequence[MicroBatch], total_weight: float, read_on: Callable[[], None]
+        self, batch: StepBatch, micro_batches: Sequence[MicroBatch], read_on: Callable[[], None]
     ) -> tuple[Tensor, Tensor]:
         """One optimizer step. Gives this rank's share of the mean loss, and the norm of the global gradient before clipping.
 
+        `micro_batches` are this rank's part of the batch.
         `read_on` is called where this thread leaves the interpreter to others for a while.
         """
-        parts, metrics = self._parts, self._parts.metrics
+        parts, metrics, step = self._parts, self._parts.metrics, batch.step
         hyperparameters = parts.run_file.spec.hyperparameters
         seed_torch(_step_seed(hyperparameters.seed, step, parts.distributed.rank), parts.distributed.device)
-        stage = self._pick_stage(step)
+        stage = self._pick_stage(batch)
         denoiser = parts.denoisers.wrapped[stage.denoiser]
         if stage.denoiser in parts.denoisers.draws:
             parts.denoisers.draws[stage.denoiser](sample_generator(hyperparameters.seed, step, ADAPTER_SLOT))
@@ -183,18 +185,20 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = rate
         shares = []
-        for index, batch in enumerate(micro_batches):
+        for index, micro_batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            with nullcontext() if last else parallel.no_sync(denoiser):
+            strong = at_strength(parts.denoisers.models.values(), batch.strength)
+            with strong, nullcontext() if last else parallel.no_sync(denoiser):
                 with metrics.phase("forward"):
-                    loss = self._loss(denoiser, batch, step, stage) / total_weight
+                    loss = self._loss(denoiser, micro_batch, step, stage) / batch.total_weight
                 read_on()
                 with metrics.phase("backward"):
                     loss.backward(self._ranks)  # type: ignore[no-untyped-call]
             shares.append(loss.detach())
         with metrics.phase("optimizer"):
             norm = clip_gradients(parts.state.parameters.values(), hyperparameters.gradient_clip)
-            optimizer.step()
+            if batch.strength != 0:  # at 0 there is no gradient, and momentum or weight decay would still move weights
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if parts.state.ema is not None:
                 parts.state.ema.update()
@@ -237,15 +241,14 @@ class Trainer:
         collated = self._parts.family.collate_text(batch.text)
         return {key: value.to(device, non_blocking=True) for key, value in collated.items()}
 
-    def _pick_stage(self, step: int) -> Stage:
+    def _pick_stage(self, batch: StepBatch) -> Stage:
         """The stage of this step, the same on all ranks: one optimizer step trains one denoiser."""
         stages = self._parts.denoisers.stages
         if len(stages) == 1:
             return stages[0]
-        tokens = self._parts.dataset.order.batch(step).tokens
-        return self._parts.objective.pick_stage(
-            stages, sample_generator(self._parts.run_file.spec.hyperparameters.seed, step, STAGE_SLOT), tokens=tokens
-        )
+        seed = self._parts.run_file.spec.hyperparameters.seed
+        generator = sample_generator(seed, batch.step, STAGE_SLOT)
+        return self._parts.objective.pick_stage(stages, generator, tokens=batch.tokens)
 
     def _confirm(self, facts: StepFacts | None) -> tuple[bool, bool]:
         """Report the numbers of a step; raise DivergedError when they are not finite. Gives (stop, checkpoint is due)."""

@@ -96,11 +96,14 @@ class Case:
     checkpointing: bool = False
     accumulation: int = 1
     quantization: Quantization | None = None
+    strengths: tuple[float, ...] = (1.0,)
+    """Of the adapter, in turns: those of a slider's steps."""
 
     @property
     def name(self) -> str:
         recompute = "recompute" if self.checkpointing else "keep"
         base = f" {self.quantization}" if self.quantization else ""
+        base += " slider" if len(self.strengths) > 1 else ""
         return f"{self.family} {self.adapter} {self.precision} {self.optimizer} {recompute} x{self.accumulation}{base}"
 
 
@@ -178,7 +181,8 @@ def train(strategy: str, case: Case) -> Trained:
             size = plan.micro_batch_size
             first = (micro * world + rank) * size
             last = micro == case.accumulation - 1
-            with nullcontext() if last else parallel.no_sync(called):
+            strong = adapters.at_strength([model], case.strengths[step % len(case.strengths)])
+            with strong, nullcontext() if last else parallel.no_sync(called):
                 slots = range(first, first + size)
                 losses_of = _losses(case, family, called, objective, step, slots, trained.encode)
                 loss = losses_of.sum() / GLOBAL_BATCH
