@@ -206,7 +206,9 @@ def test_an_adapter_at_strength_minus_k_is_one_of_that_scale_and_at_0_it_is_the_
                 with adapters.at_strength([model], strength):
                     prediction, target = predicted(fresh, model, conditions)
                     fresh.loss(prediction, target, conditions).backward()
-                return prediction.detach(), {n: p.grad for n, p in adapters.trainable(model).items() if p.grad is not None}
+                return prediction.detach(), {
+                    n: p.grad for n, p in adapters.trainable(model).items() if p.grad is not None
+                }
 
             prediction, gradients = trained_at(0.0)
             torch.testing.assert_close(prediction, base, atol=1e-5, rtol=1e-5)
