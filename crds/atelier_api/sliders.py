@@ -1,8 +1,7 @@
-"""Sliders, and adapters at a strength: what the fields of a run must be to each other, and the same as CEL beside it. Pure."""
+"""Sliders, and adapters at a strength: what the fields of a run must be to each other. Pure; the same as CEL is in `cel`."""
 
 from collections.abc import Iterator
 
-from atelier_api.layouts import LYCORIS
 from atelier_api.problem import Problem, refused
 from atelier_api.v1alpha1 import TrainingRunSpec
 from atelier_api.v1alpha1.adapter import Adapter, LayerAdapter, has_strength, is_slider
@@ -10,31 +9,6 @@ from atelier_api.v1alpha1.data import DataSource
 
 NEEDED = "needs a source with spec.data.sources[].sliderStrength above or below 0, best one of each"
 NORMS = "not with spec.adapter.dora, whose trained norms stay as they are at any strength, also at 0; set one to false"
-
-_SLIDER = "(has(self.adapter.slider) && self.adapter.slider)"
-_DORA = "(has(self.adapter.dora) && self.adapter.dora)"
-
-CEL: tuple[tuple[str, str, str], ...] = (
-    ("adapter.slider", f"!{_SLIDER} || !{_DORA}", NORMS),
-    (
-        "adapter.slider",
-        f"!{_SLIDER} || self.data.sources.exists(source, "
-        "has(source.sliderStrength) && double(source.sliderStrength) != 0.0)",
-        NEEDED,
-    ),
-    (
-        "data.sources",
-        f"{_SLIDER} || self.data.sources.all(source, !has(source.sliderStrength))",
-        "sliderStrength is only for a slider; set spec.adapter.slider to true, or remove it",
-    ),
-    (
-        "validation.prompts",
-        f"(self.adapter.type in {['lora', *LYCORIS]} && !{_DORA}) || "
-        "self.validation.prompts.all(prompt, !has(prompt.adapterStrength))",
-        "adapterStrength is for adapters whose update is multiplied by a number, without dora",
-    ),
-)
-"""Field below spec, rule and message, as in `cel.CelRule`."""
 
 
 def strength_of(source: DataSource, adapter: Adapter) -> float:

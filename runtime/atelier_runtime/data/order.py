@@ -42,6 +42,11 @@ class StepBatch:
     strength: float = 1.0
 
     @property
+    def trains(self) -> bool:
+        """Whether the adapter takes part: at strength 0 it has no gradient, and momentum or weight decay would still move weights."""
+        return self.strength != 0
+
+    @property
     def total_weight(self) -> float:
         """Sum of the slots' weights: how many samples really count."""
         return sum(slot.weight for slot in self.slots)
