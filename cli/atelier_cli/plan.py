@@ -183,7 +183,7 @@ def adapter_text(adapter: Adapter) -> str:
     if isinstance(adapter, TextualInversionAdapter):
         told = (f"{each.token} ({each.vectors} vector{'' if each.vectors == 1 else 's'})" for each in adapter.tokens)
         return f"textual inversion of {', '.join(told)}"
-    name, on = ADAPTERS[adapter.type], f"on {', '.join(adapter.targets)}"
+    name, on = ADAPTERS[adapter.type], f"on {', '.join(adapter.targets)}{', a slider' if adapter.slider else ''}"
     if isinstance(adapter, DiagOftAdapter | BoftAdapter):
         return f"{name} of blocks up to {adapter.block_size}, {on}"
     if isinstance(adapter, Ia3Adapter):

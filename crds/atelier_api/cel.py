@@ -15,6 +15,7 @@ from atelier_api.fields import MISSING
 from atelier_api.layouts import LAYOUTS, LYCORIS
 from atelier_api.options import ONLY, Only, node_at
 from atelier_api.rules import HUB_URI, S3_URI, SCHEME
+from atelier_api.sliders import NEEDED, NORMS
 from atelier_api.v1alpha1.parallelism import DEEPSPEED
 from atelier_api.v1alpha1.profile import EQUAL, NFS_PATH, ONE_KIND, VOLUME_KINDS
 from atelier_api.v1alpha1.validation import PICTURE_FIELDS
@@ -94,6 +95,7 @@ def _plain_rules() -> Iterator[CelRule]:
         "with adapter type full the base itself is trained; remove it, or set type lora",
     )
     yield from _conditioning_rules()
+    yield from _slider_rules()
     yield from _format_rules()
 
 
@@ -149,6 +151,26 @@ def _conditioning_rules() -> Iterator[CelRule]:
             f"self.{field}.all({item}, has({item}.{name}) == ({controlled}))",
             f"{name} is needed for adapter type controlnet, and only there",
         )
+
+
+def _slider_rules() -> Iterator[CelRule]:
+    """Sliders, and samples at a strength."""
+    slider = "(has(self.adapter.slider) && self.adapter.slider)"
+    dora = "(has(self.adapter.dora) && self.adapter.dora)"
+    yield CelRule("adapter.slider", f"!{slider} || !{dora}", NORMS)
+    strong = "has(source.sliderStrength) && double(source.sliderStrength) != 0.0"
+    yield CelRule("adapter.slider", f"!{slider} || self.data.sources.exists(source, {strong})", NEEDED)
+    yield CelRule(
+        "data.sources",
+        f"{slider} || self.data.sources.all(source, !has(source.sliderStrength))",
+        "sliderStrength is only for a slider; set spec.adapter.slider to true, or remove it",
+    )
+    yield CelRule(
+        "validation.prompts",
+        f"(self.adapter.type in {literal(['lora', *LYCORIS])} && !{dora}) || "
+        "self.validation.prompts.all(prompt, !has(prompt.adapterStrength))",
+        "adapterStrength is for adapters whose update is multiplied by a number, without dora",
+    )
 
 
 def _adapter_rules() -> Iterator[CelRule]:

@@ -11,6 +11,7 @@ from atelier_api.family_rules import FAMILY_RULES
 from atelier_api.layouts import LAYOUTS, written
 from atelier_api.options import unused
 from atelier_api.problem import Problem, choice, refused, shown
+from atelier_api.sliders import slider_notes, slider_rules
 from atelier_api.technique_rules import TECHNIQUE_FAMILY_RULES, TECHNIQUE_RULES
 from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
 from atelier_api.v1alpha1.adapter import (
@@ -56,7 +57,7 @@ def broken(run: TrainingRun) -> list[Problem]:
 def notes(run: TrainingRun) -> list[str]:
     """What the run asks for and will not get, or had better not, without being wrong: one sentence each."""
     facts, kind, formats = FAMILIES.get(run.spec.model.family), run.spec.adapter.type, run.spec.publish.formats
-    return [*_format_notes(kind, formats, facts), *_quantization_notes(run.spec, facts)]
+    return [*_format_notes(kind, formats, facts), *_quantization_notes(run.spec, facts), *slider_notes(run.spec)]
 
 
 def _format_notes(kind: str, formats: Sequence[str], facts: FamilyFacts | None) -> list[str]:
@@ -319,5 +320,6 @@ RULES: tuple[Callable[[TrainingRunSpec], Iterator[Problem]], ...] = (
     _processes,
     _deepspeed,
     _conditioning,
+    slider_rules,
     _publish,
 )

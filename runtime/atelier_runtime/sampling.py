@@ -13,7 +13,7 @@ from torch import nn
 from atelier_api.run_file import RunFile
 from atelier_api.v1alpha1.adapter import TextualInversionAdapter
 from atelier_runtime import components
-from atelier_runtime.adapters import show_tokens
+from atelier_runtime.adapters import at_strength, show_tokens
 from atelier_runtime.data.sound import write_sound
 from atelier_runtime.family import Family, SampleRequest
 from atelier_runtime.parallel import Distributed, shards_weights
@@ -63,7 +63,9 @@ def draw_samples(
         for module in denoisers.values():
             module.eval()
         for index in mine:
+            strength = prompts[index].adapter_strength
             with (
+                at_strength(denoisers.values(), 1.0 if strength is None else strength),
                 torch.no_grad(),
                 torch.autocast(distributed.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
             ):

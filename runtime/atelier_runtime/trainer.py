@@ -22,8 +22,9 @@ from atelier_api.errors import DivergedError, StoreError
 from atelier_api.run_file import ExecutionPlan, RunFile
 from atelier_api.v1alpha1.hyperparameters import Hyperparameters
 from atelier_runtime import components, parallel
+from atelier_runtime.adapters import at_strength
 from atelier_runtime.checkpoint import Checkpointer
-from atelier_runtime.data import Dataset, Loader, MicroBatch
+from atelier_runtime.data import Dataset, Loader, MicroBatch, StepBatch
 from atelier_runtime.denoisers import Denoisers
 from atelier_runtime.family import Conditions, Family, Features, Stage, latent_tokens
 from atelier_runtime.objectives import Objective, build_objective
@@ -133,10 +134,10 @@ class Trainer:
                 started = time.perf_counter()
                 with parts.metrics.phase("data"):
                     step, micro_batches = next(loader)
-                total_weight = parts.dataset.order.batch(step).total_weight
-                losses, norm = self._step(step, micro_batches, total_weight, loader.read_on)
+                batch = parts.dataset.order.batch(step)
+                losses, norm = self._step(batch, micro_batches, loader.read_on)
                 state.step = step + 1
-                self._names[step] = [name for batch in micro_batches for name in batch.names]
+                self._names[step] = [name for micro_batch in micro_batches for name in micro_batch.names]
                 facts = self._agreement.submit(
                     step,
                     losses,
@@ -152,7 +153,7 @@ class Trainer:
                 parts.reporter.step_finished(
                     state.step,
                     time.perf_counter() - started,
-                    pixels=_pixels(micro_batches[0], total_weight),
+                    pixels=_pixels(micro_batches[0], batch.total_weight),
                     data_wait_seconds=loader.wait_seconds,
                 )
                 due = checkpoint.every_steps > 0 and state.step % checkpoint.every_steps == 0
@@ -175,31 +176,34 @@ class Trainer:
         return not stopped
 
     def _step(
-        self, step: int, micro_batches: Sequence[MicroBatch], total_weight: float, read_on: Callable[[], None]
+        self, batch: StepBatch, micro_batches: Sequence[MicroBatch], read_on: Callable[[], None]
     ) -> tuple[list[Tensor], Tensor]:
         """One optimizer step. Gives this rank's shares of the mean losses, and the norm of the global gradient before clipping.
 
+        `micro_batches` are this rank's part of the batch.
         `read_on` is called where this thread leaves the interpreter to others for a while.
         """
-        parts, metrics = self._parts, self._parts.metrics
+        parts, metrics, step = self._parts, self._parts.metrics, batch.step
         hyperparameters = parts.run_file.spec.hyperparameters
         seed_torch(_step_seed(hyperparameters.seed, step, parts.distributed.rank), parts.distributed.device)
-        stage = self._pick_stage(step)
+        stage = self._pick_stage(batch)
         denoiser = parts.denoisers.wrapped[stage.denoiser]
         if stage.denoiser in parts.denoisers.draws:
             parts.denoisers.draws[stage.denoiser](sample_generator(hyperparameters.seed, step, ADAPTER_SLOT))
         rate = learning_rate_at(step, hyperparameters, parts.run_file.plan.learning_rate)
         shares = []
-        for index, batch in enumerate(micro_batches):
-            with parallel.micro_batch(denoiser, last=index == len(micro_batches) - 1):
-                with metrics.phase("forward"):
-                    losses = [loss / total_weight for loss in self._losses(denoiser, batch, step, stage)]
-                read_on()
-                with metrics.phase("backward"):
-                    functools.reduce(torch.add, losses).backward(self._ranks)  # type: ignore[no-untyped-call]
-            shares.append([loss.detach() for loss in losses])
+        with at_strength(parts.denoisers.models.values(), batch.strength), torch.set_grad_enabled(batch.trains):
+            for index, micro_batch in enumerate(micro_batches):
+                with parallel.micro_batch(denoiser, last=index == len(micro_batches) - 1):
+                    with metrics.phase("forward"):
+                        losses = [loss / batch.total_weight for loss in self._losses(denoiser, micro_batch, step, stage)]
+                    read_on()
+                    if batch.trains:
+                        with metrics.phase("backward"):
+                            functools.reduce(torch.add, losses).backward(self._ranks)  # type: ignore[no-untyped-call]
+                shares.append([loss.detach() for loss in losses])
         with metrics.phase("optimizer"):
-            norm = parts.state.update(stage.denoiser, rate)
+            norm = parts.state.update(stage.denoiser, rate) if batch.trains else shares[0][0].new_zeros(())
         parts.reporter.learning_rate = rate
         return [functools.reduce(torch.add, column) for column in zip(*shares, strict=True)], norm
 
@@ -246,15 +250,14 @@ class Trainer:
         collated = self._parts.family.collate_text(batch.text)
         return {key: value.to(device, non_blocking=True) for key, value in collated.items()}
 
-    def _pick_stage(self, step: int) -> Stage:
+    def _pick_stage(self, batch: StepBatch) -> Stage:
         """The stage of this step, the same on all ranks: one optimizer step trains one denoiser."""
         stages = self._parts.denoisers.stages
         if len(stages) == 1:
             return stages[0]
-        tokens = self._parts.dataset.order.batch(step).tokens
-        return self._parts.objective.pick_stage(
-            stages, sample_generator(self._parts.run_file.spec.hyperparameters.seed, step, STAGE_SLOT), tokens=tokens
-        )
+        seed = self._parts.run_file.spec.hyperparameters.seed
+        generator = sample_generator(seed, batch.step, STAGE_SLOT)
+        return self._parts.objective.pick_stage(stages, generator, tokens=batch.tokens)
 
     def _confirm(self, facts: StepFacts | None) -> tuple[bool, bool]:
         """Report the numbers of a step; raise DivergedError when they are not finite. Gives (stop, checkpoint is due)."""

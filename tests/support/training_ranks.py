@@ -25,7 +25,7 @@ from atelier_api.v1alpha1.adapter import (
 )
 from atelier_api.v1alpha1.hyperparameters import Ema, Hyperparameters, Optimizer
 from atelier_runtime import parallel
-from atelier_runtime.adapters import Encode
+from atelier_runtime.adapters import Encode, at_strength
 from atelier_runtime.control import CONTROL_NETWORK, Controlled
 from atelier_runtime.denoisers import Denoisers, gathered_weights
 from atelier_runtime.families import get_family
@@ -105,11 +105,14 @@ class Case:
     weight: float = 1.0
     layer_sync: tuple[int, int] | None = None
     steps: int = STEPS
+    strengths: tuple[float, ...] = (1.0,)
+    """Of the adapter, in turns: those of a slider's steps."""
 
     @property
     def name(self) -> str:
         recompute = "recompute" if self.checkpointing else "keep"
         base = f" {self.quantization}" if self.quantization else ""
+        base += " slider" if len(self.strengths) > 1 else ""
         weight = "" if self.weight == 1 else f" times {self.weight:g}"
         sync = " layersync" if self.layer_sync else ""
         words = (self.tiny, self.adapter, self.precision, self.optimizer, recompute, f"x{self.accumulation}")
@@ -188,15 +191,18 @@ class Training:
         denoiser = self.denoisers.wrapped[stage.denoiser]
         if stage.denoiser in self.denoisers.draws:
             self.denoisers.draws[stage.denoiser](sample_generator(0, step, ADAPTER_SLOT))
+        strength = case.strengths[step % len(case.strengths)]
         share = torch.zeros(())
-        for micro in range(case.accumulation):
-            first = (micro * self.world + self.rank) * size
-            with parallel.micro_batch(denoiser, last=micro == case.accumulation - 1):
-                loss = self._losses(denoiser, stage, range(first, first + size)).sum() / GLOBAL_BATCH
-                (loss * self.world * case.weight).backward()
-            share += loss.detach()
+        with at_strength(self.denoisers.models.values(), strength), torch.set_grad_enabled(strength != 0):
+            for micro in range(case.accumulation):
+                first = (micro * self.world + self.rank) * size
+                with parallel.micro_batch(denoiser, last=micro == case.accumulation - 1):
+                    loss = self._losses(denoiser, stage, range(first, first + size)).sum() / GLOBAL_BATCH
+                    if strength != 0:
+                        (loss * self.world * case.weight).backward()
+                share += loss.detach()
         torch.distributed.all_reduce(share)
-        norm = self.state.update(stage.denoiser, self.plan.learning_rate)
+        norm = self.state.update(stage.denoiser, self.plan.learning_rate) if strength != 0 else 0.0
         self.state.step += 1
         return float(share), float(norm)
 

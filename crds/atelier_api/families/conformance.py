@@ -20,6 +20,7 @@ CELLS = {
     "lora": "Every matrix of a LoRA gets a gradient and nothing else does.",
     "export": "An exported LoRA, loaded as the report says, gives the stock pipeline the prediction of training.",
     "lycoris": "A LoKr changes nothing at its start and trains on every target.",
+    "slider": "At strength 0 a LoRA and a LoKr leave the base and get no gradient; at -1.5 they are networks of that scale.",
     "full": "Full-rank training reaches every parameter, but for those that are dead by design and named.",
     "recompute": "Gradient checkpointing changes neither loss nor gradients.",
     "bf16": "A bf16 forward pass is close to the fp32 one.",

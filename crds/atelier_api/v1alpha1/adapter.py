@@ -22,6 +22,12 @@ Alpha = Annotated[
     ),
 ]
 Dora = Annotated[bool, Field(description="Weight decomposition (DoRA, arXiv:2402.09353).")]
+Slider = Annotated[
+    bool,
+    Field(
+        description="Train a slider (arXiv:2311.12092): in each step the update is multiplied by the `sliderStrength` of that step's samples. The result does more of something at weight 1, and less of it at -1. Not with `dora`."
+    ),
+]
 Targets = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=512)]],
     Field(
@@ -55,6 +61,7 @@ class LoraAdapter(Block):
     )
     dora: Dora = False
     rslora: bool = Field(default=False, description="Rank-stabilised scale alpha / sqrt(rank) (arXiv:2312.03732).")
+    slider: Slider = False
     targets: Targets = Field(default=["attention"])
 
 
@@ -75,6 +82,7 @@ class LokrAdapter(Block):
         description="Make the first factor low-rank as well, where the rank is below half its longer side.",
     )
     dora: Dora = False
+    slider: Slider = False
     targets: Targets = Field(default=["attention"])
 
 
@@ -85,6 +93,7 @@ class LohaAdapter(Block):
     rank: Rank = 32
     alpha: Alpha = None
     dora: Dora = False
+    slider: Slider = False
     targets: Targets = Field(default=["attention"])
 
 
@@ -95,6 +104,7 @@ class LoconAdapter(Block):
     rank: Rank = 64
     alpha: Alpha = None
     dora: Dora = False
+    slider: Slider = False
     targets: Targets = Field(default=["attention"])
 
 
@@ -103,6 +113,7 @@ class DiagOftAdapter(Block):
 
     type: Literal["diag-oft"]
     block_size: BlockSize = 64
+    slider: Slider = False
     targets: Targets = Field(default=["attention"])
 
 
@@ -111,6 +122,7 @@ class BoftAdapter(Block):
 
     type: Literal["boft"]
     block_size: BlockSize = 64
+    slider: Slider = False
     targets: Targets = Field(default=["attention"])
 
 
@@ -126,6 +138,7 @@ class DyloraAdapter(Block):
         le=1024,
         description="Ranks that are trained together: each step draws one block of them and uses it and those before it. Must divide the rank; the result can be cut to its multiples.",
     )
+    slider: Slider = False
     targets: Targets = Field(default=["attention"])
 
 
@@ -138,6 +151,7 @@ class Ia3Adapter(Block):
         max_length=32,
         description="Those of the targets whose inputs are scaled instead of their outputs, in the same form. The paper has the last layer of each feed-forward here.",
     )
+    slider: Slider = False
     targets: Targets = Field(default=["attention"])
 
 
@@ -215,3 +229,17 @@ def rebuilds_weights(adapter: Adapter) -> bool:
     if isinstance(adapter, DiagOftAdapter | BoftAdapter):
         return True
     return isinstance(adapter, DecomposableAdapter) and adapter.dora
+
+
+def is_slider(adapter: Adapter) -> bool:
+    """Whether the strength of the adapter is that of each step's samples."""
+    return isinstance(adapter, LayerAdapter) and adapter.slider
+
+
+def has_strength(adapter: Adapter) -> bool:
+    """Whether the update can be multiplied by a number, such that at 0 it is the base that is left.
+
+    Weight decomposition has trained norms beside its update, which no number multiplies.
+    """
+    decomposes = isinstance(adapter, LoraAdapter | DecomposableAdapter) and adapter.dora
+    return isinstance(adapter, LayerAdapter) and not decomposes

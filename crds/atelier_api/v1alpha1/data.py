@@ -19,6 +19,10 @@ class DataSource(Block):
         description="A folder (relative to the run's YAML) or `s3://bucket/prefix`.", min_length=1, max_length=2048
     )
     repeats: int = Field(default=0, ge=0, le=1000, description="Extra passes over this source in each epoch.")
+    slider_strength: Annotated[Decimal, Field(ge=-10, le=10)] | None = Field(
+        default=None,
+        description="Of which end of a slider (`adapter.slider`) these samples are: above 0 of more, below 0 of less. The adapter's update is multiplied by it in their steps. Without it, as with 0, they are neutral: their steps see the base alone and train nothing.",
+    )
     references: list[ReferencePlace] = Field(
         default=[],
         max_length=MOST_REFERENCES,

@@ -44,7 +44,10 @@ class ValidationPrompt(Block):
         default=None,
         description="How much of the control network counts, for adapter type `controlnet`: 0 is the base alone, 1 what was trained.",
     )
-
+    adapter_strength: Annotated[Decimal, Field(ge=-10, le=10)] | None = Field(
+        default=None,
+        description="What the adapter's update is multiplied by for this sample, of a slider how far it is pushed: 0 is the base alone, 1 what was trained. For adapters that are put on layers, without `dora`. Default: 1.",
+    )
     lyrics: str | None = Field(
         default=None, max_length=4096, description="Words that are sung, for audio families; lines as they are."
     )

@@ -12,6 +12,7 @@ from atelier_runtime.adapters.controlnet import build_control_network
 from atelier_runtime.adapters.full import install_full
 from atelier_runtime.adapters.lora import ADAPTER_NAME, install_lora
 from atelier_runtime.adapters.report import AdapterReport, Draw, Encode
+from atelier_runtime.adapters.strength import at_strength
 from atelier_runtime.adapters.targets import resolve_targets
 from atelier_runtime.adapters.textual_inversion import install_tokens, show_tokens
 from atelier_runtime.family import Family
@@ -21,6 +22,7 @@ __all__ = [
     "AdapterReport",
     "Draw",
     "Encode",
+    "at_strength",
     "build_control_network",
     "install",
     "resolve_targets",

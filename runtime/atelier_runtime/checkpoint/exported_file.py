@@ -118,6 +118,7 @@ def details_of(run_file: RunFile, family: Family, component: str, provenance: Pr
             "atelier.alpha": adapter.rank if adapter.alpha is None else adapter.alpha,
             "atelier.dora": adapter.dora,
             "atelier.rslora": adapter.rslora,
+            "atelier.slider": adapter.slider,
         }
     elif isinstance(adapter, LycorisAdapter):
         details |= _lycoris_details(adapter)

@@ -11,6 +11,6 @@ order     which samples a step takes    dataset   what a micro-batch is made of 
 from atelier_runtime.data.build import build_dataset
 from atelier_runtime.data.dataset import Dataset, MicroBatch
 from atelier_runtime.data.loader import Loader
-from atelier_runtime.data.order import SampleOrder, Slot, StepBatch
+from atelier_runtime.data.order import SampleOrder, SliderOrder, Slot, StepBatch
 
-__all__ = ["Dataset", "Loader", "MicroBatch", "SampleOrder", "Slot", "StepBatch", "build_dataset"]
+__all__ = ["Dataset", "Loader", "MicroBatch", "SampleOrder", "SliderOrder", "Slot", "StepBatch", "build_dataset"]

@@ -13,7 +13,8 @@ import torch
 
 from atelier_api.errors import ConfigError, StoreError
 from atelier_api.run_file import RunFile
-from atelier_api.v1alpha1.adapter import TextualInversionAdapter
+from atelier_api.sliders import strength_of
+from atelier_api.v1alpha1.adapter import Adapter, TextualInversionAdapter, is_slider
 from atelier_runtime import components
 from atelier_runtime.data.buckets import Bucket, alignment
 from atelier_runtime.data.cache import Cache, remove_leftovers
@@ -23,7 +24,7 @@ from atelier_runtime.data.dataset import CaptionDraws, Columns, Dataset
 from atelier_runtime.data.encode import Builder, Encoders, LatentJob, Limits, TextJob
 from atelier_runtime.data.funnel import Fate, Funnel, refuse_empty
 from atelier_runtime.data.keys import Encoding, FolderHashes, pipeline_flags, text_components
-from atelier_runtime.data.order import SampleOrder
+from atelier_runtime.data.order import SampleOrder, SliderOrder
 from atelier_runtime.data.prepare import (
     Companion,
     Sample,
@@ -75,7 +76,7 @@ def build_dataset(run_file: RunFile, family: Family, dist: Ranks, report: Report
         refuse_empty(outcome, kinds)
     if dist.rank == 0:
         log.info("samples chosen", extra=outcome.model_dump(exclude={"rejected"}))
-    columns, fingerprint = _columns(kept, cache, rule.unit if isinstance(rule, SoundRule) else 0)
+    columns, fingerprint = _columns(kept, cache, rule.unit if isinstance(rule, SoundRule) else 0, run_file.spec.adapter)
     if in_step:
         columns = _with_texts(columns, kept)
     told = cache.read(_row(cache, shared)) if shared else {}
@@ -295,14 +296,16 @@ def _kept(keyed: Sequence[_Keyed], rejected: Mapping[bytes, str], funnel: Funnel
     return [item for item in keyed if rejected.keys().isdisjoint(item.needed)]
 
 
-def _columns(keyed: Sequence[_Keyed], cache: Cache, unit: int) -> tuple[Columns, str]:
+def _columns(keyed: Sequence[_Keyed], cache: Cache, unit: int, adapter: Adapter) -> tuple[Columns, str]:
     """The samples as rows of the cache, and a digest over all of them. `unit`: samples of a sound that make a latent; else 0."""
     digest = hashlib.sha256()
     captions, first = [], [0]
     references = np.full((len(keyed), max(len(item.references) for item in keyed)), -1, np.int64)
     for number, item in enumerate(keyed):
         pictures = [item.latents, *item.references, *([] if item.condition is None else [item.condition])]
-        digest.update(repr(([*pictures, *item.captions], item.sample.repeats)).encode())
+        source = item.sample.source
+        strength = [strength_of(source, adapter)] if is_slider(adapter) else []
+        digest.update(repr(([*pictures, *item.captions], source.repeats, *strength)).encode())
         references[number, : len(item.references)] = [_row(cache, key) for key in item.references]
         captions += [-1 if item.in_step else _row(cache, key) for key in item.captions]
         first.append(len(captions))
@@ -339,25 +342,33 @@ def _shapes(sample: Sample) -> tuple[Bucket, ...]:
     return (sample.placement.bucket, *(reference.placement.bucket for reference in sample.references))
 
 
-def _order(samples: Sequence[Sample], run_file: RunFile, family: Family) -> SampleOrder:
-    hyperparameters = run_file.spec.hyperparameters
-    buckets = sorted({_shapes(sample) for sample in samples})
-    number = {shapes: i for i, shapes in enumerate(buckets)}
-    order = SampleOrder(
-        np.array([number[_shapes(sample)] for sample in samples], np.int32),
-        np.array([sample.repeats for sample in samples], np.int32),
-        tokens=tuple(family.facts.latent_tokens(own.width, own.height, own.frames) for own, *_ in buckets),
-        global_batch_size=hyperparameters.global_batch_size,
-        seed=hyperparameters.seed,
-    )
-    places = order.steps_per_epoch * hyperparameters.global_batch_size
+def _order(samples: Sequence[Sample], run_file: RunFile, family: Family) -> SampleOrder | SliderOrder:
+    hyperparameters, adapter = run_file.spec.hyperparameters, run_file.spec.adapter
+    alike = [(strength_of(sample.source, adapter), _shapes(sample)) for sample in samples]
+    buckets = sorted(set(alike))
+    number = {bucket: i for i, bucket in enumerate(buckets)}
+    of_samples = np.array([number[bucket] for bucket in alike], np.int32)
+    repeats = np.array([sample.source.repeats for sample in samples], np.int32)
+    tokens = tuple(family.facts.latent_tokens(own.width, own.height, own.frames) for _, (own, *_) in buckets)
+    size, seed = hyperparameters.global_batch_size, hyperparameters.seed
+    if is_slider(adapter):
+        strengths = tuple(strength for strength, _ in buckets)
+        slider = SliderOrder(of_samples, repeats, strengths=strengths, tokens=tokens, global_batch_size=size, seed=seed)
+        for part in slider.parts:
+            _log_order(part, len(buckets), size)
+        return slider
+    order = SampleOrder(of_samples, repeats, tokens=tokens, global_batch_size=size, seed=seed)
+    _log_order(order, len(buckets), size)
+    return order
+
+
+def _log_order(order: SampleOrder, buckets: int, size: int) -> None:
     log.info(
         "order of samples",
         extra={
-            "buckets": len(buckets),
+            "buckets": buckets,
             "steps_per_epoch": order.steps_per_epoch,
             "samples": order.samples_per_epoch,
-            "filled_up": places - order.samples_per_epoch,
+            "filled_up": order.steps_per_epoch * size - order.samples_per_epoch,
         },
     )
-    return order

@@ -11,7 +11,7 @@ from torch import Tensor
 from atelier_api.progress import FunnelReport
 from atelier_runtime.data.cache import FRAMES, Cache
 from atelier_runtime.data.captions import chosen, is_dropped
-from atelier_runtime.data.order import SampleOrder, Slot
+from atelier_runtime.data.order import SampleOrder, SliderOrder, Slot
 from atelier_runtime.family import Features
 
 
@@ -93,7 +93,7 @@ class Dataset:
         self,
         columns: Columns,
         cache: Cache,
-        order: SampleOrder,
+        order: SampleOrder | SliderOrder,
         draws: CaptionDraws,
         *,
         funnel: FunnelReport,

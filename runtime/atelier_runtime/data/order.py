@@ -3,11 +3,13 @@
 An epoch is cut into batches of one bucket each; every sample appears repeats + 1 times. Samples are shuffled inside their
 bucket, then the batches of all buckets are shuffled. The last batch of a bucket is filled up with slots of weight 0, so a
 batch always has the same number of slots and nothing is dropped, however small a bucket is.
+
+A slider's samples are cut by their sign as well: each sign has epochs of its own, and the signs take turns step by step.
 """
 
 import hashlib
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +29,22 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """The global batch of a step. `tokens` are the latent tokens of one of its samples."""
+    """The global batch of a step. `tokens` are the latent tokens of one of its samples.
+
+    `strength` is what the adapter's update is multiplied by in this step.
+    """
 
     step: int
     epoch: int
     bucket: int
     tokens: int
     slots: tuple[Slot, ...]
+    strength: float = 1.0
+
+    @property
+    def trains(self) -> bool:
+        """Whether the adapter takes part: at strength 0 it has no gradient, and momentum or weight decay would still move weights."""
+        return self.strength != 0
 
     @property
     def total_weight(self) -> float:
@@ -52,19 +63,21 @@ class SampleOrder:
         tokens: tuple[int, ...],
         global_batch_size: int,
         seed: int,
+        numbers: NDArray[np.int64] | None = None,
     ) -> None:
-        """`buckets` [N] and `repeats` [N] per sample; `tokens` per bucket."""
+        """`buckets` [N] and `repeats` [N] per sample; `tokens` per bucket. `numbers` [N] are the samples' own: 0, 1, … by default."""
         if len(buckets) == 0:
             raise ValueError("an order needs at least one sample")
         self._seed = seed
         self._size = global_batch_size
         self._tokens = tokens
         times = repeats.astype(np.int64) + 1
+        numbers = np.arange(len(buckets)) if numbers is None else numbers
         by_bucket = np.argsort(buckets, kind="stable")
         ends = np.searchsorted(buckets[by_bucket], np.arange(len(tokens)), side="right")
         # Each bucket's samples, every one as often as an epoch shows it.
         self._items = [
-            np.repeat(members, times[members]).astype(np.int32) for members in np.split(by_bucket, ends[:-1])
+            np.repeat(numbers[members], times[members]).astype(np.int32) for members in np.split(by_bucket, ends[:-1])
         ]
         batches = [-(-len(items) // global_batch_size) for items in self._items]
         self._starts = np.concatenate([[0], np.cumsum(batches)])
@@ -115,6 +128,53 @@ class SampleOrder:
                 del self._shuffled[old]
             self._shuffled[key] = _shuffle((self._seed, epoch, bucket), length)
         return self._shuffled[key]
+
+
+class SliderOrder:
+    """Which samples a step of a slider trains on: positive, negative and neutral ones in turns, of the signs that there are.
+
+    The samples of a sign come in the order that they would have as a training set of their own, so inside an epoch of that sign each
+    comes repeats + 1 times. Every sign has as many steps, however many samples it has. A batch has one bucket, and so one strength.
+    """
+
+    def __init__(
+        self,
+        buckets: NDArray[np.int32],
+        repeats: NDArray[np.int32],
+        *,
+        strengths: tuple[float, ...],
+        tokens: tuple[int, ...],
+        global_batch_size: int,
+        seed: int,
+    ) -> None:
+        """As of a SampleOrder; `strengths` per bucket, since samples of unequal strength are in unequal buckets."""
+        self._strengths = strengths
+        signs = np.sign(strengths)[buckets]
+        members = [np.flatnonzero(signs == sign) for sign in (1, -1, 0)]
+        self.parts = tuple(
+            SampleOrder(
+                buckets[each],
+                repeats[each],
+                tokens=tokens,
+                global_batch_size=global_batch_size,
+                seed=seed,
+                numbers=each,
+            )
+            for each in members
+            if len(each)
+        )
+        """The orders of the signs, in their turn."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps after which every sample has come repeats + 1 times or more often."""
+        return len(self.parts) * max(part.steps_per_epoch for part in self.parts)
+
+    def batch(self, step: int) -> StepBatch:
+        """The global batch of a step; its epoch is that of its sign. Safe to call from several threads."""
+        turn, part = divmod(step, len(self.parts))
+        batch = self.parts[part].batch(turn)
+        return replace(batch, step=step, strength=self._strengths[batch.bucket])
 
 
 def _shuffle(key: tuple[int, ...], length: int) -> NDArray[np.int64]:

@@ -89,7 +89,7 @@ class Companion:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A kept sample: `content` is the file's SHA-256, `captions` the alternatives it trains on.
+    """A kept sample of a source: `content` is the file's SHA-256, `captions` the alternatives it trains on.
 
     `songs` are what a sound's text encoder is told instead of each caption alone.
     """
@@ -99,7 +99,7 @@ class Sample:
     content: str
     placement: Placement
     captions: tuple[str, ...]
-    repeats: int
+    source: DataSource
     references: tuple[Companion, ...] = ()
     songs: tuple[Song, ...] = ()
     condition: Companion | None = None
@@ -286,9 +286,9 @@ def select(scanned: Sequence[Scanned], run_file: RunFile, family: Family, funnel
         if isinstance(rule, SoundRule):
             lyrics = (item.lyrics.text or "").strip() if item.lyrics else ""
             songs = tuple(Song(caption, lyrics, placement.length / rule.rate) for caption in captions)
-        repeats = data.sources[item.found.source].repeats
+        source = data.sources[item.found.source]
         path = item.found.file.path
-        samples.append(Sample(name, path, seen.content, placement, captions, repeats, references, songs, condition))
+        samples.append(Sample(name, path, seen.content, placement, captions, source, references, songs, condition))
     return samples
 
 
