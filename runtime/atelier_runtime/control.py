@@ -5,6 +5,7 @@ out of its blocks is added to what goes through the base. Its outputs start at z
 """
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +26,10 @@ class Control(ABC):
     """The argument of the pipeline that takes the conditioning picture."""
     takes: ClassVar[Literal["pixels", "latents"]]
     """What the network is given of it: pixels [B, 3, H, W] in [0, 1], or what `Family.encode_condition` makes."""
+    drawn: ClassVar[bool] = True
+    """Whether the pipeline draws latents of the picture from their posterior; else it takes the mean."""
+    lists: ClassVar[tuple[str, ...]] = ()
+    """Lists of repeated blocks of the network, beside those that the base has by the same name."""
 
     @abstractmethod
     def copied(self, base: nn.Module) -> nn.Module:
@@ -41,6 +46,40 @@ class Control(ABC):
         """What `base` gives for the arguments `given` and `named` with the outputs of `network`, times `scale`, in their places."""
 
 
+class BlockControl(Control):
+    """A network of ours, which is called in the middle of the base's pass: see `atelier_runtime.networks.steering`."""
+
+    picture = "control_image"
+    takes = "latents"
+    drawn = False
+
+    def copied(self, base: nn.Module) -> nn.Module:
+        from atelier_runtime import networks
+
+        network: nn.Module = getattr(networks, self.network).from_transformer(base)
+        return network
+
+    def unused(self, network: Any) -> tuple[str, ...]:
+        names: tuple[str, ...] = network.unused
+        return names
+
+    def predict(
+        self, base: nn.Module, network: nn.Module, condition: Tensor, scale: float, *given: Any, **named: Any
+    ) -> Any:
+        from atelier_runtime.networks.steering import steering
+
+        with steering(base, network, lambda _: condition, scale):
+            return base(*given, **named)
+
+
+def copied_blocks(blocks: int, most: int) -> int:
+    """How many of a base's first blocks are copied: `most`, or fewer, so that each output has a place in the base.
+
+    Output i // ceil(blocks / outputs) is added behind block i of the `blocks`.
+    """
+    return math.ceil(blocks / math.ceil(blocks / most))
+
+
 def with_plain_config(base: Any) -> Any:
     """`base` as diffusers' `from_transformer` may read it: with a config of its own, which that function writes to, and in which no
     value is marked as a default of the base's class, since it would take the default of the network's class in its place."""
@@ -50,13 +89,17 @@ def with_plain_config(base: Any) -> Any:
 
 
 class Controlled(nn.Module):
-    """A base and its control network, called like the base with the condition beside: `control`, and how much it counts."""
+    """A base and its control network, called like the base with the condition beside: `control`, and how much it counts.
+
+    Both are put in training mode: gradients go through the base, and some layers let them through in that mode alone.
+    """
 
     def __init__(self, base: nn.Module, network: nn.Module, kind: Control) -> None:
         super().__init__()
         self.base = base
         self.network = network
         self._kind = kind
+        self.train()
 
     @property
     def config(self) -> Any:

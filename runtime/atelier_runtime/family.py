@@ -271,9 +271,10 @@ class Family(ABC):
     def encode_condition(self, pipe: Any, pixels: Tensor) -> Latents:
         """Of [B, 3, H, W] conditioning pixels in [-1, 1], what a control network that takes latents is given.
 
-        Its pipeline draws from the posterior, and so does training.
+        Where its pipeline draws from the posterior, so does training.
         """
-        return self.encode_pixels(pipe, pixels)
+        latents = self.encode_pixels(pipe, pixels)
+        return latents if self.control is not None and self.control.drawn else Latents(latents.mean)
 
     def stages(self, pipeline_config: Mapping[str, Any], denoisers: Sequence[str]) -> tuple[Stage, ...]:
         """Which of the checkpoint's `denoisers` trains which range of sigma. `pipeline_config` is `model_index.json`."""
