@@ -107,10 +107,11 @@ def full_state(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 def blocks_of(denoiser: nn.Module, family: Family) -> list[nn.Module]:
     """The family's repeated blocks, in order, whatever lists they lie in. A path that this checkpoint lacks has none."""
     found: list[nn.Module] = []
-    for blocks in family.blocks:
+    lists = family.control.lists if family.control is not None else ()
+    for path in (*(blocks.attribute for blocks in family.blocks), *lists):
         try:
-            part = denoiser.get_submodule(blocks.attribute)
-        except AttributeError:  # a control network has no blocks that lead up
+            part = denoiser.get_submodule(path)
+        except AttributeError:  # a control network has no blocks that lead up, and lists of its own that its base lacks
             continue
         found.extend(_flatten(part))
     return found
