@@ -89,17 +89,13 @@ def with_plain_config(base: Any) -> Any:
 
 
 class Controlled(nn.Module):
-    """A base and its control network, called like the base with the condition beside: `control`, and how much it counts.
-
-    Both are put in training mode: gradients go through the base, and some layers let them through in that mode alone.
-    """
+    """A base and its control network, called like the base with the condition beside: `control`, and how much it counts."""
 
     def __init__(self, base: nn.Module, network: nn.Module, kind: Control) -> None:
         super().__init__()
         self.base = base
         self.network = network
         self._kind = kind
-        self.train()
 
     @property
     def config(self) -> Any:

@@ -181,12 +181,11 @@ def copied_without_memory(control: Control, base: nn.Module) -> nn.Module:
     """The control network of a base on the meta device, in the base's precision and trainable."""
     base.requires_grad_(False)
     network = without_memory(lambda: control.copied(base)).to(torch.bfloat16)
+    # Some layers of the base were made such that they can be run without memory.
     modules = dict(base.named_modules())
     for name, module in network.named_modules():
         if isinstance(modules.get(name), type(module)):
-            module.__class__ = type(
-                modules[name]
-            )  # some layers of the base were made such that they can be run without memory
+            module.__class__ = type(modules[name])
     unused = tuple(f"{name}." for name in control.unused(network))
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(not f"{name}.".startswith(unused))
