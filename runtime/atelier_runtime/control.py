@@ -19,9 +19,9 @@ class Control(ABC):
     """One kind of control network. It has no state."""
 
     pipeline: ClassVar[str]
-    """Class in diffusers that samples with a control network."""
+    """Class in diffusers, or ours, that samples with a control network."""
     network: ClassVar[str]
-    """Class in diffusers of the network."""
+    """Class in diffusers, or ours, of the network."""
     picture: ClassVar[str]
     """The argument of the pipeline that takes the conditioning picture."""
     takes: ClassVar[Literal["pixels", "latents"]]
@@ -44,32 +44,6 @@ class Control(ABC):
         self, base: nn.Module, network: nn.Module, condition: Tensor, scale: float, *given: Any, **named: Any
     ) -> Any:
         """What `base` gives for the arguments `given` and `named` with the outputs of `network`, times `scale`, in their places."""
-
-
-class BlockControl(Control):
-    """A network of ours, which is called in the middle of the base's pass: see `atelier_runtime.networks.steering`."""
-
-    picture = "control_image"
-    takes = "latents"
-    drawn = False
-
-    def copied(self, base: nn.Module) -> nn.Module:
-        from atelier_runtime import networks
-
-        network: nn.Module = getattr(networks, self.network).from_transformer(base)
-        return network
-
-    def unused(self, network: Any) -> tuple[str, ...]:
-        names: tuple[str, ...] = network.unused
-        return names
-
-    def predict(
-        self, base: nn.Module, network: nn.Module, condition: Tensor, scale: float, *given: Any, **named: Any
-    ) -> Any:
-        from atelier_runtime.networks.steering import steering
-
-        with steering(base, network, lambda _: condition, scale):
-            return base(*given, **named)
 
 
 def copied_blocks(blocks: int, most: int) -> int:

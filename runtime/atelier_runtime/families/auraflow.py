@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.control import BlockControl
 from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, configuration
+from atelier_runtime.family_parts.steered import BlockControl
 
 T5_TOKENS = 256  # default of the pipeline's `max_sequence_length`
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.control import BlockControl
 from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, configuration
+from atelier_runtime.family_parts.steered import BlockControl
 from atelier_runtime.lora_layout import LoraLayout, Rule
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out", "to_q_t", "to_k_t", "to_v_t", "to_out_t")

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from atelier_runtime.control import BlockControl
 from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest
+from atelier_runtime.family_parts.steered import BlockControl
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of self- and cross-attention
 MLP = ("ff.net.0.proj", "ff.net.2")

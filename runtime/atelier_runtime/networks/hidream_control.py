@@ -24,6 +24,11 @@ from atelier_runtime.networks.steering import Call, SteeringModel, zero_linear
 COPIED = 4
 TEXT_STREAM = ("attn1.to_q_t", "attn1.to_out_t", "attn1.q_rms_norm_t", "ff_t")
 """What only a block's text stream comes out of."""
+SAME = (
+    *("num_attention_heads", "attention_head_dim", "num_routed_experts", "num_activated_experts"),
+    *("in_channels", "patch_size"),
+)
+"""What a network's config has of its base's."""
 TOLD = ("hidden_states", "hidden_states_masks", "temb", "image_rotary_emb")
 
 
@@ -57,9 +62,7 @@ class HiDreamImageControlNetModel(SteeringModel):
         if not config.num_layers:
             raise ValueError("a base without blocks of two streams has none to copy")
         layers = copied_blocks(config.num_layers + config.num_single_layers, min(COPIED, config.num_layers))
-        same = ("num_attention_heads", "attention_head_dim", "num_routed_experts", "num_activated_experts")
-        same = (*same, "in_channels", "patch_size")
-        network = cls(num_layers=layers, **{name: config[name] for name in same})
+        network = cls(num_layers=layers, **{name: config[name] for name in SAME})
         network.double_stream_blocks.load_state_dict(base.double_stream_blocks[:layers].state_dict())
         return network
 

@@ -80,10 +80,9 @@ class PixArtControlNetAdapterModel(SteeringModel):
     ) -> list[Tensor]:
         """What is added behind each block, [B, tokens, width]. All but `controlnet_states`, the condition's tokens, is the base's."""
         told = (attention_mask, encoder_hidden_states, encoder_attention_mask, timestep)
-        states, base_states, outputs = controlnet_states, hidden_states, []
-        for block in self.controlnet_blocks:
-            states, output = self.called(block, states, base_states, *told)
-            base_states = None
+        states, outputs = controlnet_states, []
+        for number, block in enumerate(self.controlnet_blocks):
+            states, output = self.called(block, states, hidden_states if number == 0 else None, *told)
             outputs.append(output)
         return outputs
 
