@@ -1,5 +1,6 @@
 """A few training steps of a tiny denoiser, the way the trainer does them, for comparing strategies. Runs in every rank."""
 
+import gc
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ class Case:
     accumulation: int = 1
     quantization: Quantization | None = None
     weight: float = 1.0
+    steps: int = STEPS
 
     @property
     def name(self) -> str:
@@ -120,6 +122,7 @@ class Trained:
     local_elements: int
     reduced_elements: int
     dtypes_in_a_block: set[str]
+    rounded_in_a_block: bool
 
 
 def plan_of(strategy: str, world: int, case: Case) -> ExecutionPlan:
@@ -144,6 +147,7 @@ def train_all(world: int, ways: Sequence[tuple[str, Case]]) -> dict[tuple[str, s
     results: dict[tuple[str, str], Trained | str] = {}
     try:
         for strategy, case in ways:
+            gc.freeze()  # DeepSpeed asks for a collection in each case, which would walk all that was ever imported
             try:
                 results[strategy, case.name] = train(strategy, case)
             except Exception:
@@ -163,7 +167,9 @@ class Training:
         self.plan, self.family = plan_of(strategy, self.world, case), get_family(FAMILY_OF[case.tiny])
         made = _run_file(case, self.plan, self.rank)
         self.denoisers = Denoisers.load(made, self.family, distributed)
-        self.state = build_state(self.denoisers, made.spec.hyperparameters, self.plan, distributed)
+        # All ranks round alike what they all hold.
+        hyperparameters = made.spec.hyperparameters.model_copy(update={"seed": 0})
+        self.state = build_state(self.denoisers, hyperparameters, self.plan, distributed)
         self._objective = build_run_objective(made, self.family)
 
     def step(self) -> tuple[float, float]:
@@ -228,18 +234,21 @@ class Training:
 
 
 def train(strategy: str, case: Case) -> Trained:
-    """`STEPS` optimizer steps on fixed latents, in an initialised process group."""
+    """The case's optimizer steps on fixed latents, in an initialised process group."""
     training = Training(strategy, case)
     models = training.denoisers.models
     losses, norms, drawn = [], [], torch.empty(0)
     dtypes: set[str] = set()
+    rounded: list[bool] = []
     for layer in blocks_of(next(iter(models.values())), training.family)[0].modules():
         layer.register_forward_pre_hook(
             lambda computing, _: dtypes.update(str(p.dtype) for p in computing.parameters(recurse=False))
         )
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(lambda linear, _: rounded.append(_is_rounded(linear.weight)))
     before = training.weights()
-    for step in range(STEPS):
-        if step == STEPS - 1:
+    for step in range(case.steps):
+        if step == case.steps - 1:
             drawn = training.draw()
         loss, norm = training.step()
         losses.append(loss)
@@ -249,13 +258,14 @@ def train(strategy: str, case: Case) -> Trained:
         local_elements=sum(_local(p).numel() for model in models.values() for p in model.parameters()),
         reduced_elements=_reduced_elements(training.denoisers),
         dtypes_in_a_block=dtypes,
+        rounded_in_a_block=all(rounded),
     )  # fmt: skip
 
 
 def _run_file(case: Case, plan: ExecutionPlan, rank: int) -> RunFile:
     """The run of a case. Ranks draw different adapters: those of rank 0 must win. A control network is drawn alike: it is sharded."""
     hyperparameters = Hyperparameters(
-        steps=STEPS,
+        steps=case.steps,
         seed=3 if case.adapter == "controlnet" else 3 + rank,
         optimizer=Optimizer(type=case.optimizer, epsilon=1e-3),
         gradient_clip=0.5,
@@ -270,6 +280,11 @@ def _run_file(case: Case, plan: ExecutionPlan, rank: int) -> RunFile:
         publish={"formats": ["diffusers"]},
     )
     return made.model_copy(update={"plan": plan})
+
+
+def _is_rounded(weight: Tensor) -> bool:
+    """Whether a weight is made of numbers that bf16 has, whatever its dtype."""
+    return torch.equal(weight, weight.bfloat16().to(weight.dtype))
 
 
 def _local(tensor: Tensor) -> Tensor:

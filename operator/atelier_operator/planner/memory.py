@@ -273,9 +273,18 @@ def _copies(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, trained_by
     if choice.strategy == "deepspeed-zero2":
         return autocast + bucket
     if choice.strategy == "deepspeed-zero3":
-        # One bucket for each dtype that gradients travel in.
-        return gathered + bucket + (bucket // 2 if autocast else 0)
+        return _copies_of_zero3(model, choice, gathered=gathered, bucket=bucket, autocast=autocast)
     return autocast
+
+
+def _copies_of_zero3(model: ModelFacts, choice: Choice, *, gathered: int, bucket: int, autocast: int) -> int:
+    """What ZeRO-3 holds beside its shares. `gathered` blocks are in the dtype that computes; `autocast` are copies of all weights."""
+    if not autocast:
+        return gathered + bucket
+    # Gathered weights are fp32 again, twice the bytes, and are cast again. Without recomputation the backward pass needs every copy.
+    copies = gathered if choice.gradient_checkpointing else autocast
+    # One bucket for each dtype that gradients travel in.
+    return 2 * gathered + copies + bucket + bucket // 2
 
 
 def _unpacked(spec: TrainingRunSpec, model: ModelFacts) -> int:

@@ -5,7 +5,8 @@
 
 Precision is autocast's, as with the other strategies: frozen weights stay in the dtype they were loaded in, trained ones are fp32.
 At stage 3 the linear layers of a model that is trained as a whole travel in bf16 under autocast, and so do their gradients: DeepSpeed
-has one dtype for both. All other gradients are summed in fp32. DeepSpeed's own checkpoints are tied to the number of ranks; ours
+has one dtype for both. All other gradients are summed in fp32. What was gathered is fp32 again, and autocast casts it once more:
+it must not keep the copies until the end of the pass, which would be those of the whole model. DeepSpeed's own checkpoints are tied to the number of ranks; ours
 are made of whole tensors, which this module gathers and deals out.
 """
 
@@ -164,6 +165,7 @@ def partition(
         listed = LOWER_PRECISION if stage == 3 and whole_model else ()
         config["torch_autocast"] = autocast | {"lower_precision_safe_modules": list(listed)}
     if stage == 3:
+        _drop_copies(denoiser)
         deepspeed.zero.Init(module=denoiser, config_dict_or_path=config)
         for buffer in denoiser.buffers():
             buffer.data = buffer.data.to(distributed.device)
@@ -180,6 +182,21 @@ def partition(
     )
     engine, *_ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=config)
     return Partitioned(engine, stage)
+
+
+def _drop_copies(denoiser: nn.Module) -> None:
+    """Have autocast drop its bf16 copies of the denoiser's fp32 weights at once, whoever entered it."""
+    outer: list[bool] = []
+
+    def enter(_module: nn.Module, _inputs: object) -> None:
+        outer.append(torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
+
+    def leave(_module: nn.Module, _inputs: object, _output: object) -> None:
+        torch.set_autocast_cache_enabled(outer.pop())
+
+    denoiser.register_forward_pre_hook(enter)
+    denoiser.register_forward_hook(leave, always_call=True)
 
 
 def _library(device: torch.device) -> Any:

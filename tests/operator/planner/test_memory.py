@@ -186,6 +186,15 @@ def test_zero3_shards_everything(adapter: str) -> None:
         assert getattr(spread, part) == -(-getattr(alone, part) // 8)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_zero3_casts_what_it_has_gathered_and_the_backward_pass_keeps_it_without_recomputation(checkpointing: bool) -> None:
+    full = run(adapter={"type": "full"})
+    spread = predicted(full, strategy="deepspeed-zero3", processes=8, gradient_checkpointing=checkpointing).train
+    model = table_facts(full.spec.model)
+    copied = 2 * model.largest_block if checkpointing else model.parameters
+    assert spread.copies == 2 * 4 * model.largest_block + 2 * copied + (4 + 2) * model.largest_block
+
+
 def test_zero2_shards_gradients_and_moments_and_keeps_its_part_of_the_weights_twice() -> None:
     full = run("sdxl", adapter={"type": "full"}, hyperparameters__ema={"decay": "0.99"})
     alone, spread = predicted(full).train, predicted(full, strategy="deepspeed-zero2", processes=8).train
