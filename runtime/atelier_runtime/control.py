@@ -5,6 +5,7 @@ out of its blocks is added to what goes through the base. Its outputs start at z
 """
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
@@ -18,13 +19,17 @@ class Control(ABC):
     """One kind of control network. It has no state."""
 
     pipeline: ClassVar[str]
-    """Class in diffusers that samples with a control network."""
+    """Class in diffusers, or ours, that samples with a control network."""
     network: ClassVar[str]
-    """Class in diffusers of the network."""
+    """Class in diffusers, or ours, of the network."""
     picture: ClassVar[str]
     """The argument of the pipeline that takes the conditioning picture."""
     takes: ClassVar[Literal["pixels", "latents"]]
     """What the network is given of it: pixels [B, 3, H, W] in [0, 1], or what `Family.encode_condition` makes."""
+    drawn: ClassVar[bool] = True
+    """Whether the pipeline draws latents of the picture from their posterior; else it takes the mean."""
+    lists: ClassVar[tuple[str, ...]] = ()
+    """Lists of repeated blocks of the network, beside those that the base has by the same name."""
 
     @abstractmethod
     def copied(self, base: nn.Module) -> nn.Module:
@@ -39,6 +44,14 @@ class Control(ABC):
         self, base: nn.Module, network: nn.Module, condition: Tensor, scale: float, *given: Any, **named: Any
     ) -> Any:
         """What `base` gives for the arguments `given` and `named` with the outputs of `network`, times `scale`, in their places."""
+
+
+def copied_blocks(blocks: int, most: int) -> int:
+    """How many of a base's first blocks are copied: `most`, or fewer, so that each output has a place in the base.
+
+    Output i // ceil(blocks / outputs) is added behind block i of the `blocks`.
+    """
+    return math.ceil(blocks / math.ceil(blocks / most))
 
 
 def with_plain_config(base: Any) -> Any:

@@ -89,6 +89,7 @@ class Denoisers:
             parallel.wrap(network, plan, family, distributed, hyperparameters=hyperparameters),
             family.control,
         )
+        wrapped.train()  # the base too: gradients go through it, and some layers let them through in that mode alone
         return cls({name: base, CONTROL_NETWORK: network}, {name: wrapped}, (Stage(name),))
 
     def trainable(self) -> dict[str, Parameter]:

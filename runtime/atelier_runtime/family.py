@@ -279,9 +279,10 @@ class Family(ABC):
     def encode_condition(self, pipe: Any, pixels: Tensor) -> Latents:
         """Of [B, 3, H, W] conditioning pixels in [-1, 1], what a control network that takes latents is given.
 
-        Its pipeline draws from the posterior, and so does training.
+        Where its pipeline draws from the posterior, so does training.
         """
-        return self.encode_pixels(pipe, pixels)
+        latents = self.encode_pixels(pipe, pixels)
+        return latents if self.control is not None and self.control.drawn else Latents(latents.mean)
 
     def stages(self, pipeline_config: Mapping[str, Any], denoisers: Sequence[str]) -> tuple[Stage, ...]:
         """Which of the checkpoint's `denoisers` trains which range of sigma. `pipeline_config` is `model_index.json`."""
@@ -306,13 +307,13 @@ class Family(ABC):
         return {key: value for key, value in arguments.items() if value is not None}
 
 
-def named_blocks(denoiser: nn.Module, blocks: Blocks) -> Iterator[tuple[str, nn.Module]]:
+def named_blocks(denoiser: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The blocks of one list with their full names, in order, whatever lists they lie in. A path that the denoiser lacks has none."""
     try:
-        part = denoiser.get_submodule(blocks.attribute)
-    except AttributeError:  # a control network has no blocks that lead up
+        part = denoiser.get_submodule(path)
+    except AttributeError:  # a control network has no blocks that lead up, and lists of its own that its base lacks
         return
-    yield from _leaves(blocks.attribute, part)
+    yield from _leaves(path, part)
 
 
 def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -196,7 +196,9 @@ class Trainer:
             for index, micro_batch in enumerate(micro_batches):
                 with parallel.micro_batch(denoiser, last=index == len(micro_batches) - 1):
                     with metrics.phase("forward"):
-                        losses = [loss / batch.total_weight for loss in self._losses(denoiser, micro_batch, step, stage)]
+                        losses = [
+                            loss / batch.total_weight for loss in self._losses(denoiser, micro_batch, step, stage)
+                        ]
                     read_on()
                     if batch.trains:
                         with metrics.phase("backward"):

@@ -102,11 +102,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a control network of a family without": (
         {"model": {"family": "chroma", "source": "m"}, "adapter": CONTROLNET, "data__sources": CONDITIONED},
         "spec.adapter.type is 'controlnet'; not for chroma: none is built in for it; train another type, or a model of sd3 or flux "
-        "or sdxl or flux_kontext",
-    ),
-    "a control network of a family that diffusers has none for": (
-        {"model": {"family": "hidream", "source": "m"}, "adapter": CONTROLNET, "data__sources": CONDITIONED},
-        "spec.adapter.type is 'controlnet'; not for hidream: diffusers has no control network for it; train another type",
+        "or sdxl or pixart_sigma or qwen_image or hidream or flux_kontext or auraflow or sd15",
     ),
     "a negative prompt of a distilled flavour": (
         {"validation__prompts": [{"text": "a"}, {"text": "a", "negative": "b"}]},

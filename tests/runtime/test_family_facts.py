@@ -118,7 +118,7 @@ def test_sizes_of_the_control_network_are_those_of_its_copy_of_the_published_den
     network = copied_without_memory(family.control, base)
     assert flavour.control_parameters == count(network)
     inner = [module for module in network.modules() if type(module).__name__ == "BasicTransformerBlock"]
-    lists = ("transformer_blocks", "single_transformer_blocks")
+    lists = ("transformer_blocks", "single_transformer_blocks", "joint_transformer_blocks", "double_stream_blocks")
     assert flavour.control_layers == (len(inner) or sum(len(getattr(network, name, ())) for name in lists))
 
 
@@ -128,7 +128,8 @@ def test_what_a_control_network_and_its_base_keep_is_what_the_planner_counts(
     facts: FamilyFacts, flavour: Flavour, recompute: bool
 ) -> None:
     base = published_denoiser(facts.name, flavour.name)
-    measured = bytes_with_control(FAMILIES[facts.name], flavour, base, recompute=recompute)
+    features = PUBLISHED[facts.name].features
+    measured = bytes_with_control(FAMILIES[facts.name], flavour, base, features, recompute=recompute)
     references = ["c"] if facts.references else []
     adapter, data = {"type": "controlnet"}, [{"uri": "a", "conditioning": "b", "references": references}]
     planned = run(facts.name, model__flavour=flavour.name, adapter=adapter, data__sources=data)

@@ -181,13 +181,25 @@ def copied_without_memory(control: Control, base: nn.Module) -> nn.Module:
     """The control network of a base on the meta device, in the base's precision and trainable."""
     base.requires_grad_(False)
     network = without_memory(lambda: control.copied(base)).to(torch.bfloat16)
+    # Some layers of the base were made such that they can be run without memory.
+    modules = dict(base.named_modules())
+    for name, module in network.named_modules():
+        if isinstance(modules.get(name), type(module)):
+            module.__class__ = type(modules[name])
     unused = tuple(f"{name}." for name in control.unused(network))
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(not f"{name}.".startswith(unused))
     return network
 
 
-def bytes_with_control(family: Family, flavour: Flavour, base: Any, *, recompute: bool) -> int:
+def bytes_with_control(
+    family: Family,
+    flavour: Flavour,
+    base: Any,
+    features: Callable[[], dict[str, Tensor]] | None = None,
+    *,
+    recompute: bool,
+) -> int:
     """Bytes that a frozen base and its control network keep of a sample of 1024 x 1024 pixels, with a reference if it takes one."""
     assert family.control is not None
     network: Any = copied_without_memory(family.control, base)
@@ -199,7 +211,7 @@ def bytes_with_control(family: Family, flavour: Flavour, base: Any, *, recompute
     with torch.device("meta"):
         noisy = torch.empty(1, family.facts.latent_channels, edge, edge)
         condition = torch.empty(1, 3, 1024, 1024) if family.control.takes == "pixels" else noisy
-        text = text_features(base, flavour.text_tokens)
+        text = features() if features else text_features(base, flavour.text_tokens)
         references = (noisy,) if family.facts.references else ()
         conditions = Conditions(text=text, sizes=torch.empty(1, 6), references=references, control=condition)
         return saved_bytes(together, lambda: family.predict(together, noisy, torch.empty(1), conditions))

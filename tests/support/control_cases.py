@@ -37,7 +37,9 @@ class ControlledCase(Case):
 
     @property
     def together(self) -> Controlled:
-        return Controlled(self.base, self.network, self.control)
+        together = Controlled(self.base, self.network, self.control)
+        together.train(self.network.training)
+        return together
 
     def denoiser_at(self, sigma: float) -> nn.Module:
         return self.together

@@ -16,6 +16,8 @@ _V03 = Flavour(
     vae_parameters=83_653_863,
     activation_bytes_per_token=148_000,
     largest_block=339_738_624,
+    control_parameters=1_396_767_744,
+    control_layers=4,
 )
 _V02 = replace(
     _V03,
@@ -42,5 +44,5 @@ FACTS = FamilyFacts(
     ),
     pipelines=("AuraFlowPipeline",),
     kohya=False,
-    uncontrolled="diffusers has no control network for it",
+    uncontrolled="",
 )

@@ -17,6 +17,8 @@ _FULL = Flavour(
     activation_bytes_per_token=195_000,
     largest_block=424_089_600,
     quantized_share=0.96,
+    control_parameters=1_722_749_440,
+    control_layers=4,
 )
 
 FACTS = FamilyFacts(
@@ -36,5 +38,5 @@ FACTS = FamilyFacts(
         replace(_FULL, name="fast", source="hf://HiDream-ai/HiDream-I1-Fast"),
     ),
     pipelines=("HiDreamImagePipeline",),
-    uncontrolled="diffusers has no control network for it",
+    uncontrolled="",
 )

@@ -16,6 +16,8 @@ _XL = Flavour(
     vae_parameters=83_653_863,
     activation_bytes_per_token=44_000,
     quantized_share=0.97,
+    control_parameters=294_917_760,
+    control_layers=13,
 )
 
 FACTS = FamilyFacts(
@@ -43,5 +45,5 @@ FACTS = FamilyFacts(
     pipelines=("PixArtSigmaPipeline",),
     lora_component="transformer",
     kohya=False,
-    uncontrolled="diffusers has no control network for it",
+    uncontrolled="",
 )

@@ -15,6 +15,8 @@ _BASE = Flavour(
     encoder_parameters=8_292_166_656,
     vae_parameters=126_892_531,
     activation_bytes_per_token=136_000,
+    control_parameters=1_768_003_584,
+    control_layers=5,
 )
 
 FACTS = FamilyFacts(
@@ -30,4 +32,5 @@ FACTS = FamilyFacts(
     licence="Apache-2.0",
     flavours=(_BASE, replace(_BASE, name="2512", source="hf://Qwen/Qwen-Image-2512")),
     pipelines=("QwenImagePipeline",),
+    uncontrolled="",
 )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from atelier_api.families.qwen_image import FACTS as QWEN_IMAGE
 
 _CAPTION = 512  # a long one: it is not cut
-_BASE = QWEN_IMAGE.flavours[0]
+_BASE = replace(QWEN_IMAGE.flavours[0], control_parameters=0, control_layers=0)
 _PLUS = replace(_BASE, text_tokens=_CAPTION + 3 * 196)  # of three pictures of 392 x 392
 
 FACTS = replace(
@@ -24,4 +24,5 @@ FACTS = replace(
     pipelines=("QwenImageEditPlusPipeline", "QwenImageEditPipeline"),
     references=3,
     reference_edge=1024,
+    uncontrolled="diffusers has no pipeline that takes a condition beside its references",
 )

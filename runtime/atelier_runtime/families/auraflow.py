@@ -15,10 +15,16 @@ from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
 from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, configuration
+from atelier_runtime.family_parts.steered import BlockControl
 
 T5_TOKENS = 256  # default of the pipeline's `max_sequence_length`
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 MLP = tuple(f"{part}.{layer}" for part in ("ff", "ff_context") for layer in ("linear_1", "linear_2", "out_projection"))
+
+
+class AuraFlowControl(BlockControl):
+    pipeline = "AuraFlowControlNetPipeline"
+    network = "AuraFlowControlNetModel"
 
 
 class AuraFlow(Family):
@@ -26,6 +32,7 @@ class AuraFlow(Family):
     pipeline = "AuraFlowPipeline"
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     blocks = (Blocks("joint_transformer_blocks", "text,tokens"), Blocks("single_transformer_blocks", "text|tokens"))
+    control = AuraFlowControl()
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [256, 2048], zero behind the caption."""
@@ -44,7 +51,13 @@ class AuraFlow(Family):
                 f"a picture of {width} x {height} pixels; the checkpoint has learnt positions for at most {side} a side: "
                 "lower spec.data.resolution"
             )
-        return denoiser(noisy, encoder_hidden_states=conditions.text["embeds"], timestep=time, return_dict=False)[0]
+        return denoiser(
+            noisy,
+            encoder_hidden_states=conditions.text["embeds"],
+            timestep=time,
+            return_dict=False,
+            **conditions.controlled,
+        )[0]
 
     def sampling_arguments(self, pipe: Any, request: SampleRequest) -> dict[str, Any]:
         return super().sampling_arguments(pipe, request) | {"max_sequence_length": _t5_tokens(pipe)}

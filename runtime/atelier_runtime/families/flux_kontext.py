@@ -8,9 +8,8 @@ time 0 for it. It is resized as a whole to the nearest in aspect of 17 sizes of 
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 
-from atelier_runtime.family import Latents, SampleRequest
+from atelier_runtime.family import SampleRequest
 from atelier_runtime.family_parts.two_stream import TwoStream, TwoStreamControl
 
 PUBLISHED_EDGE = 1024
@@ -21,6 +20,7 @@ class KontextControl(TwoStreamControl):
     """The network of Flux.1, in a pipeline of ours: diffusers has none that takes a condition beside a reference."""
 
     pipeline = "FluxKontextControlNetPipeline"
+    drawn = False
 
 
 class FluxKontext(TwoStream):
@@ -37,10 +37,6 @@ class FluxKontext(TwoStream):
         multiple = self.facts.pixel_multiple
         across, down = (round(side * resolution / PUBLISHED_EDGE / multiple) * multiple for side in (wide, high))
         return max(across, multiple), max(down, multiple)
-
-    def encode_condition(self, pipe: Any, pixels: Tensor) -> Latents:
-        """The posterior's mean, as of a reference."""
-        return Latents(self.encode_reference(pipe, pixels))
 
     def sampling_arguments(self, pipe: Any, request: SampleRequest) -> dict[str, Any]:
         """Adds the reference, in the size that it is trained in, and the area, without which any size would become a megapixel."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
 from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, configuration
+from atelier_runtime.family_parts.steered import BlockControl
 from atelier_runtime.lora_layout import LoraLayout, Rule
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out", "to_q_t", "to_k_t", "to_v_t", "to_out_t")
@@ -37,6 +38,11 @@ LAYOUT = LoraLayout(
 """The names are diffusers' own. The stock pipeline cannot read the file: it knows no `alpha` of HiDream, and says so."""
 
 
+class HiDreamControl(BlockControl):
+    pipeline = "HiDreamImageControlNetPipeline"
+    network = "HiDreamImageControlNetModel"
+
+
 class HiDream(Family):
     """HiDream-I1, text to image. Checkpoints whose experts are never differentiable are refused."""
 
@@ -45,6 +51,7 @@ class HiDream(Family):
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     lora_layout = LAYOUT
     blocks = (Blocks("double_stream_blocks", "tokens,text"), Blocks("single_stream_blocks", "tokens|text"))
+    control = HiDreamControl()
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`t5` [128, 4096], `llama` [layers, 128, 4096] without the layer of embeddings, and `pooled` [2048]."""
@@ -74,6 +81,7 @@ class HiDream(Family):
             encoder_hidden_states_llama3=text["llama"].transpose(0, 1),
             pooled_embeds=text["pooled"],
             return_dict=False,
+            **conditions.controlled,
         )[0]
         if denoiser.training:  # [B, 16, tokens, patch * patch], the tokens of the picture first
             tokens = output[:, :, : rows * columns].unflatten(3, (patch, patch)).unflatten(2, (rows, columns))

@@ -17,9 +17,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest
+from atelier_runtime.family_parts.steered import BlockControl
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of self- and cross-attention
 MLP = ("ff.net.0.proj", "ff.net.2")
+
+
+class PixArtControl(BlockControl):
+    pipeline = "PixArtSigmaControlNetPipeline"
+    network = "PixArtControlNetAdapterModel"
+    lists = ("controlnet_blocks",)
 
 
 class PixArtSigma(Family):
@@ -27,6 +34,7 @@ class PixArtSigma(Family):
     pipeline = "PixArtSigmaPipeline"
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     blocks = (Blocks("transformer_blocks"),)
+    control = PixArtControl()
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [L, 4096] and `mask` [L], all true: after padding in a batch the mask tells the true length."""
@@ -46,6 +54,7 @@ class PixArtSigma(Family):
             timestep=time,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
+            **conditions.controlled,
         )[0]
         return output[:, : noisy.shape[1]]
 

@@ -10,11 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atelier_runtime.family import Features
-from atelier_runtime.family_parts.unet import LORA_RULES, UNet
+from atelier_runtime.family_parts.unet import LORA_RULES, UNet, UNetControl
 from atelier_runtime.lora_layout import LoraLayout
 
 WIDTH_1 = 768
 """Of the text that the UNet of 1.x is told of; a LoRA for it fits no 2.x."""
+
+
+class TextControl(UNetControl):
+    pipeline = "StableDiffusionControlNetPipeline"
 
 
 class StableDiffusion15(UNet):
@@ -23,6 +27,7 @@ class StableDiffusion15(UNet):
     # They blacken pictures that they take for nudity: samples would hide what was learnt.
     left_out = ("safety_checker", "feature_extractor")
     lora_layout = LoraLayout(architecture="stable-diffusion-v1", flat=True, rules=LORA_RULES)
+    control = TextControl()
 
     def architecture(self, denoiser_config: Mapping[str, Any]) -> str:
         """2.x has two: pictures of 512 pixels and epsilon, or of 768 and v."""

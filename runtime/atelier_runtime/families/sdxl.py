@@ -9,16 +9,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from atelier_runtime.family import Features
-from atelier_runtime.family_parts.text_time_unet import TextTimeUNet, UNetControl
-from atelier_runtime.family_parts.unet import LORA_RULES
+from atelier_runtime.family_parts.text_time_unet import TextTimeUNet
+from atelier_runtime.family_parts.unet import LORA_RULES, UNetControl
 from atelier_runtime.lora_layout import LoraLayout
+
+
+class TextTimeControl(UNetControl):
+    pipeline = "StableDiffusionXLControlNetPipeline"
 
 
 class StableDiffusionXL(TextTimeUNet):
     name = "sdxl"
     pipeline = "StableDiffusionXLPipeline"
     lora_layout = LoraLayout(architecture="stable-diffusion-xl-v1-base", flat=True, rules=LORA_RULES)
-    control = UNetControl()
+    control = TextTimeControl()
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [77, 2048] and `pooled` [1280].

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from atelier_runtime.family import Blocks, Conditions, Family, Latents, SampleRequest
 from atelier_runtime.family_parts.channels import standardised
+from atelier_runtime.family_parts.packing import packed
 from atelier_runtime.lora_layout import LoraLayout, Rule
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -58,15 +59,14 @@ class QwenImageNetwork(Family):
         grids = [(1, each.shape[-2] // 2, each.shape[-1] // 2) for each in pictures]
         _, rows, columns = grids[0]
         tokens = denoiser(
-            hidden_states=torch.cat(
-                [F.pixel_unshuffle(each, 2).flatten(2).transpose(1, 2) for each in pictures], dim=1
-            ),
+            hidden_states=torch.cat([packed(each) for each in pictures], dim=1),
             encoder_hidden_states=conditions.text["embeds"],
             # Without a mask attention has faster kernels, so the pipeline gives none where nothing is padded.
             encoder_hidden_states_mask=None if mask.all() else mask,
             timestep=time,
             img_shapes=[grids] * len(noisy),
             return_dict=False,
+            **conditions.controlled,
         )[0][:, : rows * columns]
         return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), 2)
 

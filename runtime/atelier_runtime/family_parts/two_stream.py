@@ -5,7 +5,6 @@ so the length is part of the model, and CLIP's pooled vector. A reference pictur
 same time and in plane 1 of the positions. Source: diffusers' `pipeline_flux.py`, `pipeline_flux_kontext.py` and `transformer_flux.py`.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.control import Control, with_plain_config
+from atelier_runtime.control import Control, copied_blocks, with_plain_config
 from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, configuration
+from atelier_runtime.family_parts.packing import packed
 from atelier_runtime.lora_layout import ADDED_QUERY_KEY_VALUE, QUERY_KEY_VALUE, THIRDS, LoraLayout, fused, plain
 
 TRAINING_GUIDANCE = 1.0
@@ -127,8 +127,8 @@ class TwoStreamControl(Control):
         config = base.config
         return FluxControlNetModel.from_transformer(
             with_plain_config(base),
-            num_layers=_copied_blocks(config.num_layers, 4),
-            num_single_layers=_copied_blocks(config.num_single_layers, 10),
+            num_layers=copied_blocks(config.num_layers, 4),
+            num_single_layers=copied_blocks(config.num_single_layers, 10),
             attention_head_dim=config.attention_head_dim,
             num_attention_heads=config.num_attention_heads,
         )
@@ -151,19 +151,6 @@ def control_outputs(network: nn.Module, condition: Tensor, scale: float, call: M
     if behind:
         double, single = ([F.pad(each, (0, 0, 0, behind)) for each in outputs] for outputs in (double, single))
     return {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
-
-
-def _copied_blocks(blocks: int, most: int) -> int:
-    """How many of a list are copied: diffusers' default, or fewer, so that each output has a place in the base.
-
-    The base takes output i // ceil(blocks / outputs) behind its block i.
-    """
-    return math.ceil(blocks / math.ceil(blocks / most))
-
-
-def packed(latents: Tensor) -> Tensor:
-    """[B, tokens, 4 C]: patches of 2 x 2, row by row."""
-    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
 def _positions(plane: int, latents: Tensor) -> Tensor:

@@ -4,8 +4,11 @@ Latents [B, 4, H/8, W/8]. The network predicts epsilon or v, by the checkpoint's
 Source: diffusers' `unet_2d_condition.py`.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from atelier_runtime.control import Control
 from atelier_runtime.family import Blocks, Conditions, Family
 from atelier_runtime.lora_layout import Rule
 
@@ -47,3 +50,25 @@ class UNet(Family):
     def added_conditions(self, conditions: Conditions) -> dict[str, Tensor]:
         """What the network is told beside the tokens of the text."""
         return {}
+
+
+class UNetControl(Control):
+    """The half of the UNet that leads down and its middle, which are added to what the base hands to the half that leads up.
+
+    Source: diffusers' `controlnet.py`, `pipeline_controlnet.py` and `pipeline_controlnet_sd_xl.py`.
+    """
+
+    network = "ControlNetModel"
+    picture = "image"
+    takes = "pixels"
+
+    def copied(self, base: nn.Module) -> nn.Module:
+        from diffusers import ControlNetModel
+
+        return ControlNetModel.from_unet(base)
+
+    def predict(
+        self, base: nn.Module, network: nn.Module, condition: Tensor, scale: float, *given: Any, **named: Any
+    ) -> Any:
+        down, middle = network(*given, controlnet_cond=condition, conditioning_scale=scale, **named)
+        return base(*given, down_block_additional_residuals=down, mid_block_additional_residual=middle, **named)

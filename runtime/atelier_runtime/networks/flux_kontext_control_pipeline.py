@@ -25,7 +25,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from atelier_runtime.family_parts.two_stream import control_outputs, packed
+from atelier_runtime.family_parts.packing import packed
+from atelier_runtime.family_parts.two_stream import control_outputs
 
 
 class FluxKontextControlNetPipeline(FluxKontextPipeline):

@@ -120,8 +120,10 @@ def full_state(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def blocks_of(denoiser: nn.Module, family: Family) -> list[nn.Module]:
-    """The family's repeated blocks, in order."""
-    return [block for blocks in family.blocks for _, block in named_blocks(denoiser, blocks)]
+    """The family's repeated blocks, in order, those of its control network behind them."""
+    lists = family.control.lists if family.control is not None else ()
+    paths = [*(blocks.attribute for blocks in family.blocks), *lists]
+    return [block for path in paths for _, block in named_blocks(denoiser, path)]
 
 
 def _recomputed(block: Callable[..., Any], *arguments: Any) -> Any:

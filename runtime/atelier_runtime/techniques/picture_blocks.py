@@ -29,7 +29,7 @@ def _found(denoiser: nn.Module, family: Family) -> Iterator[PictureBlock]:
     for part in family.blocks:
         if part.streams == "text":
             continue
-        for stage, block in named_blocks(denoiser, part):
+        for stage, block in named_blocks(denoiser, part.attribute):
             if not part.inner:
                 yield PictureBlock(stage, block, part.streams, stage)
                 continue

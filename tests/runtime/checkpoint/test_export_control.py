@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 
@@ -42,7 +41,7 @@ def test_the_program_of_the_report_draws_what_the_training_side_draws(
     exec("\n".join(line for line in lines if not line.startswith("pipe(")), names)
     pipe = names["pipe"]
     pipe.set_progress_bar_config(disable=True)
-    assert type(pipe.controlnet) is getattr(diffusers, case.control.network)
+    assert type(pipe.controlnet) is components.class_named(case.control.network)
     ours = components.load_pipeline(
         case.family,
         base,

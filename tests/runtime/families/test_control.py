@@ -1,5 +1,6 @@
 """Control networks: what is trained is what the stock pipeline samples with, the same asked of each family that can have one."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,11 +16,15 @@ from control_cases import CONTROLLED, ControlledCase, condition_of, control_netw
 from family_cases import PROMPTS, make_case, record, sampling_arguments, walk
 
 LEVELS = (0.3, 0.9)
+STEP = 1e-2
+"""Distance along which a slope is measured."""
 NEW = {
     *("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block"),
     *("controlnet_x_embedder", "controlnet_blocks", "controlnet_single_blocks", "pos_embed_input"),
 }
 """What a network has beside its copy of the base."""
+ONE_FOR_BOTH = ("FluxControlNetPipeline", "FluxKontextControlNetPipeline", "QwenImageControlNetPipeline")
+"""Pipelines that give the negative prompt the network's outputs for the positive one."""
 
 pytestmark = pytest.mark.cell("controlnet")
 
@@ -67,11 +72,18 @@ def test_at_its_start_the_network_changes_no_bit(fresh: ControlledCase) -> None:
 
 
 def test_the_network_is_a_copy_of_the_base_and_leaves_its_config_alone(fresh: ControlledCase) -> None:
-    base, network = fresh.base.state_dict(), fresh.network.state_dict()
+    base = fresh.base.state_dict()
+    network = {named_as_in_the_base(name): weight for name, weight in fresh.network.state_dict().items()}
+    assert network.keys() & base.keys()
     untouched = next(iter(make_case(fresh.name).denoisers.values()))
     assert dict(fresh.base.config) == dict(untouched.config)  # type: ignore[arg-type]
     assert {name.split(".")[0] for name in network.keys() - base.keys()} <= NEW
     assert all(torch.equal(network[name], base[name]) for name in network.keys() & base.keys())
+
+
+def named_as_in_the_base(name: str) -> str:
+    """PixArt's published network has its copies between layers of its own."""
+    return re.sub(r"controlnet_blocks\.(\d+)\.transformer_block\.", r"transformer_blocks.\1.", name)
 
 
 def test_every_trained_weight_of_the_network_gets_a_gradient_and_none_of_the_base(fresh: ControlledCase) -> None:
@@ -84,6 +96,27 @@ def test_every_trained_weight_of_the_network_gets_a_gradient_and_none_of_the_bas
     assert [name for name, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()] == []
     frozen = [(name, parameter) for name, parameter in network.named_parameters() if name not in trained]
     assert [name for name, parameter in [*frozen, *case.base.named_parameters()] if parameter.grad is not None] == []
+
+
+def test_the_gradient_is_the_slope_of_the_loss(fresh: ControlledCase) -> None:
+    """Nothing in the base or in the network stops a part of it: some layers let none through but in training mode."""
+    case = replace(fresh, network=control_network(fresh, trained=True))
+    noisy, time, target = case.noised(case.latents(2), LEVELS)
+    conditions = case.conditions(PROMPTS)
+
+    def loss() -> Tensor:
+        return (case.family.predict(case.together, noisy, time, conditions) - target).square().mean()
+
+    trained = list(adapters.trainable(case.network).values())
+    slopes = torch.autograd.grad(loss(), trained)
+    length = torch.stack([slope.norm() for slope in slopes]).norm()
+    losses = []
+    with torch.no_grad():
+        for step in (-STEP, 2 * STEP):
+            for weight, slope in zip(trained, slopes, strict=True):
+                weight += step * slope / length
+            losses.append(loss())
+    torch.testing.assert_close((losses[1] - losses[0]) / (2 * STEP), length, rtol=0.02, atol=0)
 
 
 @torch.no_grad()
@@ -120,7 +153,7 @@ def test_a_batch_of_two_equals_the_two_alone(case: ControlledCase) -> None:
 def test_sampling_with_the_network_follows_the_stock_pipeline_step_by_step(
     case: ControlledCase, certain: None, guided: bool
 ) -> None:
-    if guided and case.tiny.guided:
+    if guided and case.control.pipeline in ONE_FOR_BOTH:
         pytest.skip("the pipeline gives the negative prompt the network's outputs for the positive one")
     recording = record(case.pipe, sampling_arguments(case, guided=guided))
     assert len(recording.after) == case.tiny.steps
@@ -166,12 +199,11 @@ def test_trained_on_four_pictures_the_condition_chooses_among_them(fresh: Contro
     """One prompt, one time and one noisy input for all: nothing but the condition tells them apart."""
     with torch.no_grad():
         clean = fresh.family.encode_pixels(fresh.pipe, fresh.pixels(4)[..., :16, :32]).mean.float()
-    # As far apart as the latents of a trained autoencoder are.
-    axes = (0, 2, 3)
-    clean = (clean - clean.mean(axes, keepdim=True)) / clean.std(axes, keepdim=True)
-    noisy, time, target = of_one_input(fresh, clean)
+    noisy, time, target = of_one_input(fresh, as_if_trained(clean))
     colours = [Image.new("RGB", (32, 16), colour) for colour in ("red", "lime", "blue", "white")]
     condition = condition_of(fresh, colours)
+    if fresh.control.takes == "latents":
+        condition = as_if_trained(condition)
     sizes = torch.tensor([[16, 32, 0, 0, 16, 32]] * 4)
     told = replace(fresh.conditions(["a picture"] * 4, samples=[0] * 4), sizes=sizes)
 
@@ -179,6 +211,7 @@ def test_trained_on_four_pictures_the_condition_chooses_among_them(fresh: Contro
         prediction = fresh.family.predict(fresh.together, noisy, time, replace(told, control=condition))
         return (prediction - target).square().mean()
 
+    fresh.network.train()
     optimizer = torch.optim.AdamW(adapters.trainable(fresh.network).values(), lr=5e-3, weight_decay=0.0)
     before = loss(condition).item()
     for _ in range(45):
@@ -189,6 +222,12 @@ def test_trained_on_four_pictures_the_condition_chooses_among_them(fresh: Contro
         after, exchanged = loss(condition).item(), loss(condition.roll(1, 0)).item()
     assert after < 0.8 * before
     assert after < 0.92 * exchanged
+
+
+def as_if_trained(latents: Tensor) -> Tensor:
+    """As far apart as the latents of a trained autoencoder are: those of a random one are nearly equal."""
+    axes = (0, 2, 3)
+    return (latents - latents.mean(axes, keepdim=True)) / latents.std(axes, keepdim=True)
 
 
 def of_one_input(case: ControlledCase, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:

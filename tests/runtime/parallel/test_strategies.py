@@ -31,6 +31,8 @@ def fp32_cases(folder: Path) -> Iterator[Case]:
         if family in CONTROLLED:
             yield replace(case, adapter="controlnet")
             yield replace(case, adapter="controlnet", checkpointing=True)
+        if family == "auraflow":  # its network is called in the middle of the base's pass
+            yield replace(case, adapter="controlnet", quantization="int8")
         if family == "sdxl":  # rows of its text encoders, which lie outside of what is sharded and wrapped
             yield replace(case, adapter="textual-inversion", checkpointing=True)
             yield replace(case, adapter="textual-inversion", quantization="fp8")
