@@ -12,7 +12,7 @@ class Timesteps(Block):
 
     sampling: Literal["logit-normal", "uniform", "beta"] = Field(
         default="logit-normal",
-        description="Density of sigma before the shift, flow families only. Diffusion families draw their time uniformly.",
+        description="Density of sigma before the shift, of flow families and with `diff2Flow`. Otherwise diffusion families draw their time uniformly.",
     )
     logit_mean: Annotated[Decimal, Field(ge=-10, le=10)] = Field(
         default=0.0, description="Mean of the logit-normal density."
@@ -45,6 +45,15 @@ class Noise(Block):
     )
 
 
+class Diff2Flow(Block):
+    """The flow objective for a network that predicts epsilon or v (arXiv:2506.02221)."""
+
+    max_weight: Annotated[Decimal, Field(gt=0, le=1_000_000)] | None = Field(
+        default=None,
+        description="Largest weight that a sample's loss is given. Default: none, which is the loss of flow matching.",
+    )
+
+
 class Objective(Block):
     """Objective and loss."""
 
@@ -59,6 +68,10 @@ class Objective(Block):
     min_snr_gamma: Annotated[Decimal, Field(gt=0, le=100)] | None = Field(
         default=None,
         description="Gamma of min-SNR weighting (arXiv:2303.09556), diffusion families only; 5 is advised. Default: off.",
+    )
+    diff2_flow: Diff2Flow | None = Field(
+        default=None,
+        description="Diffusion families with betas: train on the flow objective; `{}` turns it on. Times are then drawn as `timesteps` says. Default: off.",
     )
     timesteps: Timesteps = Field(default_factory=Timesteps, description="How noise levels are drawn.")
     noise: Noise = Field(default_factory=Noise, description="Changes to the noise.")
