@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from atelier_operator.planner.memory import ModelFacts
     from atelier_operator.planner.strategy import Fit, Machine
 
-STRATEGIES = {"single": "one process", "ddp": "DDP", "fsdp2": "FSDP2"}
+STRATEGIES = {
+    "single": "one process",
+    "ddp": "DDP",
+    "fsdp2": "FSDP2",
+    "deepspeed-zero2": "DeepSpeed ZeRO-2",
+    "deepspeed-zero3": "DeepSpeed ZeRO-3",
+}
 ADAPTERS = {
     "lora": "LoRA",
     "lokr": "LoKr",

@@ -2,22 +2,19 @@
 
 Every rule belongs to `spec` and names the field that it is about. Defaults are filled in before CEL runs, so a field with a default
 is there; a field that may be null is absent when it is (`has`). Each has a twin in `rules`, which alone also knows whether a
-target is a regular expression, and that `a/` and `a` are one folder.
+target is a regular expression, and that `a/` and `a` are one folder. What families differ in is in `cel_families`.
 """
 
-import json
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
+from atelier_api.cel_families import family_rules
+from atelier_api.cel_rule import CelRule, folder_or_s3, literal, matches
 from atelier_api.families import FAMILIES
-from atelier_api.family_rules import COARSE_ALIGNMENT, FINE_BELOW
 from atelier_api.fields import MISSING
 from atelier_api.layouts import LAYOUTS, LYCORIS
 from atelier_api.options import ONLY, Only, node_at
-from atelier_api.quantizations import QUANTIZATIONS
 from atelier_api.rules import HUB_URI, S3_URI, SCHEME
+from atelier_api.v1alpha1.parallelism import DEEPSPEED
 from atelier_api.v1alpha1.profile import EQUAL, NFS_PATH, ONE_KIND, VOLUME_KINDS
 from atelier_api.v1alpha1.validation import PICTURE_FIELDS
 
@@ -28,18 +25,9 @@ WORLD = (
 MICRO = "(has(self.hyperparameters.microBatchSize) ? self.hyperparameters.microBatchSize : 1)"
 
 
-@dataclass(frozen=True)
-class CelRule:
-    """A condition that must be true of `self`, the spec. `field` is the path below spec that the message is about."""
-
-    field: str
-    rule: str
-    message: str
-
-
 def spec_rules() -> list[CelRule]:
     """All rules between the fields of a spec."""
-    return [*_plain_rules(), *_location_rules(), *_family_rules(), *_option_rules()]
+    return [*_plain_rules(), *_location_rules(), *family_rules(), *_option_rules()]
 
 
 def profile_rules() -> list[CelRule]:
@@ -72,6 +60,7 @@ def _plain_rules() -> Iterator[CelRule]:
         f"self.parallelism.strategy != 'single' || {WORLD} == 1",
         "single needs one process; use ddp or fsdp2",
     )
+    yield from _deepspeed_rules()
     yield CelRule(
         "parallelism.deviceMemory",
         "!has(self.parallelism.deviceMemory) || self.parallelism.deviceMemory.matches('[1-9]')",
@@ -122,14 +111,30 @@ def _bridge_rules() -> Iterator[CelRule]:
         yield CelRule(f"objective.{field}", f"!has(self.objective.diff2Flow) || {rule}", message)
 
 
+def _deepspeed_rules() -> Iterator[CelRule]:
+    other = f"!(self.parallelism.strategy in {literal(list(DEEPSPEED))})"
+    fp32 = "self.hyperparameters.optimizer.type != 'adamw-bf16'"
+    for rule, message in (
+        (f"{WORLD} > 1", "shards over the processes, and the run has 1; set more, or strategy single"),
+        (fp32, "trains fp32 weights, and adamw-bf16 has none; set type adamw, or strategy fsdp2"),
+        ("self.adapter.type != 'controlnet'", "trains no network beside its base; set ddp or fsdp2"),
+        ("self.adapter.type != 'textual-inversion'", "trains no words of text encoders; set ddp or fsdp2"),
+        (
+            "!has(self.model.quantization)",
+            "does not share out packed weights; remove quantization, or set ddp or fsdp2",
+        ),
+    ):
+        yield CelRule("parallelism.strategy", f"{other} || {rule}", f"DeepSpeed {message}")
+
+
 def _format_rules() -> Iterator[CelRule]:
     """The layouts that hold an adapter."""
     for layouts in dict.fromkeys(LAYOUTS.values()):
         kinds = [kind for kind, held in LAYOUTS.items() if held == layouts]
         yield CelRule(
             "publish.formats",
-            f"!(self.adapter.type in {_literal(kinds)}) || "
-            f"self.publish.formats.exists(format, format in {_literal(list(layouts))})",
+            f"!(self.adapter.type in {literal(kinds)}) || "
+            f"self.publish.formats.exists(format, format in {literal(list(layouts))})",
             f"none of these holds an adapter of type {' or '.join(kinds)}; must hold {' or '.join(layouts)}",
         )
     yield CelRule(
@@ -144,7 +149,7 @@ def _conditioning_rules() -> Iterator[CelRule]:
     takers = [name for name, facts in FAMILIES.items() if not facts.uncontrolled]
     yield CelRule(
         "adapter.type",
-        f"self.adapter.type != 'controlnet' || self.model.family in {_literal(takers)}",
+        f"self.adapter.type != 'controlnet' || self.model.family in {literal(takers)}",
         f"controlnet is for {', '.join(takers)}",
     )
     controlled = "self.adapter.type == 'controlnet'"
@@ -173,15 +178,15 @@ def _adapter_rules() -> Iterator[CelRule]:
         given = " || ".join(f"has(self.adapter.{name})" for name in names)
         yield CelRule(
             "adapter",
-            f"self.adapter.type in {_literal(list(kinds))} || !({given})",
+            f"self.adapter.type in {literal(list(kinds))} || !({given})",
             f"{', '.join(names)} {'belong' if len(names) > 1 else 'belongs'} to type {' or '.join(kinds)}",
         )
     scaled = [kind for kind in LYCORIS if "dora" in variants[kind]]
     rotating = [kind for kind in LYCORIS if "blockSize" in variants[kind]]
-    dora = f"(self.adapter.type in {_literal(scaled)} && has(self.adapter.dora) && self.adapter.dora)"
+    dora = f"(self.adapter.type in {literal(scaled)} && has(self.adapter.dora) && self.adapter.dora)"
     yield CelRule(
         "hyperparameters.optimizer.type",
-        f"self.hyperparameters.optimizer.type != 'adamw-bf16' || !(self.adapter.type in {_literal(rotating)} || {dora})",
+        f"self.hyperparameters.optimizer.type != 'adamw-bf16' || !(self.adapter.type in {literal(rotating)} || {dora})",
         f"with {', '.join(rotating)} and dora of {', '.join(scaled)}, adamw-bf16 would round the changed weights to bf16",
     )
     rank, block = (_given_or_default(name, "dylora") for name in ("rank", "rankBlock"))
@@ -197,7 +202,7 @@ def _adapter_rules() -> Iterator[CelRule]:
     yield CelRule(
         "adapter.tokens", f"!({inverting}) || !has(self.adapter.tokens) || {once}", "must name each placeholder once"
     )
-    learning = _literal([name for name, facts in FAMILIES.items() if facts.vocabularies])
+    learning = literal([name for name, facts in FAMILIES.items() if facts.vocabularies])
     yield CelRule(
         "adapter.type", f"!({inverting}) || self.model.family in {learning}", "this family learns no new words"
     )
@@ -213,7 +218,7 @@ def _location_rules() -> Iterator[CelRule]:
     source = "self.model.source"
     yield CelRule(
         "model.source",
-        f"!{_matches(source, SCHEME)} || {_matches(source, HUB_URI, whole=True)} || {_matches(source, S3_URI, whole=True)}",
+        f"!{matches(source, SCHEME)} || {matches(source, HUB_URI, whole=True)} || {matches(source, S3_URI, whole=True)}",
         "must be a folder or hf://owner/name or s3://bucket/prefix",
     )
     yield CelRule(
@@ -222,170 +227,21 @@ def _location_rules() -> Iterator[CelRule]:
         "only for an hf:// source without @revision",
     )
     message = "must be a folder or s3://bucket/prefix"
-    yield CelRule("storage.uri", _folder_or_s3("self.storage.uri"), message)
-    yield CelRule("data.sources", f"self.data.sources.all(source, {_folder_or_s3('source.uri')})", f"a uri {message}")
-    sources = f"source.references.all(place, {_folder_or_s3('place')})"
+    yield CelRule("storage.uri", folder_or_s3("self.storage.uri"), message)
+    yield CelRule("data.sources", f"self.data.sources.all(source, {folder_or_s3('source.uri')})", f"a uri {message}")
+    sources = f"source.references.all(place, {folder_or_s3('place')})"
     yield CelRule("data.sources", f"self.data.sources.all(source, {sources})", f"references {message}")
-    sources = f"(!has(source.conditioning) || {_folder_or_s3('source.conditioning')})"
+    sources = f"(!has(source.conditioning) || {folder_or_s3('source.conditioning')})"
     yield CelRule("data.sources", f"self.data.sources.all(source, {sources})", f"conditioning {message}")
-    prompts = [f"prompt.references.all(place, {_folder_or_s3('place')})"]
+    prompts = [f"prompt.references.all(place, {folder_or_s3('place')})"]
     fields = (*PICTURE_FIELDS.values(), "conditioning")
-    prompts += [f"(!has(prompt.{field}) || {_folder_or_s3(f'prompt.{field}')})" for field in fields]
+    prompts += [f"(!has(prompt.{field}) || {folder_or_s3(f'prompt.{field}')})" for field in fields]
     for each in prompts:
         yield CelRule(
             "validation.prompts",
             f"self.validation.prompts.all(prompt, {each})",
             "pictures must be files or s3://bucket/key",
         )
-
-
-def _family_rules() -> Iterator[CelRule]:
-    multiple = _by_family({name: facts.pixel_multiple for name, facts in FAMILIES.items()})
-    flavours = _literal({name: [flavour.name for flavour in facts.flavours] for name, facts in FAMILIES.items()})
-    known = f"self.model.flavour in {flavours}[self.model.family]"
-    yield CelRule("model.flavour", f"!has(self.model.flavour) || {known}", "no flavour of this family")
-    following = _literal([name for name, facts in FAMILIES.items() if facts.sample_edge])
-    for side in ("width", "height"):
-        free = f"!has(self.validation.{side}) || !(self.model.family in {following})"
-        yield CelRule(f"validation.{side}", free, "this family draws in a size that follows its reference")
-    aligned = f"(!has(self.data.bucketAlign) || self.data.bucketAlign % {multiple} == 0)"
-    yield CelRule("data.bucketAlign", aligned, "must be a multiple of the family's pixels")
-    coarse = f"(self.data.resolution < {FINE_BELOW} ? {multiple} : {COARSE_ALIGNMENT})"
-    yield CelRule(
-        "data.resolution",
-        f"!{aligned} || self.data.resolution >= (has(self.data.bucketAlign) ? self.data.bucketAlign : {coarse})",
-        "must be at least the alignment of the buckets",
-    )
-    for side in ("width", "height"):
-        field = f"self.validation.{side}"
-        message = "must be a multiple of the family's pixels"
-        yield CelRule(f"validation.{side}", f"!has({field}) || {field} % {multiple} == 0", message)
-    exact = _literal([name for name, facts in FAMILIES.items() if facts.needs_fp32])
-    for field, value in (("precision", "fp32"), ("optimizer.type", "adamw")):
-        yield CelRule(
-            f"hyperparameters.{field}",
-            f"!(self.model.family in {exact}) || self.hyperparameters.{field} == '{value}'",
-            f"must be {value} for a family that is trained in fp32 alone",
-        )
-    named = _literal([name for name, facts in FAMILIES.items() if facts.kohya])
-    yield CelRule(
-        "publish.formats",
-        f"self.adapter.type != 'lora' || self.model.family in {named} || "
-        "self.publish.formats.exists(format, format == 'diffusers')",
-        "kohya has no names for the layers of this family; must hold diffusers",
-    )
-    yield from _quantization_rules()
-    yield from _negative_prompt_rules()
-    yield from _picture_rules()
-    yield from _reference_rules()
-    sung = _literal([name for name, facts in FAMILIES.items() if facts.modality == "audio"])
-    silent = "self.validation.prompts.all(prompt, !has(prompt.lyrics))"
-    yield CelRule("validation.prompts", f"self.model.family in {sung} || {silent}", "lyrics are for audio families")
-    yield from _frame_rules()
-
-
-def _frame_rules() -> Iterator[CelRule]:
-    """How many frames a clip has, and how many of them are shown."""
-    for name, facts in FAMILIES.items():
-        if facts.frame_rule is None:
-            continue
-        modulus, remainder = facts.frame_rule
-        other, message = f"self.model.family != '{name}'", f"must be {modulus}n+{remainder} for {name}"
-        fits = f"% {modulus} == {remainder % modulus}"
-        yield CelRule("data.clip.frames", f"{other} || self.data.clip.frames {fits}", message)
-        frames = "self.validation.frames"
-        yield CelRule("validation.frames", f"{other} || !has({frames}) || {frames} {fits}", message)
-        if facts.continues:
-            shown = "self.data.clip.shownFrames"
-            fewer = f"{shown} < self.data.clip.frames && (!has({frames}) || {shown} < {frames})"
-            yield CelRule("data.clip.shownFrames", f"{other} || {shown} {fits}", message)
-            yield CelRule(
-                "data.clip.shownFrames",
-                f"{other} || ({fewer})",
-                "must be less than spec.data.clip.frames and spec.validation.frames",
-            )
-    continuing = _literal([name for name, facts in FAMILIES.items() if facts.continues])
-    yield CelRule(
-        "data.clip.shownFrames",
-        f"self.data.clip.shownFrames == 1 || self.model.family in {continuing}",
-        "this family continues no clips",
-    )
-
-
-def _quantization_rules() -> Iterator[CelRule]:
-    """The families whose base may not be kept in every kind."""
-    for name, facts in FAMILIES.items():
-        if facts.quantizations == QUANTIZATIONS:
-            continue
-        possible = facts.quantizations
-        allowed = "!has(self.model.quantization)"
-        if possible:
-            allowed += f" || self.model.quantization in {_literal(list(possible))}"
-        way = f"{name} allows {', '.join(possible)}" if possible else f"the base of {name} is not quantised"
-        yield CelRule(
-            "model.quantization",
-            f"self.model.family != '{name}' || {allowed}",
-            f"{way}: {facts.quantization_doubt}",
-        )
-
-
-def _negative_prompt_rules() -> Iterator[CelRule]:
-    none = "self.validation.prompts.all(prompt, !has(prompt.negative) || prompt.negative == '')"
-    least = _by_family({name: facts.guidance_above for name, facts in FAMILIES.items()})
-    strong = f"has(self.validation.guidance) && double(self.validation.guidance) > {least}"
-    learnt = _literal([name for name, facts in FAMILIES.items() if not facts.negative_prompts])
-    yield CelRule(
-        "validation.prompts",
-        f"!(self.model.family in {learnt}) || {none}",
-        "samples of this family know no negative prompt",
-    )
-    above = "a negative prompt does something only with spec.validation.guidance above what switches it on"
-    yield CelRule("validation.prompts", f"!has(self.validation.guidance) || {strong} || {none}", above)
-    for kind, otherwise, message in (
-        ("distilled", none, "samples of a checkpoint that is distilled on guidance know no negative prompt"),
-        ("off", f"({strong}) || {none}", above),
-    ):
-        for name, facts in FAMILIES.items():
-            flavours = [flavour.name for flavour in facts.flavours if flavour.guidance == kind]
-            if not flavours:
-                continue
-            unnamed = "true" if facts.flavours[0].guidance == kind else "false"
-            is_kind = f"(has(self.model.flavour) ? self.model.flavour in {_literal(flavours)} : {unnamed})"
-            yield CelRule("validation.prompts", f"self.model.family != '{name}' || !{is_kind} || {otherwise}", message)
-
-
-def _picture_rules() -> Iterator[CelRule]:
-    named = "has(self.model.flavour)"
-    for frame, field in PICTURE_FIELDS.items():
-        none = f"self.validation.prompts.all(prompt, !has(prompt.{field}))"
-        every = f"self.validation.prompts.all(prompt, has(prompt.{field}))"
-        unused, missing = f"{field} is for checkpoints that are shown the {frame} frame", f"needs {field}"
-        families = []
-        for name, facts in FAMILIES.items():
-            flavours = [flavour.name for flavour in facts.flavours if frame in flavour.frames]
-            if not flavours:
-                continue
-            families.append(name)
-            other, shown = f"self.model.family != '{name}'", f"self.model.flavour in {_literal(flavours)}"
-            yield CelRule("validation.prompts", f"{other} || !{named} || {shown} || {none}", unused)
-            always = "true" if len(flavours) == len(facts.flavours) else "false"
-            yield CelRule("validation.prompts", f"{other} || !({named} ? {shown} : {always}) || {every}", missing)
-        yield CelRule("validation.prompts", f"self.model.family in {_literal(families)} || {none}", unused)
-
-
-def _reference_rules() -> Iterator[CelRule]:
-    takers = {name: facts.references for name, facts in FAMILIES.items() if facts.references}
-    named = _literal(list(takers))
-    for field, item, what in (
-        ("data.sources", "source", "folders of reference pictures"),
-        ("validation.prompts", "prompt", "reference pictures"),
-    ):
-        none = f"self.{field}.all({item}, size({item}.references) == 0)"
-        yield CelRule(field, f"self.model.family in {named} || {none}", "this family takes no reference pictures")
-        for most in sorted(set(takers.values())):
-            alike = _literal([name for name, each in takers.items() if each == most])
-            fits = f"self.{field}.all({item}, size({item}.references) >= 1 && size({item}.references) <= {most})"
-            yield CelRule(field, f"!(self.model.family in {alike}) || {fits}", f"must name 1 to {most} {what}")
 
 
 def _option_rules() -> Iterator[CelRule]:
@@ -399,10 +255,10 @@ def _owned(only: Only) -> str:
     if only.owner.startswith("family."):
         fact = only.owner.removeprefix("family.")
         names = [name for name, facts in FAMILIES.items() if getattr(facts, fact) in only.values]
-        return f"self.model.family in {_literal(names)}"
+        return f"self.model.family in {literal(names)}"
     if not only.values:
         return f"size(self.{only.owner}) > 0"
-    return f"self.{only.owner} in {_literal(list(only.values))}"
+    return f"self.{only.owner} in {literal(list(only.values))}"
 
 
 def _is_default(option: str) -> str:
@@ -412,34 +268,4 @@ def _is_default(option: str) -> str:
         return f"!has({field})"
     if node.kind == "decimal":
         return f"double({field}) == {float(node.default)!r}"
-    return f"{field} == {_literal(node.default)}"
-
-
-def _by_family(values: dict[str, float]) -> str:
-    """The number of the run's family. Few numbers are told apart by names: a map of all families would be built at each use."""
-    common, *others = (value for value, _ in Counter(values.values()).most_common())
-    cases = [
-        f"self.model.family in {_literal([name for name, each in values.items() if each == value])} ? {_literal(value)} : "
-        for value in others
-    ]
-    return f"({''.join(cases)}{_literal(common)})" if cases else _literal(common)
-
-
-def _folder_or_s3(field: str) -> str:
-    return f"(!{_matches(field, SCHEME)} || {_matches(field, S3_URI, whole=True)})"
-
-
-def _matches(field: str, pattern: str, *, whole: bool = False) -> str:
-    """`matches` finds a pattern anywhere, so both ends are anchored where they count."""
-    return f"{field}.matches({_literal(f'^({pattern})' + ('$' if whole else ''))})"
-
-
-def _literal(value: Any) -> str:
-    """A value as a CEL literal, with single quotes: JSON otherwise."""
-    if isinstance(value, str):
-        return "'" + json.dumps(value)[1:-1].replace("'", "\\'") + "'"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_literal, value)) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value)
+    return f"{field} == {literal(node.default)}"

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from atelier_api import API_VERSION
-from atelier_api.cel import CelRule, profile_rules, spec_rules
+from atelier_api.cel import profile_rules, spec_rules
+from atelier_api.cel_rule import CelRule
 from atelier_api.fields import Node, block_node, tree
 from atelier_api.generated import Generated, main
 from atelier_api.structural import schema

@@ -22,6 +22,7 @@ from atelier_api.v1alpha1.adapter import (
     TextualInversionAdapter,
     rebuilds_weights,
 )
+from atelier_api.v1alpha1.parallelism import DEEPSPEED
 
 PRESETS = ("attention", "mlp", "all")
 """Names in `adapter.targets` that a family translates; everything else there is a regular expression."""
@@ -261,6 +262,29 @@ def _processes(spec: TrainingRunSpec) -> Iterator[Problem]:
         yield refused("spec.parallelism.deviceMemory", parallelism.device_memory, 'must be more than 0, such as "80Gi"')
 
 
+def _deepspeed(spec: TrainingRunSpec) -> Iterator[Problem]:
+    """What DeepSpeed shards, and what is left to the other strategies."""
+    path, strategy, quantization = "spec.parallelism.strategy", spec.parallelism.strategy, spec.model.quantization
+    if strategy not in DEEPSPEED:
+        return
+    if world_size(spec) == 1:
+        yield refused(path, strategy, "shards over the processes, and the run has 1; set more, or strategy single")
+    if spec.hyperparameters.optimizer.type == "adamw-bf16":
+        has_none = "spec.hyperparameters.optimizer.type is adamw-bf16"
+        yield refused(path, strategy, f"trains fp32 weights, and {has_none}; set type adamw, or strategy fsdp2")
+    if isinstance(spec.adapter, ControlNetAdapter):
+        allowed = "trains no network beside its base, as spec.adapter.type controlnet does; set ddp or fsdp2"
+        yield refused(path, strategy, allowed)
+    if isinstance(spec.adapter, TextualInversionAdapter):
+        allowed = "trains no words of text encoders, as spec.adapter.type textual-inversion does; set ddp or fsdp2"
+        yield refused(path, strategy, allowed)
+    if quantization is not None:
+        packed = f"spec.model.quantization is {quantization}"
+        yield refused(
+            path, strategy, f"does not share out packed weights, and {packed}; remove that, or set ddp or fsdp2"
+        )
+
+
 def _conditioning(spec: TrainingRunSpec) -> Iterator[Problem]:
     """A control network needs a conditioning picture for each sample and for each prompt; nothing else has any."""
     controlled = isinstance(spec.adapter, ControlNetAdapter)
@@ -310,6 +334,7 @@ RULES: tuple[Callable[[TrainingRunSpec], Iterator[Problem]], ...] = (
     _bridge,
     _quantization,
     _processes,
+    _deepspeed,
     _conditioning,
     _publish,
 )

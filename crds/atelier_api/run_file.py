@@ -28,7 +28,7 @@ class RunIdentity(Block):
 class ExecutionPlan(Block):
     """What the planner decided; every choice that the spec left open is made here."""
 
-    strategy: Literal["single", "ddp", "fsdp2"]
+    strategy: Literal["single", "ddp", "fsdp2", "deepspeed-zero2", "deepspeed-zero3"]
     device: Literal["cpu", "cuda"]
     nodes: int
     processes_per_node: int

@@ -6,7 +6,7 @@ nowhere else. A change takes effect with the next attempt; a live one keeps the 
 
 from collections.abc import Iterator, Mapping
 
-from atelier_api.cel import CelRule
+from atelier_api.cel_rule import CelRule
 from atelier_api.fields import tree
 
 MUTABLE: Mapping[str, tuple[str, ...]] = {

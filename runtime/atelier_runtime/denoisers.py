@@ -41,7 +41,6 @@ class Denoisers:
         """Load, put the adapter on, and spread over the ranks. Raises ConfigError when nothing would be trained."""
         hyperparameters, adapter = run_file.spec.hyperparameters, run_file.spec.adapter
         base_dtype, trained_dtype = _dtypes(hyperparameters.precision, hyperparameters.optimizer.type, adapter.type)
-        compute_dtype = torch.bfloat16 if hyperparameters.precision == "bf16" else None
         load_encoders = partial(components.load_encoders, family, run_file.model_folder, base_dtype, distributed.device)
         names = components.denoiser_names(family, run_file.model_folder)
         if adapter.type == "controlnet":
@@ -64,7 +63,7 @@ class Denoisers:
                 draws[name] = report.draw
             encode = report.encode or encode
             models[name] = model
-            wrapped[name] = parallel.wrap(model, run_file.plan, family, distributed, compute_dtype=compute_dtype)
+            wrapped[name] = parallel.wrap(model, run_file.plan, family, distributed, hyperparameters=hyperparameters)
         stages = family.stages(components.read_pipeline_config(run_file.model_folder), names)
         return cls(models, wrapped, stages, draws, encode)
 
@@ -77,7 +76,6 @@ class Denoisers:
         assert family.control is not None  # a family without is refused
         hyperparameters, plan = run_file.spec.hyperparameters, run_file.plan
         base_dtype, trained_dtype = _dtypes(hyperparameters.precision, hyperparameters.optimizer.type, "controlnet")
-        compute_dtype = torch.bfloat16 if hyperparameters.precision == "bf16" else None
         base = components.load_denoiser(run_file.model_folder, name, base_dtype, _loading_device(run_file, distributed))
         torch.manual_seed(hyperparameters.seed)
         # A copy of the base's blocks as they are: the base is quantised after it.
@@ -87,8 +85,8 @@ class Denoisers:
         _quantize(base, run_file, family, distributed)
         _log_installed(CONTROL_NETWORK, report)
         wrapped = Controlled(
-            parallel.wrap(base, plan, family, distributed, compute_dtype=compute_dtype),
-            parallel.wrap(network, plan, family, distributed, compute_dtype=compute_dtype),
+            parallel.wrap(base, plan, family, distributed, hyperparameters=hyperparameters),
+            parallel.wrap(network, plan, family, distributed, hyperparameters=hyperparameters),
             family.control,
         )
         return cls({name: base, CONTROL_NETWORK: network}, {name: wrapped}, (Stage(name),))
@@ -101,8 +99,8 @@ class Denoisers:
 
 
 def _home(run_file: RunFile, distributed: Distributed) -> torch.device:
-    """Sharding moves block by block to the device: the whole model may not fit there, which is why it is sharded."""
-    return torch.device("cpu") if run_file.plan.strategy == "fsdp2" else distributed.device
+    """Sharding moves piece by piece to the device: the whole model may not fit there, which is why it is sharded."""
+    return torch.device("cpu") if parallel.shards_weights(run_file.plan) else distributed.device
 
 
 def _loading_device(run_file: RunFile, distributed: Distributed) -> torch.device:
@@ -132,4 +130,6 @@ def _dtypes(precision: str, optimizer: str, adapter: str) -> tuple[torch.dtype, 
 def gathered_weights(denoisers: Denoisers) -> dict[str, dict[str, Any]]:
     """Trained weights by model, whole and on the CPU, on rank 0 (empty elsewhere); no entry for one that is frozen. Collective."""
     trained = {name: list(adapters.trainable(model)) for name, model in denoisers.models.items()}
-    return {name: parallel.full_state(denoisers.models[name], keys) for name, keys in trained.items() if keys}
+    # A control network is wrapped inside its denoiser's wrapper; by itself it is gathered as any other.
+    holders = denoisers.models | denoisers.wrapped
+    return {name: parallel.full_state(holders[name], keys) for name, keys in trained.items() if keys}

@@ -6,6 +6,7 @@ the web UIs read the same names (`clip_l`, `clip_g`), and call the placeholder b
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from atelier_api.v1alpha1.adapter import InvertedToken, TextualInversionAdapter
@@ -16,7 +17,7 @@ CHILD = "textual_inversion"
 
 def rows_of(adapter: TextualInversionAdapter, rows: Tensor) -> Iterator[tuple[InvertedToken, Tensor]]:
     """The placeholders with their vectors [vectors, width]."""
-    yield from zip(adapter.tokens, rows.split([each.vectors for each in adapter.tokens]), strict=True)
+    yield from zip(adapter.tokens, torch.split(rows, [each.vectors for each in adapter.tokens]), strict=True)
 
 
 def files(weights: Mapping[str, Tensor], adapter: TextualInversionAdapter) -> dict[str, dict[str, Tensor]]:

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -39,7 +38,7 @@ from atelier_runtime.publishing import publish, write_report, write_result
 from atelier_runtime.reporter import Reporter
 from atelier_runtime.sampling import draw_samples, sample_key, store_samples
 from atelier_runtime.store import Store, open_store
-from atelier_runtime.train_state import TrainState
+from atelier_runtime.train_state import State
 from atelier_runtime.trainer import Parts, Trainer, build_run_objective, build_state, staging_folder
 
 log = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ class StopFlag:
 class Reached:
     """How far the rank is, for the record of a failure."""
 
-    state: TrainState | None = None
+    state: State | None = None
 
     @property
     def step(self) -> int | None:
@@ -193,7 +192,7 @@ def prepare(session: Session) -> Parts:
     with reporter.timed("loading"):
         denoisers = Denoisers.load(run_file, family, distributed)
         objective = build_run_objective(run_file, family)
-        state = build_state(run_file, denoisers)
+        state = build_state(denoisers, run_file.spec.hyperparameters, run_file.plan, distributed)
         template = state.tensors()
         started = time.perf_counter()
         point = resume(run_file, distributed, session.store, template, staging_folder(run_file))
@@ -219,8 +218,7 @@ def sample(session: Session, parts: Parts, step: int) -> None:
         return
     session.reporter.stage("Sampling", f"step {step}", done=step, total=session.run_file.spec.hyperparameters.steps)
     with session.metrics.sampling(), session.reporter.timed("sampling"):
-        ema = parts.state.ema
-        with ema.swapped() if ema is not None else nullcontext():
+        with parts.state.averaged():
             pictures = draw_samples(session.run_file, session.family, parts.denoisers.models, session.distributed)
         store_samples(session.store, step, pictures, session.family.facts.modality)
         torch.distributed.barrier()

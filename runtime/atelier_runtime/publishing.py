@@ -4,7 +4,6 @@ import io
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,8 +50,7 @@ class PublishedFile:
 
 def publish(parts: Parts, store: Store) -> list[PublishedFile]:
     """Export the trained weights (their moving average where there is one) and store them. Collective; files on rank 0 only."""
-    ema = parts.state.ema
-    with ema.swapped() if ema is not None else nullcontext():
+    with parts.state.averaged():
         weights = gathered_weights(parts.denoisers)
     if parts.distributed.rank != 0:
         return []

@@ -16,7 +16,7 @@ from atelier_runtime import components
 from atelier_runtime.adapters import show_tokens
 from atelier_runtime.data.sound import write_sound
 from atelier_runtime.family import Family, SampleRequest
-from atelier_runtime.parallel import Distributed
+from atelier_runtime.parallel import Distributed, shards_weights
 from atelier_runtime.prompt_pictures import PromptPictures, prompt_pictures
 from atelier_runtime.store import Store
 
@@ -41,13 +41,13 @@ def draw_samples(
 ) -> dict[int, bytes]:
     """Samples of this rank's share of the prompts, by prompt index: PNG, animated WebP for clips, FLAC for sounds.
 
-    Collective under FSDP2, where every rank has to take part in every forward pass: there all ranks draw all prompts and rank 0
-    gives them. Otherwise prompts are dealt out over the ranks.
+    Collective where weights are sharded and every rank has to take part in every forward pass: there all ranks draw all prompts and
+    rank 0 gives them. Otherwise prompts are dealt out over the ranks.
     """
     prompts = run_file.spec.validation.prompts
     if not prompts:
         return {}
-    sharded = run_file.plan.strategy == "fsdp2"
+    sharded = shards_weights(run_file.plan)
     mine = range(len(prompts)) if sharded else range(distributed.rank, len(prompts), distributed.world_size)
     if not mine:
         return {}

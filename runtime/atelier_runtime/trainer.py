@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from atelier_api.errors import DivergedError, StoreError
-from atelier_api.run_file import RunFile
+from atelier_api.run_file import ExecutionPlan, RunFile
+from atelier_api.v1alpha1.hyperparameters import Hyperparameters
 from atelier_runtime import components, parallel
 from atelier_runtime.checkpoint import Checkpointer
 from atelier_runtime.data import Dataset, Loader, MicroBatch
@@ -26,11 +27,12 @@ from atelier_runtime.denoisers import Denoisers
 from atelier_runtime.family import Conditions, Family, Features, Stage
 from atelier_runtime.objectives import Objective, build_objective
 from atelier_runtime.observe.metrics import TrainMetrics
-from atelier_runtime.optimizers import Ema, build_optimizer, clip_gradients, learning_rate_at
+from atelier_runtime.optimizers import Ema, build_optimizer, learning_rate_at
 from atelier_runtime.parallel import Distributed
 from atelier_runtime.reporter import Reporter
 from atelier_runtime.step_agreement import StepAgreement, StepFacts
-from atelier_runtime.train_state import TrainState
+from atelier_runtime.train_state import State, TrainState
+from atelier_runtime.zero_state import ZeroState
 
 log = logging.getLogger(__name__)
 
@@ -68,19 +70,24 @@ class Parts:
     denoisers: Denoisers
     objective: Objective
     dataset: Dataset
-    state: TrainState
+    state: State
     checkpointer: Checkpointer
     metrics: TrainMetrics
     reporter: Reporter
 
 
-def build_state(run_file: RunFile, denoisers: Denoisers) -> TrainState:
-    """Optimizer and moving average over the trained parameters, at step 0."""
+def build_state(
+    denoisers: Denoisers, hyperparameters: Hyperparameters, plan: ExecutionPlan, distributed: Distributed
+) -> State:
+    """Optimizer and moving average over the trained parameters, at step 0. Collective."""
     parameters = denoisers.trainable()
-    hyperparameters = run_file.spec.hyperparameters
-    optimizer = build_optimizer(list(parameters.values()), hyperparameters, run_file.plan.learning_rate)
-    ema = Ema(parameters, hyperparameters.ema.decay) if hyperparameters.ema else None
-    return TrainState(parameters, optimizer, ema)
+    decay = hyperparameters.ema.decay if hyperparameters.ema else None
+    partitioned = {name: m for name, m in denoisers.wrapped.items() if isinstance(m, parallel.Partitioned)}
+    if partitioned:
+        return ZeroState(partitioned, parameters, distributed, ema_decay=decay)
+    optimizer = build_optimizer(list(parameters.values()), hyperparameters, plan.learning_rate)
+    ema = None if decay is None else Ema(parameters, decay)
+    return TrainState(parameters, optimizer, ema, gradient_clip=hyperparameters.gradient_clip)
 
 
 def build_run_objective(run_file: RunFile, family: Family) -> Objective:
@@ -178,14 +185,10 @@ class Trainer:
         denoiser = parts.denoisers.wrapped[stage.denoiser]
         if stage.denoiser in parts.denoisers.draws:
             parts.denoisers.draws[stage.denoiser](sample_generator(hyperparameters.seed, step, ADAPTER_SLOT))
-        optimizer = parts.state.optimizer
         rate = learning_rate_at(step, hyperparameters, parts.run_file.plan.learning_rate)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         shares = []
         for index, batch in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            with nullcontext() if last else parallel.no_sync(denoiser):
+            with parallel.micro_batch(denoiser, last=index == len(micro_batches) - 1):
                 with metrics.phase("forward"):
                     loss = self._loss(denoiser, batch, step, stage) / total_weight
                 read_on()
@@ -193,11 +196,7 @@ class Trainer:
                     loss.backward(self._ranks)  # type: ignore[no-untyped-call]
             shares.append(loss.detach())
         with metrics.phase("optimizer"):
-            norm = clip_gradients(parts.state.parameters.values(), hyperparameters.gradient_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if parts.state.ema is not None:
-                parts.state.ema.update()
+            norm = parts.state.update(stage.denoiser, rate)
         parts.reporter.learning_rate = rate
         return functools.reduce(torch.add, shares), norm
 

@@ -7,6 +7,7 @@ import pytest
 from atelier_api.read import problems
 from atelier_api.rules import notes, processes_per_node, world_size
 from atelier_api.v1alpha1 import TrainingRun
+from atelier_api.v1alpha1.parallelism import DEEPSPEED
 from run_documents import document
 
 WAN = {"family": "wan", "source": "base"}
@@ -121,6 +122,51 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"parallelism": {"strategy": "single", "gpusPerNode": 2}, "hyperparameters__globalBatchSize": 2},
         "spec.parallelism.strategy is 'single'; needs one process, and the run has 2; use ddp or fsdp2",
     ),
+    "DeepSpeed on one process": (
+        {"parallelism__strategy": "deepspeed-zero3"},
+        "spec.parallelism.strategy is 'deepspeed-zero3'; shards over the processes, and the run has 1; set more, or strategy single",
+    ),
+    "DeepSpeed with weights in bf16": (
+        {
+            "parallelism": {"strategy": "deepspeed-zero2", "gpusPerNode": 2},
+            "hyperparameters": {"steps": 1, "globalBatchSize": 2, "optimizer": {"type": "adamw-bf16"}},
+        },
+        "spec.parallelism.strategy is 'deepspeed-zero2'; trains fp32 weights, and spec.hyperparameters.optimizer.type is "
+        "adamw-bf16; set type adamw, or strategy fsdp2",
+    ),
+    "DeepSpeed with a control network": (
+        {
+            "model": SDXL,
+            "adapter": CONTROLNET,
+            "data__sources": CONDITIONED,
+            "parallelism": {"strategy": "deepspeed-zero3", "gpusPerNode": 2},
+            "hyperparameters__globalBatchSize": 2,
+        },
+        "spec.parallelism.strategy is 'deepspeed-zero3'; trains no network beside its base, as spec.adapter.type controlnet does; "
+        "set ddp or fsdp2",
+    ),
+    "DeepSpeed with words of text encoders": (
+        {
+            "model": SDXL,
+            "adapter": {"type": "textual-inversion", "tokens": [FOX]},
+            "parallelism": {"strategy": "deepspeed-zero2", "gpusPerNode": 2},
+            "hyperparameters__globalBatchSize": 2,
+        },
+        "spec.parallelism.strategy is 'deepspeed-zero2'; trains no words of text encoders, as spec.adapter.type textual-inversion "
+        "does; set ddp or fsdp2",
+    ),
+    **{
+        f"DeepSpeed's {strategy} with a quantised base": (
+            {
+                "model__quantization": "nf4",
+                "parallelism": {"strategy": strategy, "gpusPerNode": 2},
+                "hyperparameters__globalBatchSize": 2,
+            },
+            f"spec.parallelism.strategy is '{strategy}'; does not share out packed weights, and spec.model.quantization is nf4; "
+            "remove that, or set ddp or fsdp2",
+        )
+        for strategy in DEEPSPEED
+    },
     "no memory": ({"parallelism__deviceMemory": "0Gi"}, "spec.parallelism.deviceMemory is '0Gi'; must be more than 0"),
     "kohya of a whole model": (
         {"adapter": {"type": "full"}, "publish__formats": ["kohya"]},
@@ -183,7 +229,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "adapter": {"type": "textual-inversion", "tokens": [FOX]},
             "data__captions": {"dropout": "0.5"},
         },
-        "spec.data.captions.dropout is '0.5'; only for type lora or full or lokr or loha or locon or diag-oft or "
+        "spec.data.captions.dropout is '0.5'; only for type lora or full or controlnet or lokr or loha or locon or diag-oft or "
         "boft or dylora or ia3",
     ),
     "a broken target of inputs": (
@@ -346,6 +392,10 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "(IA)³ in bf16": {"adapter": {"type": "ia3"}, "hyperparameters__optimizer__type": "adamw-bf16"},
     "LoKr in bf16": {"adapter": {"type": "lokr"}, "hyperparameters__optimizer__type": "adamw-bf16"},
     "a quantised base": {"model__quantization": "nf4"},
+    "a LoRA under DeepSpeed": {
+        "parallelism": {"strategy": "deepspeed-zero3", "gpusPerNode": 2},
+        "hyperparameters__globalBatchSize": 2,
+    },
     "a rotation on a quantised base": {"adapter": {"type": "boft"}, "model__quantization": "fp8"},
     "DoRA for diffusers": {"adapter": {"type": "lora", "dora": True}, "publish__formats": ["diffusers"]},
     "a model in a bucket": {"model__source": "s3://models/flux/"},

@@ -140,7 +140,7 @@ def bench_run(folder: Path, *, batch_size: int, steps: int) -> BenchRun:
     dataset = build_dataset(run_file, family, distributed, no_report)
     denoisers = Denoisers.load(run_file, family, distributed)
     objective = build_run_objective(run_file, family)
-    state = build_state(run_file, denoisers)
+    state = build_state(denoisers, run_file.spec.hyperparameters, run_file.plan, distributed)
     checkpointer = Checkpointer(run_file, distributed, store, staging_folder(run_file), dataset_hash=dataset.hash)
     parts = Parts(run_file, family, distributed, denoisers, objective, dataset, state, checkpointer, metrics, reporter)
     return BenchRun(parts, reporter, clock)

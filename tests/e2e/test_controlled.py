@@ -1,4 +1,4 @@
-"""Whole runs of a control network, by the command that users type: a tiny SDXL, real digits, each with its negative as condition."""
+"""Whole runs of a control network, by the command that users type: a tiny SDXL, quantised, on digits with their negatives."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,11 @@ def controlled(folder: Path, name: str, **spec: Any) -> LocalRun:
         for path in sorted((folder / "pictures").glob("*.png"))[:-1]:
             ImageOps.invert(Image.open(path)).save(folder / "edges" / path.with_suffix(".jpg").name)
     data = {"sources": [{"uri": "pictures", "conditioning": "edges"}]}
-    changes = {"hyperparameters": {"steps": 4, "learningRate": "1e-2"}, **spec}
+    changes = {
+        "model": {"quantization": "int8"},
+        "hyperparameters": {"steps": 4, "learningRate": "1e-2"},
+        **spec,
+    }
     document = tiny_run(folder, "sdxl", name=name, adapter={"type": "controlnet"}, data=data, **changes)
     return write_run(folder / f"{name}.yaml", document.document)
 

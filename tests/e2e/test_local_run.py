@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
@@ -103,6 +104,29 @@ def test_the_exported_lora_in_a_new_process_draws_what_the_training_process_drew
         assert same_pixels(tmp_path / f"lora-{index}.png", drawn, tolerance=1)
         assert same_pixels(tmp_path / f"base-{index}.png", untrained, tolerance=1)
         assert not same_pixels(drawn, untrained, tolerance=8)
+
+
+def test_zero3_of_two_processes_and_then_one_process_make_the_same_lora(finished: tuple[LocalRun, str]) -> None:
+    ddp, _ = finished
+    document = dict(ddp.document) | {"metadata": {"name": "zero3"}}
+    changing = LocalRun(ddp.path.parent / "zero3.yaml", document)
+    changing = changing.changed(hyperparameters={"steps": 6}, parallelism={"strategy": "deepspeed-zero3"})
+    assert "DeepSpeed ZeRO-3, 2 processes on the CPU" in changing.train()
+    manifest = json.loads(max((changing.folder / "manifests").glob("*.json")).read_text())
+    assert (manifest["strategy"], manifest["worldSize"]) == ("deepspeed-zero3", 2)
+    changing = changing.changed(
+        hyperparameters={"steps": 12}, parallelism={"strategy": "single", "processesPerNode": 1}
+    )
+    changing.train()
+    assert history(changing) == pytest.approx(history(ddp), rel=1e-4)
+    lora = "exports/diffusers/pytorch_lora_weights.safetensors"
+    found, expected = load_file(changing.folder / lora), load_file(ddp.folder / lora)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-5)
+    for prompt in range(len(PROMPTS)):
+        sample = f"samples/00000006/{prompt}.png"
+        assert same_pixels(changing.folder / sample, ddp.folder / sample, tolerance=1)
 
 
 def test_a_finished_run_is_not_trained_again_and_can_be_made_longer(finished: tuple[LocalRun, str]) -> None:

@@ -2,9 +2,7 @@
 
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from atelier_api.quantizations import Quantization
-from atelier_api.run_file import ExecutionPlan
+from atelier_api.run_file import ExecutionPlan, RunFile
 from atelier_api.v1alpha1.adapter import (
     BoftAdapter,
+    ControlNetAdapter,
     DyloraAdapter,
     FullAdapter,
     Ia3Adapter,
@@ -22,19 +21,19 @@ from atelier_api.v1alpha1.adapter import (
     LoraAdapter,
     TextualInversionAdapter,
 )
-from atelier_api.v1alpha1.hyperparameters import Hyperparameters, Optimizer
-from atelier_api.v1alpha1.objective import Objective
-from atelier_runtime import adapters, components, parallel
-from atelier_runtime.control import Controlled
+from atelier_api.v1alpha1.hyperparameters import Ema, Hyperparameters, Optimizer
+from atelier_runtime import parallel
+from atelier_runtime.adapters import Encode
+from atelier_runtime.control import CONTROL_NETWORK, Controlled
+from atelier_runtime.denoisers import Denoisers, gathered_weights
 from atelier_runtime.families import get_family
-from atelier_runtime.family import Conditions, Family, Features
-from atelier_runtime.objectives import build_objective
-from atelier_runtime.optimizers import Ema, build_optimizer, clip_gradients
+from atelier_runtime.family import Conditions, Family, Features, Stage
 from atelier_runtime.parallel.wrap import blocks_of
-from atelier_runtime.quantization import quantize
-from atelier_runtime.trainer import ADAPTER_SLOT, sample_generator
+from atelier_runtime.trainer import ADAPTER_SLOT, build_run_objective, build_state, sample_generator
 from control_cases import conditions_of
 from family_cases import Case as FamilyCase
+from family_models import FAMILY_OF
+from run_files import run_file
 
 STEPS = 3
 GLOBAL_BATCH = 4
@@ -48,6 +47,7 @@ ADAPTERS: dict[str, Any] = {
         {"type": "textual-inversion", "tokens": [{"token": "<fox>", "initializer": "f", "vectors": 2}]}
     ),
     "ia3": Ia3Adapter(type="ia3", input_targets=["mlp"], targets=["all"]),
+    "controlnet": ControlNetAdapter(type="controlnet"),
 }
 
 
@@ -68,7 +68,7 @@ class Samples:
     control: Tensor | None = None
 
     def conditions(
-        self, family: Family, slots: range, encode: adapters.Encode | None = None, *, controlled: bool = False
+        self, family: Family, slots: range, encode: Encode | None = None, *, controlled: bool = False
     ) -> Conditions:
         rows = list(slots)
         return Conditions(
@@ -85,9 +85,9 @@ class Samples:
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train. `folder` holds a tiny checkpoint."""
+    """One way to train. `tiny` is a pipeline of `family_models`, and `folder` holds its checkpoint; `weight` multiplies gradients."""
 
-    family: str
+    tiny: str
     adapter: str
     folder: Path
     samples: Samples | None = None
@@ -96,12 +96,15 @@ class Case:
     checkpointing: bool = False
     accumulation: int = 1
     quantization: Quantization | None = None
+    weight: float = 1.0
 
     @property
     def name(self) -> str:
         recompute = "recompute" if self.checkpointing else "keep"
         base = f" {self.quantization}" if self.quantization else ""
-        return f"{self.family} {self.adapter} {self.precision} {self.optimizer} {recompute} x{self.accumulation}{base}"
+        weight = "" if self.weight == 1 else f" times {self.weight:g}"
+        words = (self.tiny, self.adapter, self.precision, self.optimizer, recompute, f"x{self.accumulation}")
+        return " ".join(words) + base + weight
 
 
 @dataclass(frozen=True)
@@ -134,142 +137,144 @@ def plan_of(strategy: str, world: int, case: Case) -> ExecutionPlan:
     )
 
 
-def train_all(strategies: Sequence[str], world: int, cases: Sequence[Case]) -> dict[tuple[str, str], Trained | str]:
-    """Every case under every strategy, by (strategy, case name); a traceback in place of what failed."""
-    parallel.start(plan_of(strategies[0], world, cases[0]))
+def train_all(world: int, ways: Sequence[tuple[str, Case]]) -> dict[tuple[str, str], Trained | str]:
+    """Each case under the strategy beside it, by (strategy, case name); a traceback in place of what failed."""
+    strategy, case = ways[0]
+    parallel.start(plan_of(strategy, world, case))
     results: dict[tuple[str, str], Trained | str] = {}
     try:
-        for strategy in strategies:
-            for case in cases:
-                try:
-                    results[strategy, case.name] = train(strategy, case)
-                except Exception:
-                    results[strategy, case.name] = traceback.format_exc()
+        for strategy, case in ways:
+            try:
+                results[strategy, case.name] = train(strategy, case)
+            except Exception:
+                results[strategy, case.name] = traceback.format_exc()
     finally:
         parallel.stop()
     return results
 
 
-def train(strategy: str, case: Case) -> Trained:
-    """`STEPS` optimizer steps on fixed latents, in an initialised process group."""
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    distributed = parallel.Distributed(rank, rank, world, torch.device("cpu"))
-    plan, family = plan_of(strategy, world, case), get_family(case.family)
-    trained = _build(case, plan, family, distributed)
-    model, wrapped, called = trained.model, trained.wrapped, trained.called
-    named = adapters.trainable(model)
-    hyperparameters = Hyperparameters(steps=STEPS, optimizer=Optimizer(type=case.optimizer, epsilon=1e-3))
-    optimizer = build_optimizer(list(named.values()), hyperparameters, plan.learning_rate)
-    ema = Ema(named, 0.9)
-    objective = build_objective(Objective(), family.facts, components.scheduler_config(case.folder))
-    losses, norms, drawn = [], [], torch.empty(0)
-    dtypes: set[str] = set()
-    blocks_of(model, family)[0].register_forward_pre_hook(
-        lambda block, _: dtypes.update(str(p.dtype) for p in block.parameters())
-    )
-    before = parallel.full_state(wrapped, named)
-    for step in range(STEPS):
-        if step == STEPS - 1:
-            drawn = _draw(case, family, called, ema, trained.encode)
-        if trained.draw is not None:
-            trained.draw(sample_generator(0, step, ADAPTER_SLOT))
+class Training:
+    """A case under a strategy, before its first step, in an initialised process group."""
+
+    def __init__(self, strategy: str, case: Case) -> None:
+        self.case = case
+        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        distributed = parallel.Distributed(self.rank, self.rank, self.world, torch.device("cpu"))
+        self.plan, self.family = plan_of(strategy, self.world, case), get_family(FAMILY_OF[case.tiny])
+        made = _run_file(case, self.plan, self.rank)
+        self.denoisers = Denoisers.load(made, self.family, distributed)
+        self.state = build_state(self.denoisers, made.spec.hyperparameters, self.plan, distributed)
+        self._objective = build_run_objective(made, self.family)
+
+    def step(self) -> tuple[float, float]:
+        """One optimizer step, of the stages in turn. Gives the global mean of the loss, and the gradient's norm."""
+        case, step, size = self.case, self.state.step, self.plan.micro_batch_size
+        stages = self.denoisers.stages
+        stage = stages[step % len(stages)]
+        denoiser = self.denoisers.wrapped[stage.denoiser]
+        if stage.denoiser in self.denoisers.draws:
+            self.denoisers.draws[stage.denoiser](sample_generator(0, step, ADAPTER_SLOT))
         share = torch.zeros(())
         for micro in range(case.accumulation):
-            size = plan.micro_batch_size
-            first = (micro * world + rank) * size
-            last = micro == case.accumulation - 1
-            with nullcontext() if last else parallel.no_sync(called):
-                slots = range(first, first + size)
-                losses_of = _losses(case, family, called, objective, step, slots, trained.encode)
-                loss = losses_of.sum() / GLOBAL_BATCH
-                (loss * world).backward()
+            first = (micro * self.world + self.rank) * size
+            with parallel.micro_batch(denoiser, last=micro == case.accumulation - 1):
+                loss = self._losses(denoiser, stage, range(first, first + size)).sum() / GLOBAL_BATCH
+                (loss * self.world * case.weight).backward()
             share += loss.detach()
         torch.distributed.all_reduce(share)
-        losses.append(float(share))
-        norms.append(float(clip_gradients(named.values(), 0.5)))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update()
-    averages = {name: _whole(average) for name, average in ema.state_dict()["averages"].items()}
+        norm = self.state.update(stage.denoiser, self.plan.learning_rate)
+        self.state.step += 1
+        return float(share), float(norm)
+
+    def draw(self) -> Tensor:
+        """A prediction by the average, on all ranks alike, as sampling does it between two steps: not by way of the strategy."""
+        case, name, models = self.case, self.denoisers.stages[0].denoiser, self.denoisers.models
+        assert case.samples is not None
+        denoiser = models[name]
+        if CONTROL_NETWORK in models:
+            assert self.family.control is not None
+            denoiser = Controlled(denoiser, models[CONTROL_NETWORK], self.family.control)
+        steps = self.family.facts.objective == "diffusion" and self.family.facts.noise_schedule == "betas"
+        time = torch.tensor([500]) if steps else torch.tensor([0.5])
+        with self.state.averaged(), torch.no_grad():
+            return self._predict(denoiser, case.samples.latents[1:2], time, self._conditions(range(1))).float()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole trained weights by full name, on rank 0; empty elsewhere. Collective."""
+        gathered = gathered_weights(self.denoisers)
+        return {f"{name}.{key}": weight for name, state in gathered.items() for key, weight in state.items()}
+
+    def averages(self) -> dict[str, Tensor]:
+        """Whole moving averages by full name. Collective."""
+        return {name: _whole(average) for name, average in self.state.tensors()["ema"]["averages"].items()}
+
+    def _losses(self, denoiser: nn.Module, stage: Stage, slots: range) -> Tensor:
+        assert self.case.samples is not None
+        generators = [torch.Generator().manual_seed(1000 * self.state.step + slot) for slot in slots]
+        latents = self.case.samples.latents[list(slots)]
+        prepared = self._objective.prepare(latents, generators, stage=stage, tokens=16)
+        conditions = self._conditions(slots)
+        prediction = self._predict(denoiser, prepared.noisy, prepared.time, conditions)
+        return self._objective.loss(prediction, prepared, self.family.loss_mask(prediction, conditions))
+
+    def _conditions(self, slots: range) -> Conditions:
+        assert self.case.samples is not None
+        controlled = self.case.adapter == "controlnet"
+        return self.case.samples.conditions(self.family, slots, self.denoisers.encode, controlled=controlled)
+
+    def _predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.case.precision == "bf16"):
+            return self.family.predict(denoiser, noisy, time, conditions)
+
+
+def train(strategy: str, case: Case) -> Trained:
+    """`STEPS` optimizer steps on fixed latents, in an initialised process group."""
+    training = Training(strategy, case)
+    models = training.denoisers.models
+    losses, norms, drawn = [], [], torch.empty(0)
+    dtypes: set[str] = set()
+    for layer in blocks_of(next(iter(models.values())), training.family)[0].modules():
+        layer.register_forward_pre_hook(
+            lambda computing, _: dtypes.update(str(p.dtype) for p in computing.parameters(recurse=False))
+        )
+    before = training.weights()
+    for step in range(STEPS):
+        if step == STEPS - 1:
+            drawn = training.draw()
+        loss, norm = training.step()
+        losses.append(loss)
+        norms.append(norm)
     return Trained(
-        losses, norms, drawn, before, parallel.full_state(wrapped, named), averages,
-        local_elements=sum(_local(p).numel() for p in model.parameters()),
-        reduced_elements=_reduced_elements(wrapped),
+        losses, norms, drawn, before, training.weights(), training.averages(),
+        local_elements=sum(_local(p).numel() for model in models.values() for p in model.parameters()),
+        reduced_elements=_reduced_elements(training.denoisers),
         dtypes_in_a_block=dtypes,
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Built:
-    """What is trained, as it is and as the strategy has it, and what is called; `draw` and `encode` as in an adapter's report."""
-
-    model: nn.Module
-    wrapped: nn.Module
-    called: nn.Module
-    draw: adapters.Draw | None = None
-    encode: adapters.Encode | None = None
-
-
-def _build(case: Case, plan: ExecutionPlan, family: Family, distributed: parallel.Distributed) -> Built:
-    trained_dtype = torch.bfloat16 if case.optimizer == "adamw-bf16" else torch.float32
-    frozen_dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-    base_dtype = trained_dtype if case.adapter == "full" else frozen_dtype
-    model = components.load_denoiser(case.folder, family.denoisers[0], base_dtype, distributed.device)
-    compute = torch.bfloat16 if case.precision == "bf16" else None
-    if case.adapter == "controlnet":
-        assert family.control is not None
-        torch.manual_seed(3)  # what is sharded has to be the same on all ranks
-        network, _ = adapters.build_control_network(model, family, dtype=trained_dtype, device=distributed.device)
-        if case.quantization is not None:
-            quantize(model, case.quantization, family, distributed.device)
-        base = parallel.wrap(model, plan, family, distributed, compute_dtype=compute)
-        wrapped = parallel.wrap(network, plan, family, distributed, compute_dtype=compute)
-        return Built(network, wrapped, Controlled(base, wrapped, family.control))
-    if case.quantization is not None:
-        quantize(model, case.quantization, family, distributed.device)
-    torch.manual_seed(3 + distributed.rank)  # ranks draw different adapters: those of rank 0 must win
-    load_encoders = partial(components.load_encoders, family, case.folder, base_dtype, distributed.device)
-    report = adapters.install(model, ADAPTERS[case.adapter], family, dtype=trained_dtype, load_encoders=load_encoders)
-    wrapped = parallel.wrap(model, plan, family, distributed, compute_dtype=compute)
-    return Built(model, wrapped, wrapped, report.draw, report.encode)
-
-
-def _losses(
-    case: Case,
-    family: Family,
-    wrapped: nn.Module,
-    objective: Any,
-    step: int,
-    slots: range,
-    encode: adapters.Encode | None,
-) -> Tensor:
-    assert case.samples is not None
-    generators = [torch.Generator().manual_seed(1000 * step + slot) for slot in slots]
-    stage = family.stages(components.read_pipeline_config(case.folder), family.denoisers[:1])[0]
-    prepared = objective.prepare(case.samples.latents[list(slots)], generators, stage=stage, tokens=16)
-    conditions = case.samples.conditions(family, slots, encode, controlled=case.adapter == "controlnet")
-    prediction = _predict(case, family, wrapped, prepared.noisy, prepared.time, conditions)
-    return objective.loss(prediction, prepared, family.loss_mask(prediction, conditions))
-
-
-def _predict(
-    case: Case, family: Family, wrapped: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions
-) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=case.precision == "bf16"):
-        return family.predict(wrapped, noisy, time, conditions)
-
-
-def _draw(case: Case, family: Family, wrapped: nn.Module, ema: Ema, encode: adapters.Encode | None) -> Tensor:
-    """A prediction by the average, on all ranks alike, as sampling does it between two steps."""
-    assert case.samples is not None
-    steps = family.facts.objective == "diffusion" and family.facts.noise_schedule == "betas"
-    time = torch.tensor([500]) if steps else torch.tensor([0.5])
-    with ema.swapped(), torch.no_grad():
-        conditions = case.samples.conditions(family, range(1), encode, controlled=case.adapter == "controlnet")
-        return _predict(case, family, wrapped, case.samples.latents[1:2], time, conditions).float()
+def _run_file(case: Case, plan: ExecutionPlan, rank: int) -> RunFile:
+    """The run of a case. Ranks draw different adapters: those of rank 0 must win. A control network is drawn alike: it is sharded."""
+    hyperparameters = Hyperparameters(
+        steps=STEPS,
+        seed=3 if case.adapter == "controlnet" else 3 + rank,
+        optimizer=Optimizer(type=case.optimizer, epsilon=1e-3),
+        gradient_clip=0.5,
+        ema=Ema(decay=0.9),
+        precision=case.precision,
+    )
+    made = run_file(
+        case.folder,
+        model={"family": FAMILY_OF[case.tiny], "source": str(case.folder), "quantization": case.quantization},
+        adapter=ADAPTERS[case.adapter],
+        hyperparameters=hyperparameters,
+        publish={"formats": ["diffusers"]},
+    )
+    return made.model_copy(update={"plan": plan})
 
 
 def _local(tensor: Tensor) -> Tensor:
+    if hasattr(tensor, "ds_tensor"):
+        return tensor.ds_tensor
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -277,12 +282,16 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
 
 
-def _reduced_elements(wrapped: nn.Module) -> int:
+def _reduced_elements(denoisers: Denoisers) -> int:
     """Elements whose gradients DDP sums over the ranks, by its own account."""
-    if not isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
-        return 0
-    size = next(p.element_size() for p in wrapped.parameters() if p.requires_grad and not hasattr(p, "to_local"))
-    return int(wrapped._get_ddp_logging_data()["total_parameter_size_bytes"]) // size
+    reduced = 0
+    for wrapped in denoisers.wrapped.values():
+        for module in (wrapped, *wrapped.children()):  # a control network is beside its base
+            if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+                own = (p for p in module.parameters() if p.requires_grad and not hasattr(p, "to_local"))
+                size = next(own).element_size()
+                reduced += int(module._get_ddp_logging_data()["total_parameter_size_bytes"]) // size
+    return reduced
 
 
 def samples_of(tiny: FamilyCase, captions: Sequence[str]) -> Samples:

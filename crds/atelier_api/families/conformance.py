@@ -26,6 +26,7 @@ CELLS = {
     "overfits": "The loss falls on four real samples, with LoRA and full-rank.",
     "ddp": "Two processes under DDP train the weights that one trains, LoRA and full-rank.",
     "fsdp2": "Two processes under FSDP2 train the weights that one trains, LoRA and full-rank.",
+    "zero3": "Two processes under DeepSpeed's ZeRO-3 train the weights that one trains, LoRA and full-rank.",
     "controlnet": "A control network changes nothing at its start, trains alone, and is what the stock pipeline samples with.",
     "sizes": "Parameters, layers and widths of the published configs are those that the planner counts with.",
 }

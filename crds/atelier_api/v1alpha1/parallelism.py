@@ -7,12 +7,16 @@ from pydantic import Field
 from atelier_api.v1alpha1.base import Block
 from atelier_api.v1alpha1.references import OBJECT_NAME
 
+DEEPSPEED = ("deepspeed-zero2", "deepspeed-zero3")
+"""Strategies that DeepSpeed runs."""
+
 
 class Parallelism(Block):
     """Nodes, processes and strategy."""
 
-    strategy: Literal["auto", "single", "ddp", "fsdp2"] = Field(
-        default="auto", description="`auto`: DDP when the model fits on one device, else FSDP2."
+    strategy: Literal["auto", "single", "ddp", "fsdp2", "deepspeed-zero2", "deepspeed-zero3"] = Field(
+        default="auto",
+        description="`auto`: DDP when the model fits on one device, else FSDP2. DeepSpeed shards gradients and optimizer state (`deepspeed-zero2`), or the weights too (`deepspeed-zero3`).",
     )
     nodes: int = Field(
         default=1, ge=1, le=1024, description="Nodes (pods on a cluster, local process groups on one machine)."

@@ -105,6 +105,8 @@ def _levers(run: TrainingRun, model: ModelFacts, machine: Machine) -> Iterator[l
         yield [{"spec.hyperparameters.microBatchSize": 1}]
     if parallelism.strategy == "ddp" and parallelism.nodes * processes_per_node(spec) > 1:
         yield [{"spec.parallelism.strategy": "fsdp2"}]
+    if parallelism.strategy == "deepspeed-zero2":
+        yield [{"spec.parallelism.strategy": "deepspeed-zero3"}]
     if spec.validation.prompts:
         yield [{"spec.validation": {}}]
     yield list(_more_gpus(run, machine))

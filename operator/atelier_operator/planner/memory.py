@@ -20,6 +20,7 @@ from atelier_api.v1alpha1 import TrainingRunSpec
 from atelier_api.v1alpha1.adapter import ControlNetAdapter, FullAdapter, LayerAdapter, TextualInversionAdapter
 from atelier_api.v1alpha1.model import ModelSpec
 from atelier_operator.planner.adapter_sizes import Linear, kept_bytes, parameters
+from atelier_operator.planner.sharding import Strategy, shards_of
 
 GIB = 1 << 30
 
@@ -36,7 +37,7 @@ LARGEST_INPUT = 8
 """A block's input is at most this fraction (one eighth) of what it keeps: a UNet's deep levels have fewer tokens than its rows say."""
 
 GATHERED_BLOCKS = 2
-"""Blocks that FSDP2 holds unsharded at once: the one that computes and the one that is fetched."""
+"""Blocks that FSDP2 and ZeRO-3 hold unsharded at once: the one that computes and the one that is fetched."""
 
 AUTOENCODER_VALUES_PER_PIXEL = 128 * 6
 """Values an autoencoder holds per pixel while it decodes (measured): six tensors of 128 channels at full resolution."""
@@ -55,8 +56,6 @@ and 10.3; their GELUs differ) for each unit of width of each of their 12 and 32 
 
 GUIDED_SAMPLES = 2
 """Samples in a forward pass with classifier-free guidance."""
-
-Strategy = Literal["single", "ddp", "fsdp2"]
 
 
 class Extent(NamedTuple):
@@ -103,7 +102,7 @@ class Choice:
 class Parts:
     """Bytes on one device while training.
 
-    `copies` are unsharded blocks of FSDP2, bf16 copies of fp32 weights, or the layer of a quantised base that is unpacked.
+    `copies` are unsharded blocks, bf16 copies of fp32 weights, buckets of gradients, and the unpacked layer of a quantised base.
     """
 
     base_weights: int
@@ -231,42 +230,60 @@ def _drawn_extent(spec: TrainingRunSpec, family: FamilyFacts) -> Extent:
 
 
 def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, device: Literal["cpu", "cuda"]) -> Parts:
-    numbers, full = spec.hyperparameters, isinstance(spec.adapter, FullAdapter)
-    whole = full or isinstance(spec.adapter, ControlNetAdapter)
+    numbers, full, whole = spec.hyperparameters, isinstance(spec.adapter, FullAdapter), _trains_whole_model(spec)
     trained = trained_parameters(spec, model)
     trained_bytes = 2 if numbers.optimizer.type == "adamw-bf16" else 4
-    sharded = choice.strategy == "fsdp2"
-    shards = choice.processes if sharded else 1
-    # FSDP2 shards the base of an adapter, and replicates the adapter; a control network is sharded as a model is.
-    trained_shards = shards if whole else 1
-    compute_bytes = _precision_bytes(spec)
-    copies = 0
-    if sharded and not whole:
-        copies = GATHERED_BLOCKS * _frozen_bytes(spec, model, model.largest_block)
-    elif sharded:
-        # The gradient of a block is whole, in fp32, until it has been summed over the processes.
-        copies = model.largest_block * (GATHERED_BLOCKS * compute_bytes + trained_bytes)
-    elif whole and trained_bytes > compute_bytes:
-        copies = trained * compute_bytes
-    if spec.model.quantization is not None:
-        # The largest layer: of attention and feed-forward in one, or of what modulates two streams.
-        largest = model.width * max(3 * model.width + 2 * model.mlp_width, 12 * model.width)
-        copies += largest * unpacked_bytes(spec.model.quantization, compute_bytes)
-    # Of several experts one is trained in a step, and gradients are freed after it; but DDP's buckets stay, one set per expert.
-    gradient_sets = 1 if choice.strategy == "single" or (sharded and whole) else model.experts
-    base = 0 if full else _share(model.experts * _frozen_bytes(spec, model, model.parameters), shards)
+    shards = shards_of(choice.strategy, choice.processes, whole=whole)
+    # Of several experts one is trained in a step, and gradients are freed after it; but DDP's buckets and ZeRO-3's parts stay.
+    freed = choice.strategy in ("single", "deepspeed-zero2") or (choice.strategy == "fsdp2" and whole)
+    gradient_sets = 1 if freed else model.experts
+    # Of what it trains, ZeRO-2 keeps its part of the weights a second time: the optimizer's, all that it steps.
+    optimizer_bytes = trained_bytes * (3 if choice.strategy == "deepspeed-zero2" else 2)
+    base = 0 if full else _share(model.experts * _frozen_bytes(spec, model, model.parameters), shards.base)
     if isinstance(spec.adapter, TextualInversionAdapter):  # captions are encoded in the step, on every device
-        base += model.encoder_parameters * compute_bytes
+        base += model.encoder_parameters * _precision_bytes(spec)
     return Parts(
         base_weights=base,
-        trained_weights=_share(model.experts * trained * trained_bytes, trained_shards),
-        gradients=_share(gradient_sets * trained * trained_bytes, trained_shards),
-        optimizer=_share(model.experts * trained * 2 * trained_bytes, trained_shards),
-        ema=_share(model.experts * trained * 4, trained_shards) if numbers.ema else 0,
-        copies=copies,
+        trained_weights=_share(model.experts * trained * trained_bytes, shards.weights),
+        gradients=_share(gradient_sets * trained * trained_bytes, shards.gradients),
+        optimizer=_share(model.experts * trained * optimizer_bytes, shards.optimizer),
+        ema=_share(model.experts * trained * 4, shards.ema) if numbers.ema else 0,
+        copies=_copies(spec, model, choice, trained_bytes) + _unpacked(spec, model),
         activations=_activations(spec, model, choice),
         overhead=FIXED_OVERHEAD[device],
     )
+
+
+def _trains_whole_model(spec: TrainingRunSpec) -> bool:
+    """Whether most weights of a network are trained: the denoiser's, or a control network's, which is sharded as a model is."""
+    return isinstance(spec.adapter, FullAdapter | ControlNetAdapter)
+
+
+def _copies(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, trained_bytes: int) -> int:
+    """Weights in the dtype that computes, where they are stored in another or in parts, and gradients on their way to the sum."""
+    whole, compute_bytes, trained = _trains_whole_model(spec), _precision_bytes(spec), trained_parameters(spec, model)
+    block = model.largest_block * compute_bytes if whole else _frozen_bytes(spec, model, model.largest_block)
+    gathered = GATHERED_BLOCKS * block
+    autocast = trained * compute_bytes if whole and trained_bytes > compute_bytes else 0
+    # DeepSpeed sums gradients in a bucket of a block's size.
+    bucket = min(model.largest_block, trained) * 4
+    if choice.strategy == "fsdp2":
+        # The gradient of a block is whole, in fp32, until it has been summed over the processes.
+        return gathered + (model.largest_block * trained_bytes if whole else 0)
+    if choice.strategy == "deepspeed-zero2":
+        return autocast + bucket
+    if choice.strategy == "deepspeed-zero3":
+        # One bucket for each dtype that gradients travel in.
+        return gathered + bucket + (bucket // 2 if autocast else 0)
+    return autocast
+
+
+def _unpacked(spec: TrainingRunSpec, model: ModelFacts) -> int:
+    """The largest layer of a quantised base: of attention and feed-forward in one, or of what modulates two streams."""
+    if spec.model.quantization is None:
+        return 0
+    largest = model.width * max(3 * model.width + 2 * model.mlp_width, 12 * model.width)
+    return largest * unpacked_bytes(spec.model.quantization, _precision_bytes(spec))
 
 
 def _frozen_bytes(spec: TrainingRunSpec, model: ModelFacts, parameters: int) -> int:

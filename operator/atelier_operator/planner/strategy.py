@@ -12,7 +12,8 @@ from typing import Literal
 from atelier_api.rules import processes_per_node, world_size
 from atelier_api.v1alpha1 import TrainingRunSpec
 from atelier_api.v1alpha1.adapter import ControlNetAdapter, FullAdapter, Ia3Adapter, TextualInversionAdapter
-from atelier_operator.planner.memory import Choice, ModelFacts, Prediction, Strategy, predict
+from atelier_operator.planner.memory import Choice, ModelFacts, Prediction, predict
+from atelier_operator.planner.sharding import Strategy
 
 USABLE = 0.94
 """Part of the device memory that a run may use: the rest is lost to fragmentation and to what others hold."""

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -60,26 +60,16 @@ def build_dataset(run_file: RunFile, family: Family, dist: Ranks, report: Report
     kinds = ", ".join(extensions(rule))
     if not chosen:
         refuse_empty(funnel.report(), kinds)
-    adapter = run_file.spec.adapter
-    in_step = isinstance(
-        adapter, TextualInversionAdapter
-    )  # it trains what reads captions: their features change with each step
-    if isinstance(adapter, TextualInversionAdapter):
-        require_words(chosen, [each.token for each in adapter.tokens])
+    words = _learnt_words(run_file)
+    in_step = bool(words)  # it trains what reads captions: their features change with each step
+    if in_step:
+        require_words(chosen, words)
     encoding = on_rank_zero(dist, partial(_encoding, run_file, family))
     cache = Cache(folder)
     keyed = _keyed(chosen, encoding, family, in_step=in_step)
     shared = encoding.shared_key() if family.shares else None
     rejected = _fill(run_file, family, team, _Work(keyed, cache, shared))
-    for item in keyed:
-        if item.latents in rejected:
-            funnel.reject(item.sample.name, Fate.UNREADABLE, rejected[item.latents])
-        elif item.condition is not None and item.condition in rejected:
-            reason = f"of its conditioning picture: {rejected[item.condition]}"
-            funnel.reject(item.sample.name, Fate.NO_CONDITIONING, reason)
-        elif reasons := [rejected[key] for key in item.needed if key in rejected]:
-            funnel.reject(item.sample.name, Fate.NO_REFERENCE, f"of its reference: {reasons[0]}")
-    kept = [item for item in keyed if rejected.keys().isdisjoint(item.needed)]
+    kept = _kept(keyed, rejected, funnel)
     outcome = funnel.report()
     if not kept:
         refuse_empty(outcome, kinds)
@@ -284,6 +274,25 @@ def _wait_for(cache: Cache, keys: Set[bytes]) -> None:
                 "the folder was changed by others, or its file system does not show what other nodes write"
             )
         time.sleep(1.0)
+
+
+def _learnt_words(run_file: RunFile) -> list[str]:
+    """The words that a run of textual inversion learns; none otherwise."""
+    adapter = run_file.spec.adapter
+    return [each.token for each in adapter.tokens] if isinstance(adapter, TextualInversionAdapter) else []
+
+
+def _kept(keyed: Sequence[_Keyed], rejected: Mapping[bytes, str], funnel: Funnel) -> list[_Keyed]:
+    """The samples that have all they need; the funnel learns of the others, `rejected` says by key why."""
+    for item in keyed:
+        if item.latents in rejected:
+            funnel.reject(item.sample.name, Fate.UNREADABLE, rejected[item.latents])
+        elif item.condition is not None and item.condition in rejected:
+            reason = f"of its conditioning picture: {rejected[item.condition]}"
+            funnel.reject(item.sample.name, Fate.NO_CONDITIONING, reason)
+        elif reasons := [rejected[key] for key in item.needed if key in rejected]:
+            funnel.reject(item.sample.name, Fate.NO_REFERENCE, f"of its reference: {reasons[0]}")
+    return [item for item in keyed if rejected.keys().isdisjoint(item.needed)]
 
 
 def _columns(keyed: Sequence[_Keyed], cache: Cache, unit: int) -> tuple[Columns, str]:

@@ -63,7 +63,7 @@ class AceStepV1(Family):
         for one, (length, tokens, words) in enumerate(counts):
             sample, seen = slice(one, one + 1), slice(max(words, 1))
             [output] = denoiser(
-                hidden_states=noisy[sample, :, :length].unflatten(1, (config.in_channels, -1)),
+                hidden_states=noisy[sample, :, :length].reshape(1, config.in_channels, -1, length),
                 timestep=1000 * time[sample],
                 encoder_text_hidden_states=text["embeds"][sample, :tokens],
                 speaker_embeds=noisy.new_zeros(1, config.speaker_embedding_dim),

@@ -13,7 +13,7 @@ import torch
 from diffusers import AudioPipelineOutput, AutoencoderDC, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5EncoderModel
 
 from atelier_runtime.networks.ace_step_v1 import ACEStepTransformer2DModel
@@ -81,10 +81,15 @@ class ACEStepPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "ACEStepPipeline":
         """As in diffusers, of a folder that `save_pretrained` has made."""
         loading = {name: kwargs[name] for name in _LOADING if name in kwargs}
+        without_weights = {name: value for name, value in loading.items() if "dtype" not in name}
         own = {
             name: kwargs.pop(name)
             if name in kwargs
-            else kind.from_pretrained(pretrained_model_name_or_path, subfolder=name, **loading)
+            else kind.from_pretrained(
+                pretrained_model_name_or_path,
+                subfolder=name,
+                **(loading if issubclass(kind, nn.Module) else without_weights),
+            )
             for name, kind in _OWN.items()
         }
         pipe = super().from_pretrained(pretrained_model_name_or_path, **dict.fromkeys(own), **kwargs)
@@ -103,8 +108,10 @@ class ACEStepPipeline(DiffusionPipeline):
         folder = Path(folder)
         dcae = AutoencoderDC.from_pretrained(str(folder / "music_dcae_f8c8"))
         vocoder = ADaMoSHiFiGANV1.from_pretrained(str(folder / "music_vocoder"))
-        vae = MusicDCAE(dict(dcae.config), dict(vocoder.config), vocoder.config.sampling_rate)
+        known, _, _ = ADaMoSHiFiGANV1.extract_init_dict(dict(vocoder.config))  # the maker's config says more
+        vae = MusicDCAE(dict(dcae.config), known, vocoder.config.sampling_rate)
         vae.dcae, vae.vocoder = dcae, vocoder
+        vae.eval()
         return cls(
             tokenizer=AutoTokenizer.from_pretrained(folder / "umt5-base"),
             text_encoder=UMT5EncoderModel.from_pretrained(folder / "umt5-base", dtype=dtype),

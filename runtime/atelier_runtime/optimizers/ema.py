@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from atelier_runtime.optimizers.shards import local
 
@@ -18,7 +17,7 @@ class Ema:
     and lives on their device.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         self._parameters = dict(parameters)
         self._decay = decay
         self._updates = 0
@@ -65,5 +64,5 @@ class Ema:
         self._updates = int(state["updates"])
 
 
-def _fp32_copy(parameter: Parameter) -> Tensor:
+def _fp32_copy(parameter: Tensor) -> Tensor:
     return parameter.detach().clone().float()

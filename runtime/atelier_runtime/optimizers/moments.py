@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 
-def initial_state(parameter: Parameter, step_device: torch.device) -> dict[str, Tensor]:
+def initial_state(parameter: Tensor, step_device: torch.device) -> dict[str, Tensor]:
     """The state of a parameter before its first step, under the names of `torch.optim.AdamW`."""
     return {
         "step": torch.zeros((), dtype=torch.float32, device=step_device),

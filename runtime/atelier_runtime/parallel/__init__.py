@@ -1,6 +1,17 @@
 """The process group, and a denoiser spread over it."""
 
 from atelier_runtime.parallel.distributed import Distributed, start, stop
-from atelier_runtime.parallel.wrap import full_state, no_sync, unwrap, wrap
+from atelier_runtime.parallel.wrap import full_state, micro_batch, shards_weights, unwrap, wrap
+from atelier_runtime.parallel.zero import Partitioned
 
-__all__ = ["Distributed", "full_state", "no_sync", "start", "stop", "unwrap", "wrap"]
+__all__ = [
+    "Distributed",
+    "Partitioned",
+    "full_state",
+    "micro_batch",
+    "shards_weights",
+    "start",
+    "stop",
+    "unwrap",
+    "wrap",
+]

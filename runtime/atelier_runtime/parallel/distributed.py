@@ -1,5 +1,6 @@
 """The process group of a run: every process takes part, a single one too, so that nothing else asks whether there is one."""
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,6 +10,7 @@ import torch.distributed
 
 from atelier_api.errors import ConfigError
 from atelier_api.run_file import ExecutionPlan
+from atelier_api.v1alpha1.parallelism import DEEPSPEED
 
 TIMEOUT = timedelta(minutes=10)
 """How long a collective waits for the other ranks."""
@@ -28,8 +30,13 @@ def start(plan: ExecutionPlan, timeout: timedelta = TIMEOUT) -> Distributed:
     """Join the process group that torchrun's environment describes; without torchrun, a group of this process alone.
 
     Collectives of CPU tensors go through gloo, those of CUDA tensors through NCCL. Raises ConfigError where the plan wants a GPU and
-    there is none for this process, RuntimeError where the processes are not those of the plan.
+    there is none for this process, or DeepSpeed where it is not installed, RuntimeError where the processes are not those of the plan.
     """
+    if plan.strategy in DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"spec.parallelism.strategy is {plan.strategy}; needs the package deepspeed, which is not installed: "
+            "install atelier-training with its extra `deepspeed`, or set another strategy"
+        )
     launched = "RANK" in os.environ
     rank = int(os.environ["RANK"]) if launched else 0
     local_rank = int(os.environ["LOCAL_RANK"]) if launched else 0

@@ -7,6 +7,7 @@ Which weights are sharded (FSDP2) and which replicated (DDP):
   lie in another dtype inside the base's blocks, where a sharded group wants one dtype for all that it trains.
 * fsdp2, most weights trained: these are sharded, but for what has another dtype than the bulk (modules kept in fp32, a few vectors).
 * nothing trained, the base of a control network: sharded by fsdp2, and else left to each rank.
+* deepspeed-zero2, deepspeed-zero3: see `zero`.
 
 So a sharded denoiser may also be inside DDP, which then knows the replicated parameters only.
 """
@@ -26,18 +27,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from atelier_api.run_file import ExecutionPlan
+from atelier_api.v1alpha1.hyperparameters import Hyperparameters
 from atelier_runtime.family import Family
 from atelier_runtime.parallel.distributed import Distributed
+from atelier_runtime.parallel.transparent import Transparent
+from atelier_runtime.parallel.zero import STAGES, Partitioned, partition
 
 
-class Replicated(DistributedDataParallel):
-    """DDP that shows the attributes of what it wraps (`config`, `dtype`, `add_adapter` …), so that a family need not know."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
+class Replicated(Transparent, DistributedDataParallel):
+    """A denoiser in DDP."""
 
 
 def wrap(
@@ -46,14 +44,14 @@ def wrap(
     family: Family,
     distributed: Distributed,
     *,
-    compute_dtype: torch.dtype | None = None,
+    hyperparameters: Hyperparameters,
 ) -> nn.Module:
     """The denoiser as the plan's strategy calls it. Call it after the adapter is on and before the optimizer is built.
 
-    Parameters are sharded in place: those of the denoiser are DTensors afterwards, and on the device of `distributed` (a denoiser
-    that does not fit there as a whole is given on the CPU). Trained parameters are made those of rank 0.
-    `compute_dtype` is the autocast dtype: sharded weights that are stored in fp32 then travel and compute in it, which halves the
-    traffic; their gradients are summed in fp32. Collective.
+    Parameters are sharded in place: under fsdp2 those of the denoiser are DTensors afterwards, and on the device of `distributed` (a
+    denoiser that does not fit there as a whole is given on the CPU). Trained parameters are made those of rank 0.
+    With precision bf16, FSDP's sharded weights that are stored in fp32 travel and compute in bf16, which halves the traffic; their
+    gradients are summed in fp32. Collective.
     """
     if plan.gradient_checkpointing:
         enable: Any = denoiser.enable_gradient_checkpointing
@@ -63,26 +61,39 @@ def wrap(
         return denoiser
     if plan.strategy == "ddp":
         return _replicate(denoiser, trained)
+    if plan.strategy in STAGES:
+        largest = max(sum(p.numel() for p in block.parameters()) for block in blocks_of(denoiser, family))
+        whole_model = not _trains_adapter(denoiser)
+        return partition(denoiser, plan, hyperparameters, distributed, largest_block=largest, whole_model=whole_model)
+    compute_dtype = torch.bfloat16 if hyperparameters.precision == "bf16" else None
     replicated = _replicated_under_sharding(denoiser, compute_dtype)
     _shard(denoiser, family, replicated, distributed, _policy(denoiser, compute_dtype))
     return _replicate(denoiser, {id(p) for p in replicated}) if replicated else denoiser
 
 
+def shards_weights(plan: ExecutionPlan) -> bool:
+    """Whether no rank holds all weights: a model may then not fit on one device, and all ranks take part in every forward pass."""
+    return plan.strategy in ("fsdp2", "deepspeed-zero3")
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """The diffusers model inside, which is the one that was given to `wrap`."""
-    return module.module if isinstance(module, Replicated) else module
+    return module.module if isinstance(module, Replicated | Partitioned) else module
 
 
 @contextmanager
-def no_sync(module: nn.Module) -> Iterator[None]:
-    """Backward passes inside keep the gradients of replicated parameters to this rank; the next one outside sums them up.
+def micro_batch(module: nn.Module, *, last: bool) -> Iterator[None]:
+    """Forward passes of a micro-batch and their one backward pass. Gradients of replicated parameters stay with this rank until the
+    `last` of a step, which sums them over the ranks.
 
-    Gradients of sharded parameters are summed in every pass all the same: kept back, each rank would hold the gradient of the whole
-    model, which did not fit in the first place.
+    Gradients of sharded parameters, and under DeepSpeed all, are summed in every pass all the same: kept back, each rank would hold
+    the gradient of the whole model, which did not fit in the first place.
     """
+    if isinstance(module, Partitioned):
+        module.start_micro_batch()
     with ExitStack() as stack:
         for part in (module, *module.children()):  # a control network is beside its base
-            if isinstance(part, Replicated):
+            if isinstance(part, Replicated) and not last:
                 stack.enter_context(part.no_sync())
         yield
 
@@ -97,8 +108,12 @@ def full_state(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     first = torch.distributed.get_rank() == 0
     state: dict[str, Tensor] = {}
     for name in names:
-        tensor = tensors[name].detach()
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        tensor = tensors[name]
+        if isinstance(module, Partitioned) and isinstance(tensor, Parameter):
+            whole = module.weight(tensor)
+        else:
+            held = tensor.detach()
+            whole = held.full_tensor() if isinstance(held, DTensor) else held
         if first:
             state[name] = whole.to("cpu", copy=True)
     return state

@@ -155,12 +155,12 @@ def build(
     if compiled:
         cast("Any", model).compile_repeated_blocks()
     name = family.denoisers[0]
-    wrapped = parallel.wrap(model, file.plan, family, distributed, compute_dtype=torch.bfloat16)
+    wrapped = parallel.wrap(model, file.plan, family, distributed, hyperparameters=file.spec.hyperparameters)
     denoisers = Denoisers({name: model}, {name: wrapped}, family.stages({}, (name,)))
     store = open_store(file.store_uri, file.spec.storage.s3)
     metrics = TrainMetrics(0)
     reporter = Reporter(file, store, ProgressWriter(folder / "progress.json"), metrics)
-    state = build_state(file, denoisers)
+    state = build_state(denoisers, file.spec.hyperparameters, file.plan, distributed)
     checkpointer = Checkpointer(file, distributed, store, staging_folder(file), dataset_hash=dataset.hash)
     objective = build_run_objective(file, family)
     samples = cast(Dataset, dataset)

@@ -56,6 +56,11 @@ REFUSED: dict[str, tuple[TrainingRun, Machine, tuple[str, ...]]] = {
         gpu(24),
         ("spec.parallelism.strategy fsdp2",),
     ),
+    "ZeRO-2 of what has to be sharded": (
+        run(parallelism={"strategy": "deepspeed-zero2", "gpusPerNode": 4}, hyperparameters__globalBatchSize=4),
+        gpu(24),
+        ("spec.parallelism.strategy deepspeed-zero3",),
+    ),
     "a large rank": (run("z_image", adapter={"rank": 1024}), gpu(24), ("spec.adapter.rank 128",)),
     "long clips": (
         run("wan", data={"sources": [{"uri": "a"}], "resolution": 832, "clip": {"frames": 1025}}),

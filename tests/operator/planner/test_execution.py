@@ -53,6 +53,11 @@ CHOICES: dict[str, tuple[TrainingRun, Machine, tuple[str, int, bool]]] = {
         gpu(80),
         ("fsdp2", 2, True),
     ),
+    "ZeRO-2 where its gradients and moments are shared out": (
+        run("sdxl", adapter={"type": "full"}, **batch(8, 8), parallelism__strategy="deepspeed-zero2"),
+        gpu(40),
+        ("deepspeed-zero2", 1, False),
+    ),
     "a single strategy on one process": (run(parallelism__strategy="fsdp2"), gpu(80), ("fsdp2", 1, False)),
     "nodes count": (
         run("sdxl", parallelism={"nodes": 2, "gpusPerNode": 1}, hyperparameters__globalBatchSize=2),

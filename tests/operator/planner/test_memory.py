@@ -178,6 +178,22 @@ def test_fsdp2_shards_the_whole_state_of_full_rank() -> None:
     assert spread.copies == (2 * 2 + 4) * table_facts(full.spec.model).largest_block
 
 
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_zero3_shards_everything(adapter: str) -> None:
+    whole = run(adapter={"type": adapter})
+    alone, spread = predicted(whole).train, predicted(whole, strategy="deepspeed-zero3", processes=8).train
+    for part in ("base_weights", "trained_weights", "gradients", "optimizer"):
+        assert getattr(spread, part) == -(-getattr(alone, part) // 8)
+
+
+def test_zero2_shards_gradients_and_moments_and_keeps_its_part_of_the_weights_twice() -> None:
+    full = run("sdxl", adapter={"type": "full"}, hyperparameters__ema={"decay": "0.99"})
+    alone, spread = predicted(full).train, predicted(full, strategy="deepspeed-zero2", processes=8).train
+    assert (spread.trained_weights, spread.ema) == (alone.trained_weights, alone.ema)
+    assert spread.gradients == -(-alone.gradients // 8)
+    assert spread.optimizer == -(-(alone.optimizer + alone.trained_weights) // 8)
+
+
 def test_both_experts_have_weights_and_moments_and_one_a_gradient() -> None:
     two = run("wan", model__flavour="2.2-t2v-a14b")
     one = replace(table_facts(two.spec.model), experts=1)

@@ -75,7 +75,8 @@ def test_each_song_is_told_as_the_pipeline_tells_it_and_a_dropped_one_as_what_it
 ) -> None:
     arguments = {"prompt": PROMPTS[1], "lyrics": lyrics, "audio_duration": SECONDS, "num_inference_steps": 1}
     positive, negative = calls(case, lambda: case.pipe(**arguments, output_type="latent"))
-    features = FAMILY.encode_songs(case.pipe, [Song(PROMPTS[1], lyrics, SECONDS), None])
+    with torch.no_grad():
+        features = FAMILY.encode_songs(case.pipe, [Song(PROMPTS[1], lyrics, SECONDS), None])
     conditions = replace(case.conditions(["a fox"] * 2), text=FAMILY.collate_text(features))
     ours = calls(case, lambda: predicted(case, torch.zeros(2, 32, 10), conditions))
     for mine, theirs in zip(ours, (positive, negative), strict=True):
@@ -250,8 +251,9 @@ def test_the_published_folders_become_a_checkpoint(case: Case, tmp_path: Path) -
     for each in (pipe, made, loaded):
         each.set_progress_bar_config(disable=True)
         sounds.append(each(**arguments, generator=torch.Generator().manual_seed(0)).audios)
-    assert torch.equal(sounds[0], sounds[1])
-    assert torch.equal(sounds[0], sounds[2])
+    # Weights that are read from a file lie otherwise in memory, and products of the same numbers then differ in the last digit.
+    for each in sounds[1:]:
+        torch.testing.assert_close(each, sounds[0], rtol=0, atol=1e-5)
     assert sounds[0].std() > 1e-3
     assert components.sample_rate(FAMILY, tmp_path / "checkpoint") == FAMILY.facts.sample_rate == pipe.sample_rate
 

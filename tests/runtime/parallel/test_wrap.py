@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from atelier_api.run_file import ExecutionPlan
+from atelier_api.v1alpha1.hyperparameters import Hyperparameters
 from atelier_runtime import parallel
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Blocks
@@ -16,6 +17,7 @@ from atelier_runtime.parallel.wrap import blocks_of
 from family_models import tiny_pipeline
 
 FAMILY = get_family("sd3")
+NUMBERS = Hyperparameters(steps=1, precision="fp32")
 
 
 def plan(strategy: str, **changes: object) -> ExecutionPlan:
@@ -49,14 +51,16 @@ def predict(denoiser: nn.Module) -> torch.Tensor:
 
 
 def test_single_gives_the_denoiser_itself(alone, denoiser) -> None:  # type: ignore[no-untyped-def]
-    assert parallel.wrap(denoiser, plan("single"), FAMILY, alone) is denoiser
+    assert parallel.wrap(denoiser, plan("single"), FAMILY, alone, hyperparameters=NUMBERS) is denoiser
     assert parallel.unwrap(denoiser) is denoiser
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
 @pytest.mark.parametrize("wanted", [True, False])
 def test_recomputation_is_switched_on_when_the_plan_wants_it(alone, denoiser, strategy: str, wanted: bool) -> None:  # type: ignore[no-untyped-def]
-    wrapped = parallel.wrap(denoiser, plan(strategy, gradient_checkpointing=wanted), FAMILY, alone)
+    wrapped = parallel.wrap(
+        denoiser, plan(strategy, gradient_checkpointing=wanted), FAMILY, alone, hyperparameters=NUMBERS
+    )
     assert wrapped.is_gradient_checkpointing is wanted
 
 
@@ -69,7 +73,7 @@ def test_a_wrapped_denoiser_predicts_and_is_asked_as_the_plain_one(
         denoiser.requires_grad_(False)
         denoiser.transformer_blocks[0].attn.requires_grad_(True)
     expected, config = predict(denoiser).detach(), denoiser.config
-    wrapped = parallel.wrap(denoiser, plan(strategy), FAMILY, alone)
+    wrapped = parallel.wrap(denoiser, plan(strategy), FAMILY, alone, hyperparameters=NUMBERS)
     torch.testing.assert_close(predict(wrapped), expected)
     assert wrapped.config is config
     assert wrapped.dtype == torch.float32
@@ -81,13 +85,13 @@ def test_a_wrapped_denoiser_predicts_and_is_asked_as_the_plain_one(
 def test_fsdp_shards_blocks_and_rest_but_not_a_trained_minority(alone, denoiser) -> None:  # type: ignore[no-untyped-def]
     denoiser.requires_grad_(False)
     denoiser.transformer_blocks[0].attn.requires_grad_(True)
-    parallel.wrap(denoiser, plan("fsdp2"), FAMILY, alone)
+    parallel.wrap(denoiser, plan("fsdp2"), FAMILY, alone, hyperparameters=NUMBERS)
     for name, parameter in denoiser.named_parameters():
         assert isinstance(parameter, DTensor) is not parameter.requires_grad, name
 
 
 def test_weights_are_sharded_again_after_a_forward_pass_without_gradients(alone, denoiser) -> None:  # type: ignore[no-untyped-def]
-    wrapped = parallel.wrap(denoiser, plan("fsdp2"), FAMILY, alone)
+    wrapped = parallel.wrap(denoiser, plan("fsdp2"), FAMILY, alone, hyperparameters=NUMBERS)
     with torch.no_grad():
         before = predict(wrapped)
         assert all(isinstance(parameter, DTensor) for parameter in denoiser.parameters())
@@ -98,7 +102,7 @@ def test_weights_are_sharded_again_after_a_forward_pass_without_gradients(alone,
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
 def test_full_state_gives_copies_of_what_is_named(alone, denoiser, strategy: str) -> None:  # type: ignore[no-untyped-def]
     expected = denoiser.proj_out.weight.detach().clone()
-    wrapped = parallel.wrap(denoiser, plan(strategy), FAMILY, alone)
+    wrapped = parallel.wrap(denoiser, plan(strategy), FAMILY, alone, hyperparameters=NUMBERS)
     state = parallel.full_state(wrapped, ["proj_out.weight", "pos_embed.pos_embed"])
     with torch.no_grad():
         denoiser.proj_out.weight.zero_()
@@ -106,8 +110,8 @@ def test_full_state_gives_copies_of_what_is_named(alone, denoiser, strategy: str
     assert torch.equal(state["proj_out.weight"], expected)
 
 
-def test_no_sync_keeps_replicated_gradients_from_being_summed(alone, denoiser) -> None:  # type: ignore[no-untyped-def]
-    wrapped = parallel.wrap(denoiser, plan("ddp"), FAMILY, alone)
+def test_a_micro_batch_before_the_last_keeps_replicated_gradients_from_being_summed(alone, denoiser) -> None:  # type: ignore[no-untyped-def]
+    wrapped = parallel.wrap(denoiser, plan("ddp"), FAMILY, alone, hyperparameters=NUMBERS)
     summed: list[int] = []
 
     def count(_: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -117,16 +121,17 @@ def test_no_sync_keeps_replicated_gradients_from_being_summed(alone, denoiser) -
         return future
 
     wrapped.register_comm_hook(None, count)
-    with parallel.no_sync(wrapped):
+    with parallel.micro_batch(wrapped, last=False):
         predict(wrapped).sum().backward()
     assert not summed
-    predict(wrapped).sum().backward()
+    with parallel.micro_batch(wrapped, last=True):
+        predict(wrapped).sum().backward()
     assert sum(summed) == sum(parameter.numel() for parameter in denoiser.parameters())
 
 
 def test_a_trained_parameter_without_gradient_fails_in_the_second_step(alone, denoiser) -> None:  # type: ignore[no-untyped-def]
     denoiser.register_parameter("dead", nn.Parameter(torch.ones(2)))
-    wrapped = parallel.wrap(denoiser, plan("ddp"), FAMILY, alone)
+    wrapped = parallel.wrap(denoiser, plan("ddp"), FAMILY, alone, hyperparameters=NUMBERS)
     predict(wrapped).sum().backward()
     with pytest.raises(RuntimeError, match="did not receive grad"):
         predict(wrapped)
