@@ -30,7 +30,7 @@ class Timesteps(Block):
         default="auto",
         pattern=r"^(auto|dynamic|none|[0-9]+(\.[0-9]+)?)$",
         max_length=32,
-        description="Timestep shift k in s' = k s / (1 + (k - 1) s). `auto`: the checkpoint's scheduler, else the family's value. `dynamic`: by the number of tokens. `none`: 1.",
+        description="Timestep shift k in s' = k s / (1 + (k - 1) s). `auto`: the checkpoint's scheduler, else the family's value; 1 with `diff2Flow`. `dynamic`: by the number of tokens. `none`: 1.",
     )
 
 
@@ -48,9 +48,9 @@ class Noise(Block):
 class Diff2Flow(Block):
     """The flow objective for a network that predicts epsilon or v (arXiv:2506.02221)."""
 
-    max_weight: Annotated[Decimal, Field(gt=0, le=1_000_000)] | None = Field(
+    max_weight: Annotated[Decimal, Field(ge=1, le=1_000_000)] | None = Field(
         default=None,
-        description="Largest weight that a sample's loss is given. Default: none, which is the loss of flow matching.",
+        description="Largest weight that a sample's loss is given; 1 leaves the network's own loss. Default: none, which is the loss of flow matching.",
     )
 
 

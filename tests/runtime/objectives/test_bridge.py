@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,6 +24,7 @@ from family_cases import PROMPTS, make_case
 
 SDXL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 WHOLE = Stage("unet")
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "how-to" / "train-by-flow-matching.md"
 ON = Diff2Flow()
 BRIDGED = [
     name for name, facts in FAMILIES.items() if (facts.objective, facts.noise_schedule) == ("diffusion", "betas")
@@ -91,6 +93,24 @@ def test_a_noisy_sample_is_the_point_of_the_straight_path_scaled() -> None:
     torch.testing.assert_close(prepared.noisy, scale * ((1 - sigma) * clean + sigma * prepared.target))
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_a_step_of_a_flow_sampler_along_the_velocity_is_a_step_of_ddim(prediction: str) -> None:
+    """What the loss compares is the velocity that diffusers' Euler sampler of flows takes, of what its DDIM takes for epsilon or v."""
+    generator = torch.Generator().manual_seed(4)
+    noisy, predicted = (torch.randn(1, 4, 2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    kind = {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
+    ddim = DDIMScheduler(**SDXL, prediction_type=kind, clip_sample=False, timestep_spacing="trailing")
+    ddim.set_timesteps(20)
+    steps, levels = ddim.timesteps[5:7], ddim.alphas_cumprod.double()[ddim.timesteps[5:7]]
+    euler = FlowMatchEulerDiscreteScheduler()
+    euler.set_timesteps(sigmas=flow_sigma(levels).tolist())
+    scale, next_scale = levels.sqrt() + (1 - levels).sqrt()
+    along = velocity(predicted, noisy, levels[:1], prediction)
+    stepped = euler.step(along, euler.timesteps[0], noisy / scale, return_dict=False)[0]
+    expected = ddim.step(predicted, steps[0], noisy, return_dict=False)[0]
+    torch.testing.assert_close(stepped * next_scale, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("density", [Uniform(), LogitNormal(0.0, 1.0)], ids=["uniform", "logit-normal"])
 def test_a_step_is_the_nearest_to_a_sigma_drawn_as_flow_matching_does(density: Any, shift: float) -> None:
@@ -142,14 +162,39 @@ def test_a_weight_is_cut_at_the_largest_and_not_below() -> None:
     assert torch.equal(cut.noisy, free.noisy)
 
 
-def test_weights_of_the_last_step() -> None:
-    last = DDPMScheduler(**SDXL).alphas_cumprod[-1]
-    assert float(flow_weight(last, "epsilon", None)) == pytest.approx(244, abs=1)
-    assert 1 < float(flow_weight(last, "v", None)) < 2
+@pytest.mark.parametrize(
+    ("betas", "last", "logit_normal", "uniform"),
+    [
+        (SDXL, 244, 10.6, 30),
+        (SDXL | {"beta_end": 0.014, "num_train_timesteps": 1100}, 904, 11.4, 59),
+        ({"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}, 25093, 11.7, 316),
+    ],
+    ids=["sdxl", "kolors", "pixart_sigma"],
+)
+def test_the_page_says_how_much_noisy_steps_count(
+    betas: dict[str, Any], last: float, logit_normal: float, uniform: float
+) -> None:
+    schedule = BetaSchedule(betas, zero_terminal_snr=False, prediction="epsilon")
+    weights = flow_weight(schedule.alpha_bars.double(), "epsilon", None)
+    assert float(weights[-1]) == pytest.approx(last, abs=0.5)
+    for density, mean in ((LogitNormal(0.0, 1.0), logit_normal), (Uniform(), uniform)):
+        drawn = FlowTimes(schedule, density, 1.0).probabilities
+        assert float((drawn * weights).sum()) == pytest.approx(mean, rel=0.01)
+    assert f"{last:,}".replace(",", " ") + f" | {logit_normal} | {uniform} |" in PAGE.read_text()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_a_largest_weight_of_one_draws_times_and_weighs_nothing(prediction: str) -> None:
+    clean = torch.zeros(64, 1, 1, 1)
+    _, prepared = made(Objective(prediction=prediction, diff2_flow=Diff2Flow(max_weight=1.0)), clean)
+    _, free = made(Objective(prediction=prediction, diff2_flow=ON), clean)
+    assert torch.equal(prepared.weight, torch.ones(64))
+    assert torch.equal(prepared.time, free.time)
 
 
 def test_v_without_a_signal_has_weight_one_and_is_all_noise() -> None:
-    spec = Objective(prediction="v", diff2_flow=ON, noise=Noise(zero_terminal_snr=True))
+    noise, density = Noise(zero_terminal_snr=True), Timesteps(sampling="uniform")
+    spec = Objective(prediction="v", diff2_flow=ON, noise=noise, timesteps=density)
     objective = build_objective(spec, FAMILIES["sdxl"], SDXL)
     prepared = objective.prepare(torch.ones(1, 4, 2, 2), generators(1), stage=Stage("unet", 0.999, 1.0), tokens=4)
     assert prepared.time.item() == 999
