@@ -94,9 +94,24 @@ def _plain_rules() -> Iterator[CelRule]:
         "!has(self.model.quantization) || self.adapter.type != 'full'",
         "with adapter type full the base itself is trained; remove it, or set type lora",
     )
+    yield from _bridge_rules()
     yield from _conditioning_rules()
     yield from _slider_rules()
     yield from _format_rules()
+
+
+def _bridge_rules() -> Iterator[CelRule]:
+    """What the flow objective of a diffusion family leaves no room for."""
+    for field, rule, message in (
+        ("loss", "self.objective.loss == 'l2'", "must be l2 with spec.objective.diff2Flow"),
+        ("minSnrGamma", "!has(self.objective.minSnrGamma)", "spec.objective.diff2Flow weighs the loss itself"),
+        (
+            "timesteps.shift",
+            "self.objective.timesteps.shift != 'dynamic'",
+            "no dynamic shift with spec.objective.diff2Flow",
+        ),
+    ):
+        yield CelRule(f"objective.{field}", f"!has(self.objective.diff2Flow) || {rule}", message)
 
 
 def _deepspeed_rules() -> Iterator[CelRule]:
@@ -254,8 +269,9 @@ def _location_rules() -> Iterator[CelRule]:
 
 def _option_rules() -> Iterator[CelRule]:
     for only in ONLY:
+        owned = _owned(only) + (f" || has(self.{only.or_with})" if only.or_with else "")
         for option in only.options:
-            yield CelRule(option, f"{_owned(only)} || {_is_default(option)}", only.reason)
+            yield CelRule(option, f"{owned} || {_is_default(option)}", only.reason)
 
 
 def _owned(only: Only) -> str:

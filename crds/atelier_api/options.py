@@ -17,15 +17,16 @@ from atelier_api.v1alpha1.objective import Objective
 
 @dataclass(frozen=True)
 class Only:
-    """Options that may differ from their default only where `owner` is one of `values`.
+    """Options that may differ from their default only where `owner` is one of `values`, or where `or_with` is given.
 
     Options and owner are paths below `spec`. The owner `family.<fact>` is a fact of the model's family; without `values` the owner
-    is a list that must hold something.
+    is a list that must hold something. `or_with` is a path below `spec` to something that is off by default.
     """
 
     options: tuple[str, ...]
     owner: str
     values: tuple[str, ...] = ()
+    or_with: str = ""
 
     @property
     def reason(self) -> str:
@@ -33,7 +34,9 @@ class Only:
         if self.owner == BETAS:
             return "only for families with betas"
         if self.owner.startswith("family."):
-            return f"only for {' and '.join(self.values)} families"
+            return f"only for {' and '.join(self.values)} families" + (
+                f" or with spec.{self.or_with}" * bool(self.or_with)
+            )
         if not self.values:
             return f"only with spec.{self.owner}"
         return f"only for {self.owner.rpartition('.')[2]} {' or '.join(self.values)}"
@@ -44,17 +47,21 @@ OBJECTIVE_OWNERS = ("family.objective", BETAS)
 
 ONLY = (
     Only(
-        ("objective.prediction", "objective.minSnrGamma", "objective.noise.offset", "objective.noise.zeroTerminalSnr"),
+        (
+            *("objective.prediction", "objective.minSnrGamma", "objective.diff2Flow"),
+            *("objective.noise.offset", "objective.noise.zeroTerminalSnr"),
+        ),
         "family.objective",
         ("diffusion",),
     ),
-    Only(("objective.prediction", "objective.noise.zeroTerminalSnr"), BETAS, ("betas",)),
+    Only(("objective.prediction", "objective.noise.zeroTerminalSnr", "objective.diff2Flow"), BETAS, ("betas",)),
     Only(
         tuple(
             f"objective.timesteps.{name}" for name in ("sampling", "logitMean", "logitScale", "betaA", "betaB", "shift")
         ),
         "family.objective",
         ("flow",),
+        or_with="objective.diff2Flow",
     ),
     Only(("data.clip.frames", "data.clip.fps", "validation.frames"), "family.modality", ("video",)),
     Only(
@@ -119,6 +126,8 @@ def _unused(document: Mapping[str, Any], facts: FamilyFacts | None, table: Seque
             continue
         owner = _owner(only, document, facts)
         if owner in only.values or (not only.values and owner):
+            continue
+        if only.or_with and look_up(document, only.or_with) is not None:
             continue
         for option in only.options:
             value = look_up(document, option)

@@ -227,6 +227,23 @@ def _precision(spec: TrainingRunSpec) -> Iterator[Problem]:
         yield refused("spec.hyperparameters.optimizer.type", numbers.optimizer.type, allowed)
 
 
+def _bridge(spec: TrainingRunSpec) -> Iterator[Problem]:
+    """The flow objective of a diffusion family is a squared error with a weight of its own."""
+    objective = spec.objective
+    if objective.diff2_flow is None:
+        return
+    if objective.loss != "l2":
+        yield refused("spec.objective.loss", objective.loss, "must be l2 with spec.objective.diff2Flow")
+    if objective.min_snr_gamma is not None:
+        allowed = "spec.objective.diff2Flow weighs the loss itself; remove the one or the other"
+        yield refused("spec.objective.minSnrGamma", objective.min_snr_gamma, allowed)
+    if objective.timesteps.shift == "dynamic":
+        allowed = (
+            "with spec.objective.diff2Flow it must be auto, none or a number: the checkpoint says nothing of tokens"
+        )
+        yield refused("spec.objective.timesteps.shift", objective.timesteps.shift, allowed)
+
+
 def _quantization(spec: TrainingRunSpec) -> Iterator[Problem]:
     if spec.model.quantization is not None and isinstance(spec.adapter, FullAdapter):
         allowed = "with adapter type full the base itself is trained, which needs it whole; remove it, or set type lora"
@@ -316,6 +333,7 @@ RULES: tuple[Callable[[TrainingRunSpec], Iterator[Problem]], ...] = (
     _schedule,
     _lengths,
     _precision,
+    _bridge,
     _quantization,
     _processes,
     _deepspeed,

@@ -39,7 +39,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a density of a diffusion family": (
         {"model": SDXL, "objective__timesteps__sampling": "uniform"},
-        "spec.objective.timesteps.sampling is 'uniform'; only for flow families, and sdxl is of diffusion",
+        "spec.objective.timesteps.sampling is 'uniform'; only for flow families or with spec.objective.diff2Flow, and sdxl is of",
     ),
     "a shift of a diffusion family": (
         {"model": SDXL, "objective__timesteps__shift": "3"},
@@ -48,6 +48,26 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "zero terminal SNR of epsilon": (
         {"model": SDXL, "objective": {"prediction": "epsilon", "noise": {"zeroTerminalSnr": True}}},
         "spec.objective.noise.zeroTerminalSnr is true; only for prediction v",
+    ),
+    "a velocity of a flow family": (
+        {"objective__diff2Flow": {}},
+        "spec.objective.diff2Flow is a mapping; only for diffusion families, and flux is of flow",
+    ),
+    "a velocity of a cosine": (
+        {"model": CASCADE, "objective__diff2Flow": {}},
+        "spec.objective.diff2Flow is a mapping; only for families with betas, and stable_cascade is of cosine",
+    ),
+    "a velocity with another loss": (
+        {"model": SDXL, "objective": {"diff2Flow": {}, "loss": "huber"}},
+        "spec.objective.loss is 'huber'; must be l2 with spec.objective.diff2Flow",
+    ),
+    "a velocity weighed twice": (
+        {"model": SDXL, "objective": {"diff2Flow": {"maxWeight": "10"}, "minSnrGamma": "5"}},
+        "spec.objective.minSnrGamma is 5.0; spec.objective.diff2Flow weighs the loss itself",
+    ),
+    "a shift by tokens of a velocity": (
+        {"model": SDXL, "objective": {"diff2Flow": {}, "timesteps": {"shift": "dynamic"}}},
+        "spec.objective.timesteps.shift is 'dynamic'; with spec.objective.diff2Flow it must be auto, none or a number",
     ),
     "c of another loss": ({"objective__huberC": "0.2"}, "spec.objective.huberC is '0.2'; only for loss huber"),
     "a parameter of another density": (
@@ -338,6 +358,10 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "the default of an option that would do nothing": {"data__clip__frames": 49, "objective__huberC": "1e-1"},
     "a whole model with every default": {"adapter": {"type": "full"}},
     "v with zero terminal SNR": {"model": SDXL, "objective": {"prediction": "v", "noise": {"zeroTerminalSnr": True}}},
+    "a velocity with a density and a shift": {
+        "model": SDXL,
+        "objective": {"diff2Flow": {"maxWeight": "20"}, "timesteps": {"sampling": "uniform", "shift": "3"}},
+    },
     "a LoRA in bf16 on an fp32 model": {
         "hyperparameters": {"steps": 1, "precision": "fp32", "optimizer": {"type": "adamw-bf16"}}
     },

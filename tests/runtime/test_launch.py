@@ -163,6 +163,34 @@ def test_a_run_of_every_family_trains_samples_and_exports(
 
 
 @pytest.mark.usefixtures("alone")
+def test_a_run_of_the_flow_objective_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    whole = resolved(tmp_path, "sdxl", "lora", "fp32")
+    straight, halves = (
+        trained_by_flow(whole, tmp_path / name, steps) for name, steps in (("one", [4]), ("two", [2, 4]))
+    )
+    assert straight.keys() == halves.keys()
+    assert all(torch.equal(tensor, halves[name]) for name, tensor in straight.items())
+    assert any(tensor.abs().max() > 0 for name, tensor in straight.items() if "lora_B" in name)
+
+
+def trained_by_flow(plan: RunFile, folder: Path, steps: list[int]) -> dict[str, torch.Tensor]:
+    """The LoRA of a run with Diff2Flow that was ended and taken up again after each of these steps."""
+    for last in steps:
+        document = plan.spec.model_dump(mode="json", by_alias=True)
+        document["objective"]["diff2Flow"] = {"maxWeight": "50"}
+        document["hyperparameters"]["steps"] = last
+        document["storage"]["uri"] = str(folder)
+        document["validation"] = {}
+        changes = {"spec": type(plan.spec).model_validate(document), "attempt": f"{last}.0"}
+        part = plan.model_copy(update=changes)
+        assert launch.train(launch.open_session(part, parallel.start(part.plan), launch.StopFlag()))
+        parallel.stop()
+        assert list(Path(part.store_uri, "manifests").glob(f"{last:08d}-*"))
+    [file] = folder.rglob("exports/**/*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.usefixtures("alone")
 def test_prompts_that_the_checkpoint_cannot_draw_are_refused_before_anything_is_encoded(tmp_path: Path) -> None:
     plan = resolved(tmp_path, "stable_cascade", "lora", "fp32")
     index = tmp_path / "base" / "model_index.json"

@@ -12,7 +12,7 @@ class Timesteps(Block):
 
     sampling: Literal["logit-normal", "uniform", "beta"] = Field(
         default="logit-normal",
-        description="Density of sigma before the shift, flow families only. Diffusion families draw their time uniformly.",
+        description="Density of sigma before the shift, of flow families and with `diff2Flow`. Otherwise diffusion families draw their time uniformly.",
     )
     logit_mean: Annotated[Decimal, Field(ge=-10, le=10)] = Field(
         default=0.0, description="Mean of the logit-normal density."
@@ -30,7 +30,7 @@ class Timesteps(Block):
         default="auto",
         pattern=r"^(auto|dynamic|none|[0-9]+(\.[0-9]+)?)$",
         max_length=32,
-        description="Timestep shift k in s' = k s / (1 + (k - 1) s). `auto`: the checkpoint's scheduler, else the family's value. `dynamic`: by the number of tokens. `none`: 1.",
+        description="Timestep shift k in s' = k s / (1 + (k - 1) s). `auto`: the checkpoint's scheduler, else the family's value; 1 with `diff2Flow`. `dynamic`: by the number of tokens. `none`: 1.",
     )
 
 
@@ -42,6 +42,15 @@ class Noise(Block):
     )
     zero_terminal_snr: bool = Field(
         default=False, description="Rescale the betas to zero terminal SNR (arXiv:2305.08891). Needs `prediction: v`."
+    )
+
+
+class Diff2Flow(Block):
+    """The flow objective for a network that predicts epsilon or v (arXiv:2506.02221)."""
+
+    max_weight: Annotated[Decimal, Field(ge=1, le=1_000_000)] | None = Field(
+        default=None,
+        description="Largest weight that a sample's loss is given; 1 leaves the network's own loss. Default: none, which is the loss of flow matching.",
     )
 
 
@@ -59,6 +68,10 @@ class Objective(Block):
     min_snr_gamma: Annotated[Decimal, Field(gt=0, le=100)] | None = Field(
         default=None,
         description="Gamma of min-SNR weighting (arXiv:2303.09556), diffusion families only; 5 is advised. Default: off.",
+    )
+    diff2_flow: Diff2Flow | None = Field(
+        default=None,
+        description="Diffusion families with betas: train on the flow objective; `{}` turns it on. Times are then drawn as `timesteps` says. Default: off.",
     )
     timesteps: Timesteps = Field(default_factory=Timesteps, description="How noise levels are drawn.")
     noise: Noise = Field(default_factory=Noise, description="Changes to the noise.")

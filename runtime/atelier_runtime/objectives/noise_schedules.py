@@ -74,13 +74,13 @@ class BetaSchedule:
         self.steps = len(self.alpha_bars)  # `trained_betas` need not be num_train_timesteps long
 
     def draw(self, stage: Stage, generator: torch.Generator) -> float:
-        first, end = self._steps_of(stage)
+        first, end = self.steps_of(stage)
         if first >= end:
             raise no_mass([stage])
         return int(torch.randint(first, end, (), generator=generator))
 
     def mass(self, stage: Stage) -> float:
-        first, end = self._steps_of(stage)
+        first, end = self.steps_of(stage)
         return max(end - first, 0) / self.steps
 
     def alpha_bar(self, time: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class BetaSchedule:
             self.alpha_bars = self.alpha_bars.to(time.device)
         return self.alpha_bars[time]
 
-    def _steps_of(self, stage: Stage) -> tuple[int, int]:
+    def steps_of(self, stage: Stage) -> tuple[int, int]:
         """The steps [first, end) whose level t / steps lies in the stage's [low, high)."""
         return math.ceil(stage.low * self.steps), math.ceil(stage.high * self.steps)
 
