@@ -90,7 +90,8 @@ def noise_range(run_file: RunFile, family: Family, names: Sequence[str], compone
 def details_of(run_file: RunFile, family: Family, component: str, provenance: Provenance) -> dict[str, str]:
     """The `modelspec.*` header (sai_model_spec 1.0.0) and where the weights come from."""
     spec, adapter = run_file.spec, run_file.spec.adapter
-    denoiser = component if component in family.denoisers else family.denoisers[0]  # a control network is not in the base
+    # A control network is not in the base.
+    denoiser = component if component in family.denoisers else family.denoisers[0]
     architecture = family.architecture(components.denoiser_config(run_file.model_folder, denoiser))
     details: dict[str, str | int | float | bool | None] = {
         "modelspec.sai_model_spec": "1.0.0",

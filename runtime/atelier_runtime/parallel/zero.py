@@ -6,8 +6,9 @@
 Precision is autocast's, as with the other strategies: frozen weights stay in the dtype they were loaded in, trained ones are fp32.
 At stage 3 the linear layers of a model that is trained as a whole travel in bf16 under autocast, and so do their gradients: DeepSpeed
 has one dtype for both. All other gradients are summed in fp32. What was gathered is fp32 again, and autocast casts it once more:
-it must not keep the copies until the end of the pass, which would be those of the whole model. DeepSpeed's own checkpoints are tied to the number of ranks; ours
-are made of whole tensors, which this module gathers and deals out.
+it must not keep the copies until the end of the pass, which would be those of the whole model.
+
+DeepSpeed's own checkpoints are tied to the number of ranks; ours are made of whole tensors, which this module gathers and deals out.
 """
 
 import logging

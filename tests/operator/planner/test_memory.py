@@ -187,7 +187,9 @@ def test_zero3_shards_everything(adapter: str) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_zero3_casts_what_it_has_gathered_and_the_backward_pass_keeps_it_without_recomputation(checkpointing: bool) -> None:
+def test_zero3_casts_what_it_has_gathered_and_the_backward_pass_keeps_it_without_recomputation(
+    checkpointing: bool,
+) -> None:
     full = run(adapter={"type": "full"})
     spread = predicted(full, strategy="deepspeed-zero3", processes=8, gradient_checkpointing=checkpointing).train
     model = table_facts(full.spec.model)
