@@ -132,10 +132,14 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor], low: torch.dtyp
     def switched(*_: Any, enabled: bool = True, **__: Any) -> AbstractContextManager[None]:
         return nullcontext() if enabled else mode.off()
 
-    # Layers that switch autocast off for a few lines ask torch for that of their device, and there is none for meta.
+    # Layers that switch autocast off for a few lines ask torch for that of their device, and there is none for meta; what is recomputed
+    # asks whether there is one, to be under it again.
     known = mock.patch.object(torch.amp, "is_autocast_available", return_value=True)
     asked = mock.patch.object(torch, "autocast", switched)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), mode, known, asked:
+    plain = mock.patch.object(
+        torch.utils.checkpoint, "_get_autocast_kwargs", return_value=({"enabled": True}, {"enabled": False})
+    )
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), mode, known, asked, plain:
         output = forward()
     assert output.requires_grad
     return sum(storage.nbytes() for storage in kept.values())

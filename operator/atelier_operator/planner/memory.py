@@ -279,15 +279,16 @@ def _frozen_bytes(spec: TrainingRunSpec, model: ModelFacts, parameters: int) -> 
 def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> int:
     """What the forward pass keeps, and the largest block's temporaries in the backward pass."""
     references = max(len(source.references) for source in spec.data.sources)
-    tokens = model.family.latent_tokens(*trained_extent(spec, model.family)) + model.text_tokens
+    drawn = model.family.latent_tokens(*trained_extent(spec, model.family)) + model.text_tokens
     edge = model.family.reference_resolution(spec.data.resolution)
-    tokens = choice.micro_batch_size * (tokens + _reference_tokens(model.family, references, edge))
+    tokens = choice.micro_batch_size * (drawn + _reference_tokens(model.family, references, edge))
     kept = model.activation_bytes_per_token * _precision_bytes(spec) // 2
     adapter = spec.adapter
     if isinstance(adapter, ControlNetAdapter):
         block_input = min(model.width * _precision_bytes(spec), kept // LARGEST_INPUT)
         pictures = choice.micro_batch_size * _kept_for_condition(spec, model)
-        return pictures + _controlled(model, choice, tokens * kept, tokens * block_input)
+        network_tokens = choice.micro_batch_size * drawn  # it is not shown the references
+        return pictures + _controlled(model, choice, kept, block_input, tokens, network_tokens)
     if isinstance(adapter, FullAdapter) or (isinstance(adapter, LayerAdapter) and not _only(adapter, "attention")):
         kept = int(kept * WIDE_TARGETS)
     block = tokens * kept + _kept_by_adapter(spec, model, tokens)
@@ -300,15 +301,18 @@ def _activations(spec: TrainingRunSpec, model: ModelFacts, choice: Choice) -> in
     return text + tokens * block_input * model.layers + block * model.family.backward_blocks
 
 
-def _controlled(model: ModelFacts, choice: Choice, block: int, block_input: int) -> int:
-    """What a control network and its base keep; `block` is what one block of the base does, of an input of `block_input`."""
+def _controlled(
+    model: ModelFacts, choice: Choice, kept: int, block_input: int, base_tokens: int, network_tokens: int
+) -> int:
+    """What a base and its control network keep; for each token one block of the base does `kept`, of an input of `block_input`."""
     # Gradients go through the base's blocks behind the first that the network adds to.
-    based = model.layers - (model.control_layers if model.family.control_pixels else 0)
+    based = base_tokens * (model.layers - (model.control_layers if model.family.control_pixels else 0))
+    networked = network_tokens * model.control_layers
     if not choice.gradient_checkpointing:
-        return int(block * (based + model.control_layers * WIDE_TARGETS + 1))
-    working = int(block * WIDE_TARGETS * model.family.backward_blocks)
+        return int(kept * (based + networked * WIDE_TARGETS + base_tokens))
+    working = int(base_tokens * kept * WIDE_TARGETS * model.family.backward_blocks)
     # What comes out of a block of the network is kept beside what goes in.
-    return block_input * (based + 2 * model.control_layers) + working
+    return block_input * (based + 2 * networked) + working
 
 
 def _kept_for_condition(spec: TrainingRunSpec, model: ModelFacts) -> int:
