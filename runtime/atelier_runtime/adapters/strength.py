@@ -40,7 +40,7 @@ def _set(models: Sequence[nn.Module], strength: float) -> int:
         if isinstance(module, LoraLayer):
             module.set_scale(ADAPTER_NAME, strength)
         elif name.endswith(f".{CHILD}"):
-            module.multiplier = strength  # type: ignore[assignment]
+            module.multiplier = strength
         else:
             continue
         count += 1

@@ -36,6 +36,7 @@ def fp32_cases(strategy: str, folder: Path) -> Iterator[Case]:
             yield replace(case, adapter="full", accumulation=2)
             yield replace(case, adapter="dylora", checkpointing=True)  # trains another block in each step
             yield replace(case, adapter="ia3", checkpointing=True)
+            yield replace(case, strengths=(1.5, 0.0, -2.0), checkpointing=True)
     yield Case("wan22", "lora", folder / "wan22", steps=TWO_STEPS)  # two experts, trained in turn
 
 
