@@ -1,4 +1,4 @@
-"""Whole runs of a slider, by the command that users type: a tiny SDXL, real digits, black on white and white on black."""
+"""A whole run of a slider, by the command that users type: a tiny SDXL, real digits, black on white and white on black."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageOps
 
-from runs import LocalRun, checkpoint_state, history, tiny_run, write_digits, write_run
+from runs import LocalRun, tiny_run, write_digits, write_run
 
 pytestmark = pytest.mark.processes
 
@@ -31,22 +31,12 @@ def slider(folder: Path, name: str, **spec: Any) -> LocalRun:
     return write_run(folder / f"{name}.yaml", document.document)
 
 
-def test_a_slider_trains_resumes_and_is_drawn_at_each_strength(tmp_path: Path) -> None:
+def test_a_slider_trains_and_is_drawn_at_each_strength(tmp_path: Path) -> None:
     prompts = [{"text": "a handwritten three", "adapterStrength": strength} for strength in STRENGTHS]
-    # Three steps: it goes on with the other end.
-    shorter = {"steps": 3, "learningRate": "1e-1"}
-    broken = slider(tmp_path, "broken", hyperparameters=shorter, validation={"prompts": prompts, "steps": 2})
-    broken.train()
-    broken.changed(hyperparameters={"steps": 4}).train()
-    straight = slider(tmp_path, "straight")
-    straight.train()
-    assert history(broken) == history(straight)
-    one, other = checkpoint_state(broken, 4), checkpoint_state(straight, 4)
-    assert one.keys() == other.keys()
-    assert all((one[name] == other[name]).all() for name in one)
-
+    run = slider(tmp_path, "slider", validation={"prompts": prompts, "steps": 2})
+    run.train()
     start, drawn = (
-        [(broken.folder / "samples" / step / f"{index}.png").read_bytes() for index in range(len(STRENGTHS))]
+        [(run.folder / "samples" / step / f"{index}.png").read_bytes() for index in range(len(STRENGTHS))]
         for step in ("00000000", "00000004")
     )
     assert len(set(start)) == 1  # a new adapter changes nothing at any strength

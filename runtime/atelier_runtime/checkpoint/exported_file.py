@@ -15,7 +15,8 @@ from torch import Tensor
 
 from atelier_api.errors import StoreError
 from atelier_api.run_file import RunFile
-from atelier_api.v1alpha1.adapter import LoraAdapter, LycorisAdapter, ScaledLycorisAdapter, alpha_of
+from atelier_api.sliders import strength_of
+from atelier_api.v1alpha1.adapter import LoraAdapter, LycorisAdapter, ScaledLycorisAdapter, alpha_of, is_slider
 from atelier_runtime import components
 from atelier_runtime.family import Family
 
@@ -122,6 +123,9 @@ def details_of(run_file: RunFile, family: Family, component: str, provenance: Pr
         }
     elif isinstance(adapter, LycorisAdapter):
         details |= _lycoris_details(adapter)
+    if is_slider(adapter):
+        strengths = sorted({strength_of(source, adapter) for source in spec.data.sources})
+        details["atelier.slider_strengths"] = ", ".join(f"{strength:g}" for strength in strengths)
     return {key: str(value) for key, value in details.items() if value is not None}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from atelier_api.errors import ConfigError, StoreError
+from atelier_api.errors import ConfigError, DataError, StoreError
 from atelier_api.run_file import RunFile
 from atelier_api.sliders import strength_of
 from atelier_api.v1alpha1.adapter import Adapter, TextualInversionAdapter, is_slider
@@ -353,6 +353,7 @@ def _order(samples: Sequence[Sample], run_file: RunFile, family: Family) -> Samp
     size, seed = hyperparameters.global_batch_size, hyperparameters.seed
     if is_slider(adapter):
         strengths = tuple(strength for strength, _ in buckets)
+        _require_ends(strengths, [strength_of(source, adapter) for source in run_file.spec.data.sources])
         slider = SliderOrder(of_samples, repeats, strengths=strengths, tokens=tokens, global_batch_size=size, seed=seed)
         for part in slider.parts:
             _log_order(part, len(buckets), size)
@@ -360,6 +361,16 @@ def _order(samples: Sequence[Sample], run_file: RunFile, family: Family) -> Samp
     order = SampleOrder(of_samples, repeats, tokens=tokens, global_batch_size=size, seed=seed)
     _log_order(order, len(buckets), size)
     return order
+
+
+def _require_ends(left: Sequence[float], given: Sequence[float]) -> None:
+    """Raises DataError when no sample is left of an end of a slider that sources have: it would learn the other alone."""
+    for side, sign in (("above", 1), ("below", -1)):
+        if not any(sign * strength > 0 for strength in left) and any(sign * strength > 0 for strength in given):
+            raise DataError(
+                f"0 samples are left of the sources with a sliderStrength {side} 0; a slider needs at least one of each end "
+                "that spec.data.sources names; mend these files, or remove the sources"
+            )
 
 
 def _log_order(order: SampleOrder, buckets: int, size: int) -> None:

@@ -126,39 +126,51 @@ def test_at_strength_1_nothing_is_touched(monkeypatch: pytest.MonkeyPatch) -> No
         pass
 
 
-def test_a_rotation_of_blocks_moves_the_weight_along_a_line_and_a_butterfly_each_of_its_stages(
-    case: FamilyCase,
-) -> None:
-    """What strength means where the update is no sum: the docstring's formulas, on one layer."""
-    for name in ("diag-oft", "ia3", "locon"):
-        model = installed(case, adapter_of(name))
-        changed = {strength: changed_weight(model, strength) for strength in (0.0, 1.0, -2.0)}
-        torch.testing.assert_close(
-            changed[-2.0] - changed[0.0], -2 * (changed[1.0] - changed[0.0]), atol=1e-5, rtol=1e-4
-        )
+@pytest.mark.parametrize("name", [name for name in ALL if name != "boft"])
+def test_strengths_s_and_minus_s_change_the_weight_by_opposite_amounts_and_0_does_not(name: str) -> None:
+    """On one layer, and by as many times as the strength says: the docstring's formulas."""
+    case = family_case("sana")
+    model = installed(case, adapter_of(name))
+    layer = adapted_layer(model)
+    base = case.denoiser().get_submodule(layer).weight.flatten(1)
+    changed = {strength: weight_of(model, layer, strength) - base for strength in (0.0, 1.0, 2.0, -2.0)}
+    assert changed[1.0].norm() > 1e-2 * base.norm()
+    torch.testing.assert_close(changed[0.0], torch.zeros_like(base), atol=1e-6, rtol=0.0)
+    torch.testing.assert_close(changed[2.0], 2 * changed[1.0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(changed[-2.0], -changed[2.0], atol=1e-5, rtol=1e-4)
+
+
+def test_of_a_butterfly_each_stage_is_pulled(case: FamilyCase) -> None:
+    """The one whose update is no multiple: two strengths are opposite in each stage of its product, not in the product."""
     model = installed(case, adapter_of("boft"))
     module = first_module(model)
-    whole = changed_weight(model, 0.0)
+    layer = adapted_layer(model)
+    whole = weight_of(model, layer, 0.0)
     stages = rotations(module, -2.0)
     assert len(stages) > 1
     for stage in stages:
         whole = stage @ whole
-    torch.testing.assert_close(changed_weight(model, -2.0), whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(weight_of(model, layer, -2.0), whole, atol=1e-4, rtol=1e-4)
 
 
 def first_module(model: nn.Module) -> Any:
     return next(module for name, module in model.named_modules() if name.endswith(".lycoris"))
 
 
+def adapted_layer(model: nn.Module) -> str:
+    """The first linear layer that has an adapter."""
+    names = (name for name, _ in model.named_modules())
+    return next(name.rpartition(".")[0] for name in names if name.endswith((".lycoris", ".lora_A")))
+
+
 @torch.no_grad()
-def changed_weight(model: nn.Module, strength: float) -> Tensor:
-    """The weight [outputs, inputs] that the first layer multiplies with."""
-    module = first_module(model)
-    layer = module.org_module[0]
-    inputs = torch.eye(layer.weight.shape[1])
+def weight_of(model: nn.Module, layer: str, strength: float) -> Tensor:
+    """The weight [outputs, inputs] that a layer multiplies with."""
+    linear: Any = model.get_submodule(layer)
+    inputs = torch.eye(linear.weight.shape[1])
     with at_strength([model], strength):
-        outputs = layer(inputs.view(*inputs.shape, *[1] * (layer.weight.ndim - 2)))
-    zero = layer.bias if layer.bias is not None else 0
+        outputs = linear(inputs.view(*inputs.shape, *[1] * (linear.weight.ndim - 2)))
+    zero = linear.bias if linear.bias is not None else 0
     return (outputs.flatten(1) - zero).T
 
 

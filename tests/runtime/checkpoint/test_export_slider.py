@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from atelier_runtime.adapters import at_strength
@@ -34,6 +35,10 @@ def test_a_slider_has_the_weights_of_the_stock_pipeline(
     data = {**SOURCES, "resolution": 32}
     result = trained(name, tmp_path, adapter, publish={"formats": [layout]}, data=data)
     files = export_lora(result.weights, result.file, case.family, tmp_path / "exports", provenance=PROVENANCE)
+    for file in files:
+        with safe_open(file.path, "pt") as opened:
+            told = opened.metadata()
+        assert (told["atelier.slider"], told["atelier.slider_strengths"]) == ("True", "-1, 1")
     pipe = make_case(name).pipe
     for file, component in zip(files, result.denoisers, strict=True):
         second = {"load_into_transformer_2": True} if component == "transformer_2" else {}

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from atelier_api.errors import DataError
 from atelier_api.run_file import RunFile
 from atelier_runtime.data import Dataset, SampleOrder, SliderOrder
 from tiny_data import SAMPLE_SIZES, built, training_run_file, write_pictures
@@ -49,6 +52,18 @@ def test_another_strength_is_another_training_set_and_encodes_nothing_again(
     assert dataset_of(run_of(tmp_path, checkpoint, ends, adapter=SLIDER)).hash == first.hash
     assert dataset_of(run_of(tmp_path, checkpoint, ends | {"less": "-2"}, adapter=SLIDER)).hash != first.hash
     assert len(loads) == 1
+
+
+def test_an_end_of_which_nothing_is_left_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    """The slider would learn the other end alone, or with neutral samples nothing."""
+    broken = run_of(tmp_path, checkpoint, {"less": "-1", "more": "1", "plain": None}, adapter=SLIDER)
+    for picture in (tmp_path / "less").glob("*.png"):
+        picture.write_bytes(b"no picture")
+    refused = (
+        "^0 samples are left of the sources with a sliderStrength below 0; a slider needs at least one of each end"
+    )
+    with pytest.raises(DataError, match=refused):
+        dataset_of(broken)
 
 
 def test_what_is_no_slider_is_ordered_as_ever(tmp_path: Path, checkpoint: Path) -> None:

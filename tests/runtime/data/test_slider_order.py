@@ -84,6 +84,15 @@ def test_a_step_is_a_pure_function_of_seed_and_step() -> None:
     assert [make_order(*arguments, 2, seed=8).batch(step) for step in range(40)] != forwards
 
 
+def test_the_order_is_the_same_on_every_machine_and_in_every_version() -> None:
+    """A run that goes on after an update must see what it would have seen."""
+    order = make_order([0, 1, 0, 1, 2, 0, 1], [0] * 7, (1.0, -1.0, -2.0), 2, seed=42)
+    batches = [order.batch(step) for step in range(6)]
+    assert [batch.strength for batch in batches] == [1.0, -1.0, 1.0, -2.0, 1.0, -1.0]
+    shown = [[slot.sample for slot in batch.slots] for batch in batches]
+    assert shown == [[5, 2], [1, 3], [0, 5], [4, 4], [2, 0], [6, 1]]
+
+
 def test_a_sign_is_ordered_as_a_training_set_of_its_own() -> None:
     order = make_order([0, 1, 0, 1, 0, 0, 0], [0] * 7, (1.0, 1.0), 2, seed=42)
     alone = SampleOrder(

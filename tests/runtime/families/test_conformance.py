@@ -4,7 +4,6 @@ Real diffusers classes at tiny size. A wrong sign, time, packing, text length or
 one, so nothing but the comparison with the pipeline would reveal it.
 """
 
-import copy
 import math
 import re
 from dataclasses import replace
@@ -25,11 +24,6 @@ from family_cases import CASES, PROMPTS, Case, make_case, record, sampling_argum
 from family_models import save_tiny
 
 LEVELS = (0.3, 0.9)
-SLIDERS: tuple[tuple[Any, str], ...] = (
-    (LoraAdapter(rank=4, slider=True, targets=["all"]), ".lora_B."),
-    (LokrAdapter(type="lokr", factor=2, slider=True, targets=["all"]), ".lokr_w2"),
-)
-"""Adapters, and what the name of the second matrix of their products has in it."""
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -187,42 +181,6 @@ def test_a_lokr_leaves_the_prediction_as_it_is_and_trains_on_every_target(fresh:
         assert [name for name, p in trained.items() if name.endswith("lokr_w2") and not p.grad.any()] == []  # type: ignore[union-attr]
         others = [p for name, p in denoiser.named_parameters() if name not in trained]
         assert all(parameter.grad is None for parameter in others)
-
-
-@pytest.mark.cell("slider")
-def test_an_adapter_at_strength_minus_k_is_one_of_that_scale_and_at_0_it_is_the_base(fresh: Case) -> None:
-    conditions = fresh.conditions(PROMPTS)
-    for denoiser in fresh.denoisers.values():
-        with torch.no_grad():
-            base, _ = predicted(fresh, denoiser, conditions)
-        for adapter, second in SLIDERS:
-            model = copy.deepcopy(denoiser)
-            adapters.install(model, adapter, fresh.family)
-            for parameter in adapters.trainable(model).values():
-                nn.init.normal_(parameter, std=0.1)
-
-            def trained_at(strength: float, model: nn.Module = model) -> tuple[Tensor, dict[str, Tensor]]:
-                model.zero_grad()
-                with adapters.at_strength([model], strength):
-                    prediction, target = predicted(fresh, model, conditions)
-                    fresh.loss(prediction, target, conditions).backward()
-                return prediction.detach(), {
-                    n: p.grad for n, p in adapters.trainable(model).items() if p.grad is not None
-                }
-
-            prediction, gradients = trained_at(0.0)
-            torch.testing.assert_close(prediction, base, atol=1e-5, rtol=1e-5)
-            assert gradients.keys() == adapters.trainable(model).keys()
-            assert not any(gradient.any() for gradient in gradients.values())
-            prediction, gradients = trained_at(-1.5)
-            with torch.no_grad():  # the same scale in the second matrix of each product, whose gradient it divides
-                for name, parameter in adapters.trainable(model).items():
-                    parameter *= -1.5 if second in name else 1.0
-            expected, expected_gradients = trained_at(1.0)
-            torch.testing.assert_close(prediction, expected, atol=1e-5, rtol=1e-4)
-            for name, gradient in gradients.items():
-                found = gradient / -1.5 if second in name else gradient
-                assert (found - expected_gradients[name]).norm() <= 1e-4 * expected_gradients[name].norm(), name
 
 
 @pytest.mark.cell("full")

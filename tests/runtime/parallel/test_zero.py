@@ -37,6 +37,7 @@ def fp32_cases(strategy: str, folder: Path) -> Iterator[Case]:
             yield replace(case, adapter="dylora", checkpointing=True)  # trains another block in each step
             yield replace(case, adapter="ia3", checkpointing=True)
             yield replace(case, adapter="full", checkpointing=True, layer_sync=(0, 2))
+            yield replace(case, strengths=(1.5, 0.0, -2.0), checkpointing=True, steps=3)
     # A call for each sample, with hooks inside of what the engine hears of once.
     yield Case(
         "hunyuan_video15", "lora", folder / "hunyuan_video15", checkpointing=True, steps=TWO_STEPS, layer_sync=(0, 1)
