@@ -132,8 +132,8 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor], low: torch.dtyp
     def switched(*_: Any, enabled: bool = True, **__: Any) -> AbstractContextManager[None]:
         return nullcontext() if enabled else mode.off()
 
-    # Layers that switch autocast off for a few lines ask torch for that of their device, and there is none for meta; what is recomputed
-    # asks whether there is one, to be under it again.
+    # Layers that switch autocast off for a few lines ask torch for that of their device, and there is none for meta; what is
+    # recomputed asks whether there is one, to be under it again.
     known = mock.patch.object(torch.amp, "is_autocast_available", return_value=True)
     asked = mock.patch.object(torch, "autocast", switched)
     plain = mock.patch.object(
