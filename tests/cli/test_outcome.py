@@ -75,6 +75,11 @@ def test_each_word_is_loaded_into_both_encoders(tmp_path: Path) -> None:
     assert adapter_text(run.spec.adapter) == "textual inversion of <fox> (1 vector), <red-hat> (1 vector)"
 
 
+def test_the_plan_names_a_slider(tmp_path: Path) -> None:
+    run = run_file(tmp_path, adapter={"type": "boft", "slider": True})
+    assert adapter_text(run.spec.adapter) == "BOFT of blocks up to 64, on attention, a slider"
+
+
 def test_trained_components_are_put_into_the_pipeline(tmp_path: Path) -> None:
     index = {
         "_class_name": "WanPipeline",

@@ -14,6 +14,7 @@ from atelier_api.run_file import RunFile
 from atelier_runtime import launch, parallel
 from atelier_runtime.adapters import at_strength
 from atelier_runtime.reporter import History
+from atelier_runtime.sampling import draw_samples
 from atelier_runtime.trainer import Parts, Trainer, build_state
 from family_models import save_tiny
 from run_files import run_file
@@ -22,6 +23,7 @@ from runs import write_digits
 pytestmark = pytest.mark.processes  # the checkpointer starts its writer
 
 ENDS = {"more": "1", "less": "-2", "plain": "0"}
+DRAWN_AT: list[dict[str, str]] = [{}, *({"adapterStrength": strength} for strength in ("1", "0", "-1", "2"))]
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +44,9 @@ def rank(folder: Path) -> Iterator[parallel.Distributed]:
     parallel.stop()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[False], ids=["kept"])
 def prepared(folder: Path, rank: parallel.Distributed, request: pytest.FixtureRequest) -> Parts:
-    recompute = getattr(request, "param", False)
-    plan = slider_run(folder, f"recompute {recompute}", recompute=recompute)
+    plan = slider_run(folder, f"recompute {request.param}", recompute=request.param)
     parts = launch.prepare(launch.open_session(plan, rank, launch.StopFlag()))
     parts.checkpointer.close()
     return parts
@@ -74,6 +75,7 @@ def slider_run(folder: Path, name: str, *, steps: int = 6, recompute: bool = Fal
             "resolution": 32,
             "captions": {"dropout": "0"},
         },
+        validation={"steps": 2, "prompts": [{"text": "a handwritten three"} | strength for strength in DRAWN_AT]},
         hyperparameters={"steps": steps, "globalBatchSize": 2, "precision": "fp32", "gradientClip": None},
     )
     changes = {"strategy": "single", "gradient_checkpointing": recompute, "threads_per_process": 1}
@@ -181,6 +183,23 @@ def test_opposite_strengths_shift_what_is_predicted_towards_opposite_ends(traine
     assert shift[-1.0] == pytest.approx(-shift[1.0], rel=0.2)
     assert shift[2.0] == pytest.approx(2 * shift[1.0], rel=0.2)
     assert shift[-2.0] == pytest.approx(-2 * shift[1.0], rel=0.2)
+
+
+def test_prompts_are_drawn_each_at_its_own_strength(trainer: Trainer) -> None:
+    parts = trainer._parts
+
+    def drawn() -> list[bytes]:
+        pictures = draw_samples(parts.run_file, parts.family, dict(parts.denoisers.models), parts.distributed)
+        return [pictures[index] for index in range(len(DRAWN_AT))]
+
+    told_nothing, at_1, at_0, *others = drawn()
+    assert told_nothing == at_1
+    assert len({at_1, at_0, *others}) == len(DRAWN_AT) - 1
+    with torch.no_grad():
+        for name, parameter in parts.state.parameters.items():
+            if ".lora_B." in name:
+                parameter.zero_()
+    assert set(drawn()) == {at_0}  # a new adapter changes nothing at any strength, and at 0 none does
 
 
 def test_a_run_that_goes_on_has_the_steps_and_the_weights_of_one_that_was_never_stopped(
