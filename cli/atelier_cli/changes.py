@@ -50,4 +50,11 @@ def _differences(path: str, before: Any, after: Any) -> Iterator[tuple[str, Any,
 
 
 def _shown(value: Any) -> str:
+    """In one line, of the items of a list only what was said."""
+    if isinstance(value, list):
+        value = [_said(item) for item in value]
     return json.dumps(value, ensure_ascii=False)
+
+
+def _said(item: Any) -> Any:
+    return {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else item

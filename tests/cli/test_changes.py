@@ -52,8 +52,8 @@ def test_other_changes_are_told_one_by_one() -> None:
     }
     assert refused(changes) == [
         "spec.adapter.rank is 8, it was 16",
-        'spec.data.sources is [{"uri": "/other", "repeats": 0, "references": [], "conditioning": null}], '
-        'it was [{"uri": "/pictures", "repeats": 0, "references": [], "conditioning": null}]',
+        'spec.data.sources is [{"uri": "/other", "repeats": 0, "references": []}], '
+        'it was [{"uri": "/pictures", "repeats": 0, "references": []}]',
         'spec.hyperparameters.learningRate is "0.001", it was null',
         'spec.storage.uri is "elsewhere", it was "runs"',
     ]
