@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,21 +191,19 @@ class Trainer:
         if stage.denoiser in parts.denoisers.draws:
             parts.denoisers.draws[stage.denoiser](sample_generator(hyperparameters.seed, step, ADAPTER_SLOT))
         rate = learning_rate_at(step, hyperparameters, parts.run_file.plan.learning_rate)
-        shares = []
-        with at_strength(parts.denoisers.models.values(), batch.strength), torch.set_grad_enabled(batch.trains):
+        shares, total_weight, trains = [], batch.total_weight, batch.trains
+        with at_strength(parts.denoisers.models.values(), batch.strength), nullcontext() if trains else torch.no_grad():
             for index, micro_batch in enumerate(micro_batches):
                 with parallel.micro_batch(denoiser, last=index == len(micro_batches) - 1):
                     with metrics.phase("forward"):
-                        losses = [
-                            loss / batch.total_weight for loss in self._losses(denoiser, micro_batch, step, stage)
-                        ]
+                        losses = [loss / total_weight for loss in self._losses(denoiser, micro_batch, step, stage)]
                     read_on()
-                    if batch.trains:
+                    if trains:
                         with metrics.phase("backward"):
                             functools.reduce(torch.add, losses).backward(self._ranks)  # type: ignore[no-untyped-call]
                 shares.append([loss.detach() for loss in losses])
         with metrics.phase("optimizer"):
-            norm = parts.state.update(stage.denoiser, rate) if batch.trains else shares[0][0].new_zeros(())
+            norm = parts.state.update(stage.denoiser, rate) if trains else shares[0][0].new_zeros(())
         parts.reporter.learning_rate = rate
         return [functools.reduce(torch.add, column) for column in zip(*shares, strict=True)], norm
 

@@ -5,7 +5,7 @@ Diag-OFT; of BOFT each stage R of its product becomes I + k (R - I). At 0 that i
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -14,17 +14,17 @@ from atelier_runtime.adapters.lora import ADAPTER_NAME
 from atelier_runtime.lycoris_layout import CHILD
 
 
-@contextmanager
-def at_strength(denoisers: Iterable[nn.Module], strength: float) -> Iterator[None]:
+def at_strength(denoisers: Iterable[nn.Module], strength: float) -> AbstractContextManager[None]:
     """The adapters on the denoisers at this strength inside, and at 1 again behind it, whatever happens.
 
     A backward pass belongs inside, like its forward pass: activations that are computed again need the strength that they had.
     Raises ValueError where there is no adapter that has one.
     """
-    if strength == 1.0:
-        yield
-        return
-    models = list(denoisers)
+    return nullcontext() if strength == 1.0 else _changed(list(denoisers), strength)
+
+
+@contextmanager
+def _changed(models: Sequence[nn.Module], strength: float) -> Iterator[None]:
     try:
         if not _set(models, strength):
             raise ValueError(f"a strength of {strength:g} is asked of denoisers without an adapter that has one")

@@ -125,12 +125,12 @@ class Dataset:
         padded = int(columns.padded[slots[0].sample])
         lengths = torch.tensor([entry["mean"].shape[-1] for entry in entries]) if padded else None
         stds = [_padded(entry["std"], padded) for entry in entries if "std" in entry]
-        rows = [self._caption_row(slot, step, epoch) for slot in slots]
+        texts = columns.texts and [columns.texts[self._caption_row(slot, step, epoch)] for slot in slots]
         frames = [name for name in entries[0] if name.startswith(FRAMES)]
         return MicroBatch(
             latents=torch.stack([_padded(entry["mean"], padded) for entry in entries]),
             std=torch.stack(stds) if stds else None,
-            text=[] if columns.texts else [self._cache.read(row) for row in rows],
+            text=[] if texts else [self._cache.read(self._caption_row(slot, step, epoch)) for slot in slots],
             sizes=torch.from_numpy(columns.sizes[[slot.sample for slot in slots]]).to(torch.float32),
             weights=torch.tensor([slot.weight for slot in slots], dtype=torch.float32),
             slots=tuple(slot.index for slot in slots),
@@ -140,7 +140,7 @@ class Dataset:
             references=self._references(slots),
             lengths=lengths,
             condition=self._condition(slots),
-            captions=tuple(columns.texts[row] for row in rows) if columns.texts else (),
+            captions=tuple(texts),
         )
 
     def _references(self, slots: Sequence[Slot]) -> tuple[Tensor, ...]:
@@ -150,10 +150,10 @@ class Dataset:
         return tuple(torch.stack([self._cache.read(int(row))["mean"] for row in column]) for column in rows.T)
 
     def _condition(self, slots: Sequence[Slot]) -> Features | None:
-        rows = self._columns.conditions[[slot.sample for slot in slots]]
-        if (rows < 0).any():
+        conditions = self._columns.conditions
+        if conditions[slots[0].sample] < 0:  # of a run either all samples have one or none
             return None
-        entries = [self._cache.read(int(row)) for row in rows]
+        entries = [self._cache.read(int(conditions[slot.sample])) for slot in slots]
         return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
 
     def _caption_row(self, slot: Slot, step: int, epoch: int) -> int:

@@ -14,7 +14,7 @@ So a sharded denoiser may also be inside DDP, which then knows the replicated pa
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -81,8 +81,7 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, Replicated | Partitioned) else module
 
 
-@contextmanager
-def micro_batch(module: nn.Module, *, last: bool) -> Iterator[None]:
+def micro_batch(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
     """Forward passes of a micro-batch and their one backward pass. Gradients of replicated parameters stay with this rank until the
     `last` of a step, which sums them over the ranks.
 
@@ -91,9 +90,14 @@ def micro_batch(module: nn.Module, *, last: bool) -> Iterator[None]:
     """
     if isinstance(module, Partitioned):
         module.start_micro_batch()
+    return nullcontext() if last else _kept_back(module)
+
+
+@contextmanager
+def _kept_back(module: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for part in (module, *module.children()):  # a control network is beside its base
-            if isinstance(part, Replicated) and not last:
+            if isinstance(part, Replicated):
                 stack.enter_context(part.no_sync())
         yield
 
