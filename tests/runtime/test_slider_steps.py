@@ -107,7 +107,7 @@ def one_step(trainer: Trainer, step: int, micro_batch_size: int = 2) -> tuple[Te
     slots = [batch.slots[first : first + micro_batch_size] for first in range(0, len(batch.slots), micro_batch_size)]
     seen: list[dict[str, Tensor]] = []
     handle = optimizer.register_step_pre_hook(lambda *_: seen.append(gradients_kept(trainer)))
-    loss, _ = trainer._step(batch, [parts.dataset.load(each, step=step, epoch=0) for each in slots], lambda: None)
+    [loss], _ = trainer._step(batch, [parts.dataset.load(each, step=step, epoch=0) for each in slots], lambda: None)
     handle.remove()
     return loss, seen[0] if seen else {}
 
@@ -128,7 +128,7 @@ def test_a_step_of_two_is_the_mean_of_the_two_alone_at_the_strength_of_its_sign(
     for slot in batch.slots:
         loaded = parts.dataset.load([slot], step=step, epoch=0)
         with at_strength([denoiser], batch.strength):
-            loss = trainer._loss(denoiser, loaded, step, stage)
+            loss = trainer._losses(denoiser, loaded, step, stage)[0]
             loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
         alone.append(gradients(trainer))
@@ -166,7 +166,7 @@ def test_opposite_strengths_shift_what_is_predicted_towards_opposite_ends(traine
         with torch.no_grad(), at_strength([denoiser], strength):
             for step in range(900, 904):  # at noise that no step trains on
                 for loaded in (more, less):
-                    trainer._loss(denoiser, loaded, step, stage)
+                    trainer._losses(denoiser, loaded, step, stage)
         found = torch.cat(seen)
         seen.clear()
         return found
@@ -247,7 +247,7 @@ def test_a_step_that_fails_leaves_the_adapter_at_its_own_strength(
 
     def loss() -> Tensor:
         with torch.no_grad():
-            return trainer._loss(denoiser, loaded, 1, stage)
+            return trainer._losses(denoiser, loaded, 1, stage)[0]
 
     before = loss()
     with monkeypatch.context() as patch:

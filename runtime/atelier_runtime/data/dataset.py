@@ -139,7 +139,8 @@ class Dataset:
             or None,
             references=self._references(slots),
             lengths=lengths,
-            condition=self._condition(slots),
+            # Of a run either all samples have one or none.
+            condition=None if columns.conditions[slots[0].sample] < 0 else self._condition(slots),
             captions=tuple(texts),
         )
 
@@ -149,11 +150,8 @@ class Dataset:
         rows = rows[:, rows[0] >= 0]
         return tuple(torch.stack([self._cache.read(int(row))["mean"] for row in column]) for column in rows.T)
 
-    def _condition(self, slots: Sequence[Slot]) -> Features | None:
-        conditions = self._columns.conditions
-        if conditions[slots[0].sample] < 0:  # of a run either all samples have one or none
-            return None
-        entries = [self._cache.read(int(conditions[slot.sample])) for slot in slots]
+    def _condition(self, slots: Sequence[Slot]) -> Features:
+        entries = [self._cache.read(int(self._columns.conditions[slot.sample])) for slot in slots]
         return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
 
     def _caption_row(self, slot: Slot, step: int, epoch: int) -> int:
