@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,20 +66,32 @@ def build(program: GoProgram, binary: Path, report: Callable[[str], None] = sile
 
     `report` gets a line before and after a build. Raises BuildError.
     """
-    if binary.exists():
-        return binary
-    binary.parent.mkdir(parents=True, exist_ok=True)
+    build_together({binary: program}, report)
+    return binary
+
+
+def build_together(binaries: Mapping[Path, GoProgram], report: Callable[[str], None] = silent) -> None:
+    """What is missing of `binaries`, whose programs are of one module and have the same flags.
+
+    One call of the compiler builds them all: it links one, which takes one core, while it compiles for another. Raises BuildError.
+    """
+    if all(binary.exists() for binary in binaries):
+        return
     # One lock for all programs: a second build at the same time would only slow the first one down.
     with locked(CACHE / ".go-build.lock"):
-        if not binary.exists():
-            go = find_go(required_go(program.module))
-            report(f"building {program.name} from {program.package}")
-            started = time.monotonic()
-            unfinished = binary.with_name(binary.name + ".unfinished")
-            _compile(go, program, unfinished, report)
-            unfinished.rename(binary)
-            report(f"built {program.name} in {time.monotonic() - started:.0f} s")
-    return binary
+        missing = {binary: program for binary, program in binaries.items() if not binary.exists()}
+        if not missing:
+            return
+        names = ", ".join(program.name for program in missing.values())
+        report(f"building {names}")
+        started = time.monotonic()
+        for folder in {binary.parent for binary in missing}:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=next(iter(missing)).parent, prefix=".unfinished-") as unfinished:
+            _compile(list(missing.values()), Path(unfinished), report)
+            for binary, program in missing.items():
+                (Path(unfinished) / _executable(program.package)).rename(binary)
+        report(f"built {names} in {time.monotonic() - started:.0f} s")
 
 
 def module_folder(module: Path, path: str) -> Path:
@@ -117,25 +129,43 @@ def find_go(at_least: tuple[int, ...]) -> str:
     return str(go)
 
 
-def _compile(go: str, program: GoProgram, binary: Path, report: Callable[[str], None]) -> None:
-    """`-v` names each package as it is compiled, which is the only sign of life of a build of many minutes."""
+def _compile(programs: Sequence[GoProgram], folder: Path, report: Callable[[str], None]) -> None:
+    """Executables of `programs` in `folder`. `-v` names each package as it is compiled, the only sign of life for many minutes."""
+    module, link_flags = programs[0].module, programs[0].link_flags
+    assert all((program.module, program.link_flags) == (module, link_flags) for program in programs)
     lean = "-gcflags=all=-dwarf=false"  # no tables for debuggers: 13 % less work
-    command = [go, "build", "-v", "-trimpath", lean, "-ldflags", program.link_flags, "-o", str(binary), program.package]
+    command = [
+        find_go(required_go(module)),
+        "build",
+        "-v",
+        "-trimpath",
+        lean,
+        "-ldflags",
+        link_flags,
+        "-o",
+        f"{folder}/",
+    ]
+    command += [program.package for program in programs]
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, cwd=program.module, env=_environment(), stdout=output, stderr=output)
+        process = subprocess.Popen(command, cwd=module, env=_environment(), stdout=output, stderr=output)
         try:
             while (status := _ended(process)) is None:
-                lines = _lines(output)
-                compiled = sum(not line.startswith("go: ") for line in lines)
-                report(f"{program.name}: {compiled} packages compiled after {time.monotonic() - started:.0f} s")
+                compiled = sum(not line.startswith("go: ") for line in _lines(output))
+                report(f"{module.name}: {compiled} packages compiled after {time.monotonic() - started:.0f} s")
         finally:
             process.kill()
             process.wait()
         if status != 0:
-            binary.unlink(missing_ok=True)
+            names = ", ".join(program.name for program in programs)
             last = "\n".join(_lines(output)[-10:])
-            raise BuildError(f"{program.name} could not be built from {program.module}:\n{last}")
+            raise BuildError(f"{names} could not be built from {module}:\n{last}")
+
+
+def _executable(package: str) -> str:
+    """What Go calls the executable of a main package: the last element of its path that is not a major version."""
+    *_, parent, last = package.split("/")
+    return parent if re.fullmatch(r"v\d+", last) else last
 
 
 def _ended(process: "subprocess.Popen[bytes]") -> int | None:

@@ -21,7 +21,7 @@ from go_build import GoProgram, build, locked
 
 PAUSE_IMAGE = "localhost/pause:1"
 BASE_IMAGE = "localhost/base:1"
-_PAUSE = GoProgram("pause", Path(__file__).resolve().parent / "gomod" / "pause", ".")
+_PAUSE = GoProgram("pause", Path(__file__).resolve().parent / "gomod" / "pause", "atelier.dev/tests/pause")
 _INCLUDED = "python3,python3-venv,ca-certificates,procps"
 _USELESS = ("usr/share/doc", "usr/share/man", "usr/share/locale", "var/lib/apt/lists", "var/cache/apt", "var/log")
 

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Started as a file, Python looks for modules in its folder, not in the one above, which holds the package.
@@ -29,7 +30,13 @@ def cluster_name() -> str:
 
 
 def build() -> None:
-    programs.build_all(programs.ALL, _say)
+    """Programs and images beside each other: the compiler keeps all cores busy, an image waits for downloads and unpacks on one."""
+    with ThreadPoolExecutor() as pool:
+        for made in [pool.submit(programs.build_all, programs.ALL, _say), pool.submit(build_images)]:
+            made.result()
+
+
+def build_images() -> None:
     if (reason := why_not(nodes=2)) is None:
         real_nodes.prepare(_say)
         buildah.built(buildah.OPERATOR, _say)

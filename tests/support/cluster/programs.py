@@ -1,11 +1,11 @@
-"""The programs of the cluster: pinned Go modules under gomod/, built one at a time, cached in `.cache/cluster/<module>-<hash>/`."""
+"""The programs of the cluster: pinned Go modules under gomod/, built a module at a time, kept in `.cache/cluster/<module>-<hash>/`."""
 
 import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from go_build import CACHE, GoProgram, build, module_digest, module_folder, silent
+from go_build import CACHE, GoProgram, build_together, module_digest, module_folder, silent
 
 KUBERNETES_VERSION = "1.36.3"
 KWOK_MODULE, JOBSET_MODULE, KUEUE_MODULE = "sigs.k8s.io/kwok", "sigs.k8s.io/jobset", "sigs.k8s.io/kueue"
@@ -30,7 +30,7 @@ _STAMPED = " ".join(["-s -w", *(f"-X {variable}={value}" for variable, value in 
 CONTROL_PLANE = ("kube-apiserver", "etcd", "kube-controller-manager", "kube-scheduler", "kubectl")
 REAL_NODES = ("kubelet", "kube-proxy", "coredns")
 
-# kube-apiserver first: it compiles most of what the others share. Everything in one module shares compiled packages.
+# Everything in one module shares compiled packages.
 _PACKAGES = {
     "kube-apiserver": ("unified", "k8s.io/kubernetes/cmd/kube-apiserver"),
     "kube-controller-manager": ("unified", "k8s.io/kubernetes/cmd/kube-controller-manager"),
@@ -59,18 +59,16 @@ def program(name: str, report: Callable[[str], None] = silent) -> Path:
     """The binary called `name`, from KUBEBUILDER_ASSETS when it is there, else built when it is not cached."""
     if (asset := _asset(name)) is not None:
         return asset
-    module, package = _PACKAGES[name]
-    flags = _STAMPED if module == "unified" else "-s -w"
-    return build(GoProgram(name, _GOMOD / module, package, flags), _module_cache(module) / name, report)
+    build_together({_binary(name): _go_program(name)}, report)
+    return _binary(name)
 
 
 def build_all(names: Iterable[str], report: Callable[[str], None] = silent) -> None:
-    """Build what is missing of `names`, one after the other in the order that shares most work, with the manifests they publish."""
+    """Build what is missing of `names`, a module at a time, with the manifests they publish."""
     wanted = set(names)
-    missing = [name for name in _PACKAGES if name in wanted and not _is_there(name)]
-    for position, name in enumerate(missing, start=1):
-        report(f"{name} is program {position} of {len(missing)} that are not there yet")
-        program(name, report)
+    for module in dict.fromkeys(module for module, _ in _PACKAGES.values()):
+        own = [name for name in wanted if _PACKAGES[name][0] == module and _asset(name) is None]
+        build_together({_binary(name): _go_program(name) for name in sorted(own)}, report)
     for module in _MANIFESTS:
         if module.rpartition("/")[2] in wanted:
             published(module)
@@ -93,6 +91,15 @@ def published(module: str) -> Path:
     return copy
 
 
+def _go_program(name: str) -> GoProgram:
+    module, package = _PACKAGES[name]
+    return GoProgram(name, _GOMOD / module, package, _STAMPED if module == "unified" else "-s -w")
+
+
+def _binary(name: str) -> Path:
+    return _module_cache(_PACKAGES[name][0]) / name
+
+
 def _module_cache(module: str) -> Path:
     return CLUSTER_CACHE / f"{module}-{module_digest(_GOMOD / module, _STAMPED if module == 'unified' else '')}"
 
@@ -103,7 +110,3 @@ def _asset(name: str) -> Path | None:
         return None
     path = Path(folder) / name
     return path if path.exists() else None
-
-
-def _is_there(name: str) -> bool:
-    return _asset(name) is not None or (_module_cache(_PACKAGES[name][0]) / name).exists()
