@@ -24,6 +24,7 @@ def controlled(folder: Path, name: str, **spec: Any) -> LocalRun:
     changes = {
         "model": {"quantization": "int8"},
         "hyperparameters": {"steps": 4, "learningRate": "1e-2"},
+        "parallelism": {"processesPerNode": 1},
         **spec,
     }
     document = tiny_run(folder, "sdxl", name=name, adapter={"type": "controlnet"}, data=data, **changes)
