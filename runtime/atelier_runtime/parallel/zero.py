@@ -207,6 +207,7 @@ def _library(device: torch.device) -> Any:
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
+    deepspeed.utils.nvtx.enable_nvtx = False  # each hook of each module would ask thrice whether somebody records ranges
     if device.type == "cpu":
         set_accelerator(CPU_Accelerator())  # it takes a GPU where there is one
         # Else it compiles collectives of its own for processes of one machine, which takes a compiler and half a minute.
