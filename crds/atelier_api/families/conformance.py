@@ -28,7 +28,7 @@ CELLS = {
     "recompute": "Gradient checkpointing changes neither loss nor gradients.",
     "bf16": "A bf16 forward pass is close to the fp32 one.",
     "overfits": "The loss falls on four real samples, with LoRA and full-rank.",
-    "quantized": "On each kind of quantised base a LoRA has the gradients of plain weights of those values, and goes on the whole base.",
+    "quantized": "On each kind of quantised base a LoRA gets the gradients that plain weights give it, and goes on the whole base.",
     "ddp": "Two processes under DDP train the weights that one trains, LoRA and full-rank.",
     "fsdp2": "Two processes under FSDP2 train the weights that one trains, LoRA and full-rank.",
     "zero3": "Two processes under DeepSpeed's ZeRO-3 train the weights that one trains, LoRA and full-rank.",
