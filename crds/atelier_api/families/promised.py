@@ -86,8 +86,8 @@ def kept(row: Promise, feature: str) -> bool:
 def matrix_cells(*, promised: bool) -> Iterator[tuple[Promise, str]]:
     """The cells of the matrix, as (row, feature), that have a ✓ or that have none."""
     for row in MATRIX:
-        for feature, mark in row.promised.items():
-            if mark == promised:
+        for feature, has_mark in row.promised.items():
+            if has_mark == promised:
                 yield row, feature
 
 
