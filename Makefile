@@ -33,9 +33,10 @@ test: setup  ## the whole test suite; the first time it builds a Kubernetes (ten
 test-fast: setup  ## the tests that start no process groups and no servers, without the sweeps (under 3 minutes)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not processes and not sweep"
 
-conformance: setup  ## try every cell of every model family and write down what is proved (three minutes)
+conformance: setup  ## try every cell of every model family and write down and print what is proved (eight to ten minutes)
 	$(BIN)/pytest -n 2 --dist loadfile -m cell --record-conformance
 	$(BIN)/python docs/modelgen.py
+	@$(BIN)/atelier models --proved
 
 verify: setup  ## formatting, lint, types, import directions, generated files
 	$(BIN)/ruff format --check $(CODE)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from atelier_api.families import FAMILIES, FamilyFacts, Flavour
 from atelier_api.families.conformance import CELLS, PROVED, table
+from atelier_api.families.promised import tally
 from atelier_api.generated import Generated, main
 from atelier_api.model_files import base_arguments, lora_loading
 from atelier_api.read import parse_run
@@ -89,12 +90,7 @@ def overview() -> str:
         _row(_link(facts), *(_mark(rows.get(facts.name, {}).get(cell)) for cell in CELLS))
         for facts in FAMILIES.values()
     ]
-    count = sum(value == PROVED for row in rows.values() for value in row.values())
-    lines += [
-        "",
-        f"{count} cells of {len(rows)} families are proved. A dash: not applicable, and the family's page says why.",
-        "",
-    ]
+    lines += ["", f"{tally()} A dash: not applicable, and the family's page says why.", ""]
     return "\n".join(lines)
 
 

@@ -12,22 +12,31 @@ if TYPE_CHECKING:
     from atelier_api.families import FamilyFacts
 
 
-def models(name: Annotated[str | None, typer.Argument(help="A family, for its checkpoints and rules.")] = None) -> None:
+def models(
+    name: Annotated[str | None, typer.Argument(help="A family, for its checkpoints and rules.")] = None,
+    proved: Annotated[
+        bool, typer.Option("--proved", help="Show what tests have shown of each family, or of the one.")
+    ] = False,
+) -> None:
     """List the model families, or the checkpoints and rules of one."""
     from atelier_api.errors import ConfigError
     from atelier_api.families import FAMILIES
     from atelier_api.problem import choice
 
-    if name is None:
+    if name is not None and name not in FAMILIES:
+        raise ConfigError(f"there is no family {name}; {choice(name, FAMILIES)}")
+    if proved:
+        from atelier_cli import conformance
+
+        conformance.show(list(FAMILIES) if name is None else [name])
+    elif name is None:
         rows = [
             (facts.name, facts.title, facts.modality, facts.objective, _sizes(facts), facts.licence)
             for facts in FAMILIES.values()
         ]
         terminal.table(("FAMILY", "MODEL", "KIND", "OBJECTIVE", "PARAMETERS", "LICENCE"), rows)
-        return
-    if name not in FAMILIES:
-        raise ConfigError(f"there is no family {name}; {choice(name, FAMILIES)}")
-    _show(FAMILIES[name])
+    else:
+        _show(FAMILIES[name])
 
 
 def _sizes(facts: FamilyFacts) -> str:

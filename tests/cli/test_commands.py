@@ -25,11 +25,12 @@ def invoke(*arguments: str) -> Result:
     [
         (["--help"], {"torch", "pydantic", "torchx", "prometheus_client", "boto3", "psutil"}),
         (["models"], {"torch", "torchx", "prometheus_client", "boto3", "psutil"}),
+        (["models", "--proved"], {"torch", "torchx", "prometheus_client", "boto3", "psutil"}),
         (["validate", "RUN"], {"torch", "torchx", "prometheus_client", "boto3", "psutil"}),
         (["plan", "RUN"], {"torch", "torchx", "prometheus_client", "boto3", "psutil"}),
         (["report", "RUN"], {"torch", "torchx", "boto3"}),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else None,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_nothing_heavy_is_imported_for_a_quick_answer(
     local_run: LocalRun, arguments: list[str], absent: set[str]

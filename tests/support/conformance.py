@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from atelier_api.families import NAMES, FamilyFacts
-from atelier_api.families.conformance import CELLS, PATH, PROVED
+from atelier_api.families.conformance import CELLS, NOT_APPLICABLE, PATH, PROVED
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,10 +38,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def family_of(callspec: Any) -> str | None:
-    """The family that a parameter names: by itself, by a tiny pipeline, or as the first word of a way of training."""
+    """The family that a parameter names: by itself, by a tiny pipeline, or as the first word of a way of training.
+
+    Of a parameter that is a tuple, its first value counts.
+    """
     from family_models import FAMILY_OF  # the plugin is there for tests without torch as well
 
-    for value in () if callspec is None else callspec.params.values():
+    for parameter in () if callspec is None else callspec.params.values():
+        value = parameter[0] if isinstance(parameter, tuple) else parameter
         if isinstance(value, FamilyFacts):
             return value.name
         if isinstance(value, str) and value.split()[0] in {**FAMILY_OF, **dict.fromkeys(NAMES)}:
@@ -82,4 +86,4 @@ class Record:
     def _row(self, family: str) -> Iterator[tuple[str, str]]:
         for cell in CELLS:
             passed = [how for how in self.outcomes[family, cell].values() if how == "passed"]
-            yield cell, PROVED if passed else f"not applicable: {self.reasons[family, cell]}"
+            yield cell, PROVED if passed else f"{NOT_APPLICABLE}{self.reasons[family, cell]}"

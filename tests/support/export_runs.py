@@ -1,6 +1,7 @@
 """Trained tiny models to export: a checkpoint on disk, denoisers with an adapter that does something, and the run file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -15,10 +16,11 @@ from atelier_api.run_file import ExecutionPlan, RunFile, RunIdentity
 from atelier_api.v1alpha1.training_run import TrainingRunSpec
 from atelier_runtime import components
 from atelier_runtime.adapters import install, trainable
-from atelier_runtime.checkpoint.exported_file import Provenance
+from atelier_runtime.checkpoint.exported_file import ExportedFile, Provenance
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Family, SampleRequest
 from atelier_runtime.quantization import quantize
+from atelier_runtime.usage import usage
 from family_models import FAMILY_OF, save_tiny
 from stock_loader import draw
 
@@ -117,3 +119,12 @@ def trained(checkpoint: str, folder: Path, adapter: Mapping[str, Any], **spec: A
     if not base.exists():
         save_tiny(checkpoint, base)
     return Trained(family, base, run_file(family.name, base, adapter, **spec))
+
+
+def load_as_reported(result: Trained, files: Sequence[ExportedFile], root: Path, pipe: Any) -> None:
+    """Loads the exported files into a stock pipeline by those lines of the report's program that do, `root` being the run's folder."""
+    program = usage(result.file, result.family, [file.path.relative_to(root).as_posix() for file in files])
+    lines = program.splitlines()
+    made, drawn = (next(i for i, line in enumerate(lines) if part in line) for part in ("pipe = ", "your prompt"))
+    with chdir(root):
+        exec("\n".join(lines[made + 1 : drawn]), {"pipe": pipe})

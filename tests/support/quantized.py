@@ -3,14 +3,34 @@
 import copy
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from atelier_api.families import FAMILIES
 from atelier_api.quantizations import Quantization
 from atelier_runtime.family import Family
 from atelier_runtime.quantization import QuantizedLinear, quantize, quantized_layers
+from family_models import FAMILY_OF
 
 CPU = torch.device("cpu")
+FEW = ("flux", "sdxl", "wan", "hidream")
+"""Two kinds of transformer blocks, a UNet, a video transformer that keeps layers in fp32, routed experts."""
+NEAR: dict[Quantization, float] = {"int8": 0.01, "fp8": 0.05, "nf4": 0.2}
+"""How far a prediction of a tiny denoiser may move, as a fraction of it. One layer's bound is in test_formats."""
+
+
+def _pairs(name: str) -> list[Any]:
+    """Of a tiny pipeline with each kind that its family may have; skipped where that is none."""
+    facts, marks = FAMILIES[FAMILY_OF[name]], () if name in FEW else (pytest.mark.sweep,)
+    if not facts.quantizations:
+        reason = pytest.mark.skip(reason=facts.quantization_doubt)
+        return [pytest.param((name, None), marks=reason, id=f"{name}-none")]
+    return [pytest.param((name, kind), marks=marks, id=f"{name}-{kind}") for kind in facts.quantizations]
+
+
+EVERY_PAIR = [pair for name in FAMILY_OF for pair in _pairs(name)]
+"""Tiny pipelines and kinds."""
 
 
 def quantized(denoiser: nn.Module, kind: Quantization, family: Family) -> nn.Module:

@@ -11,12 +11,15 @@ from pathlib import Path
 PATH = Path(__file__).with_name("conformance.json")
 
 PROVED = "proved"
+NOT_APPLICABLE = "not applicable: "
+"""What a cell says before the reason why there is nothing to prove."""
 
 CELLS = {
     "sampling": "Steps with the family's text encoding and prediction give the stock pipeline's latents, with guidance and without.",
     "latents": "The pipeline decodes the latents that are trained on to what its autoencoder makes of its own.",
     "batch": "Two prompts of unequal length in one batch give the predictions and the loss of the two alone.",
     "conditions": "The prompt, and every frame or reference that is shown, change the prediction.",
+    "shift": "The levels that are trained are those of the run's shift, whatever the checkpoint says; diffusion: with Diff2Flow.",
     "lora": "Every matrix of a LoRA gets a gradient and nothing else does.",
     "export": "An exported LoRA, loaded as the report says, gives the stock pipeline the prediction of training.",
     "lycoris": "A LoKr changes nothing at its start and trains on every target.",
@@ -25,6 +28,7 @@ CELLS = {
     "recompute": "Gradient checkpointing changes neither loss nor gradients.",
     "bf16": "A bf16 forward pass is close to the fp32 one.",
     "overfits": "The loss falls on four real samples, with LoRA and full-rank.",
+    "quantized": "On each kind of quantised base a LoRA gets the gradients that plain weights give it, and goes on the whole base.",
     "ddp": "Two processes under DDP train the weights that one trains, LoRA and full-rank.",
     "fsdp2": "Two processes under FSDP2 train the weights that one trains, LoRA and full-rank.",
     "zero3": "Two processes under DeepSpeed's ZeRO-3 train the weights that one trains, LoRA and full-rank.",

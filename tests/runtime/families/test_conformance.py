@@ -18,8 +18,7 @@ from atelier_api.v1alpha1.adapter import FullAdapter, LokrAdapter, LoraAdapter
 from atelier_runtime import adapters, components
 from atelier_runtime.checkpoint.export import export_lora
 from atelier_runtime.family import Blocks, Conditions
-from atelier_runtime.usage import usage
-from export_runs import PROVENANCE, trained
+from export_runs import PROVENANCE, load_as_reported, trained
 from family_cases import CASES, PROMPTS, Case, make_case, record, sampling_arguments, walk
 from family_models import save_tiny
 
@@ -290,9 +289,7 @@ def test_a_bf16_forward_pass_is_close_to_fp32(case: Case, tmp_path: Path) -> Non
 @pytest.mark.cell("export")
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_the_program_of_the_report_loads_an_exported_lora_into_the_stock_pipeline(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_program_of_the_report_loads_an_exported_lora_into_the_stock_pipeline(name: str, tmp_path: Path) -> None:
     """With an alpha that is not the rank, which a loader that drops the metadata gets wrong."""
     case, base = make_case(name), save_tiny(name, tmp_path / f"base-{name}")
     model = {"family": case.family.name, "source": str(base)}
@@ -300,13 +297,8 @@ def test_the_program_of_the_report_loads_an_exported_lora_into_the_stock_pipelin
     lora = {"type": "lora", "rank": 4, "alpha": 9, "targets": ["all"]}
     result = trained(name, tmp_path, lora, model=model, publish=publish)
     files = export_lora(result.weights, result.file, case.family, tmp_path / "exports", provenance=PROVENANCE)
-    program = usage(result.file, case.family, [file.path.relative_to(tmp_path).as_posix() for file in files])
-    lines = program.splitlines()
-    made, drawn = (next(i for i, line in enumerate(lines) if part in line) for part in ("pipe = ", "your prompt"))
-    loading = lines[made + 1 : drawn]
     pipe = make_case(name).pipe
-    monkeypatch.chdir(tmp_path)
-    exec("\n".join(loading), {"pipe": pipe})
+    load_as_reported(result, files, tmp_path, pipe)
     conditions = case.conditions(PROMPTS)
     for component, denoiser in result.denoisers.items():
         loaded, _ = predicted(case, getattr(pipe, component), conditions)

@@ -136,6 +136,7 @@ def test_no_default_shift_beats_that_of_the_checkpoint(facts: FamilyFacts) -> No
     assert drawn(facts, {"shift": 7.0}) == pytest.approx(shifted(facts, expected))
 
 
+@pytest.mark.cell("shift")
 @pytest.mark.parametrize("facts", FLOWS, ids=lambda facts: facts.name)
 def test_no_family_ignores_the_shift_of_the_run(facts: FamilyFacts) -> None:
     assert drawn(facts, {"shift": 7.0}, shift="2.0") == pytest.approx(shifted(facts, 2.0))

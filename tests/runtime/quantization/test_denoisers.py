@@ -1,6 +1,7 @@
 """Every family with a quantised base: what is quantised, and that adapters train on it as on plain weights of those values.
 
-A few families of different structure with every kind; the others in the sweep, with the kind that moves weights most.
+A LoRA's gradients with every kind; else a few families of different structure with every kind, and the others in the sweep with the
+kind that moves weights most.
 """
 
 import copy
@@ -29,10 +30,18 @@ from atelier_runtime.adapters import install, trainable
 from atelier_runtime.family import Conditions
 from family_cases import CASES, PROMPTS, Case, make_case
 from family_models import FAMILY_OF
-from quantized import distance, gradients, quantized, quantized_modules, quantized_names, unpacked
+from quantized import (
+    EVERY_PAIR,
+    FEW,
+    NEAR,
+    distance,
+    gradients,
+    quantized,
+    quantized_modules,
+    quantized_names,
+    unpacked,
+)
 
-FEW = ("flux", "sdxl", "wan", "hidream")
-"""Two kinds of transformer blocks, a UNet, a video transformer that keeps layers in fp32, routed experts."""
 LORA = LoraAdapter(rank=4, targets=["all"])
 OTHERS: dict[str, Adapter] = {
     "lokr": LokrAdapter(type="lokr", factor=4, targets=["all"]),
@@ -51,8 +60,6 @@ PAIRS = [
     for kind in FAMILIES[FAMILY_OF[name]].quantizations
     if name in FEW or kind == "nf4"
 ]
-NEAR: dict[Quantization, float] = {"int8": 0.01, "fp8": 0.05, "nf4": 0.2}
-"""How far a prediction of a tiny denoiser may move, as a fraction of it. One layer's bound is in test_formats."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,7 @@ def test_linear_layers_of_the_blocks_are_quantised_and_nothing_else_is_changed(r
     assert model.dtype == plain.dtype
 
 
+@pytest.mark.cell("quantized")
 def test_the_prediction_is_that_of_the_unpacked_weights_and_near_that_of_the_whole_ones(ready: Ready) -> None:
     model = ready.quantized()
     found, whole = ready.prediction(model), ready.prediction(ready.denoiser)
@@ -122,8 +130,12 @@ def test_the_prediction_is_that_of_the_unpacked_weights_and_near_that_of_the_who
     assert 0 < distance(found, whole) < NEAR[ready.kind]
 
 
-def test_gradients_reach_the_adapter_alone_and_are_those_on_the_unpacked_weights(ready: Ready) -> None:
-    compare_gradients(ready, LORA)
+@pytest.mark.cell("quantized")
+@pytest.mark.parametrize("pair", EVERY_PAIR)
+def test_gradients_reach_the_adapter_alone_and_are_those_on_the_unpacked_weights(
+    pair: tuple[str, Quantization],
+) -> None:
+    compare_gradients(made_ready(*pair), LORA)
 
 
 @pytest.mark.parametrize("adapter", OTHERS)
@@ -164,6 +176,7 @@ def test_recomputing_activations_changes_no_gradient(ready: Ready) -> None:
         torch.testing.assert_close(gradient, kept[name], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.cell("quantized")
 def test_it_trains_in_bf16(ready: Ready) -> None:
     model = quantized(copy.deepcopy(ready.denoiser).to(torch.bfloat16), ready.kind, ready.case.family)
     install(model, LORA, ready.case.family)

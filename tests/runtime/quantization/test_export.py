@@ -9,9 +9,12 @@ import torch
 from safetensors import safe_open
 
 from atelier_api.quantizations import Quantization
-from atelier_runtime.adapters import trainable
+from atelier_api.v1alpha1.adapter import LoraAdapter
+from atelier_runtime.adapters import install, trainable
 from atelier_runtime.checkpoint.export import export_lora
-from export_runs import PROVENANCE, trained
+from export_runs import PROVENANCE, load_as_reported, trained
+from family_cases import PROMPTS, make_case
+from quantized import EVERY_PAIR, distance
 from stock_loader import draw
 
 LORA = {"type": "lora", "rank": 4, "alpha": 9, "targets": ["all"]}
@@ -24,6 +27,39 @@ none of them was trained to make up for what the quantisation does."""
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("exports")
+
+
+@pytest.mark.cell("quantized")
+@pytest.mark.parametrize("pair", EVERY_PAIR)
+@torch.no_grad()
+def test_on_the_whole_base_the_saved_lora_predicts_what_its_weights_do_there(
+    pair: tuple[str, Quantization], folder: Path
+) -> None:
+    """And on the packed base that they were trained on nearly the same: what packing changes is less than what they do."""
+    name, kind = pair
+    case, pipe = make_case(name), make_case(name).pipe
+    model = {"family": case.family.name, "source": "hf://someone/base", "quantization": kind}
+    result = trained(name, folder, LORA, model=model, publish={"formats": ["diffusers"]})
+    root = folder / f"{name}-{kind}-lora"
+    torch.manual_seed(0)
+    weights = result.weights
+    files = export_lora(weights, result.file, case.family, root / "exports", provenance=PROVENANCE)
+    load_as_reported(result, files, root, pipe)
+    noisy, time, _ = case.noised(case.latents(2), (0.3, 0.9))
+    conditions = case.conditions(PROMPTS)
+    for component, packed in result.denoisers.items():
+        whole = case.denoisers[component]
+        base = case.family.predict(whole, noisy, time, conditions)
+        install(whole, LoraAdapter.model_validate(LORA), case.family)
+        for key, parameter in trainable(whole).items():
+            parameter.copy_(weights[component][key])
+        expected, trained_on, loaded = (
+            case.family.predict(denoiser, noisy, time, conditions)
+            for denoiser in (whole, packed, getattr(pipe, component))
+        )
+        # A UNet of random weights makes rounding a hundred times as large; a LoRA of another scale is off by tenths.
+        torch.testing.assert_close(loaded, expected, atol=1e-4, rtol=1e-4)
+        assert 0 < distance(trained_on, loaded) < distance(base, loaded)
 
 
 @pytest.mark.parametrize(("checkpoint", "kind"), BASES)
