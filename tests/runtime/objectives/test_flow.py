@@ -12,7 +12,7 @@ from atelier_api.families import FAMILIES, FamilyFacts
 from atelier_api.v1alpha1.objective import Noise, Objective, Timesteps
 from atelier_runtime.family import Stage
 from atelier_runtime.objectives import build_objective
-from atelier_runtime.objectives.timesteps import LogitNormal, shift_sigma
+from atelier_runtime.objectives.timesteps import EmpiricalShift, LogitNormal, shift_sigma
 
 FLOW = FamilyFacts(
     name="tiny_flow", title="", modality="image", objective="flow", pixel_multiple=16, latent_channels=4,
@@ -132,8 +132,8 @@ def shifted(facts: FamilyFacts, k: float, **timesteps: object) -> list[float]:
 def test_no_default_shift_beats_that_of_the_checkpoint(facts: FamilyFacts) -> None:
     """But where the stock pipeline shifts by a number of its own."""
     expected = facts.shift if facts.own_shift else 7.0
-    assert isinstance(expected, float)
-    assert drawn(facts, {"shift": 7.0}) == pytest.approx(shifted(facts, expected))
+    k = EmpiricalShift().factor(16) if expected == "empirical" else float(expected)
+    assert drawn(facts, {"shift": 7.0}) == pytest.approx(shifted(facts, k))
 
 
 @pytest.mark.parametrize("facts", FLOWS, ids=lambda facts: facts.name)
