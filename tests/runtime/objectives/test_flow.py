@@ -155,3 +155,9 @@ def test_a_dynamic_checkpoint_is_trained_with_a_dynamic_shift_and_not_only_sampl
     small, large = (drawn(facts, dynamic, tokens) for tokens in (256, 4096))
     assert small == pytest.approx(shifted(facts, math.exp(0.5)))
     assert large == pytest.approx(shifted(facts, math.exp(1.15)))
+
+
+def test_what_a_schedule_ends_at_is_of_sampling_alone() -> None:
+    """`shift_terminal` stretches the sampler's few steps so that the last is not yet clean; training draws all levels."""
+    dynamic = {"use_dynamic_shifting": True, "base_shift": 0.95, "max_shift": 2.05}
+    assert drawn(FLOW, dynamic | {"shift_terminal": 0.1}, 1024) == drawn(FLOW, dynamic, 1024)
