@@ -139,7 +139,8 @@ def page(facts: FamilyFacts) -> str:
 def _rules(facts: FamilyFacts) -> Iterator[str]:
     shift = facts.shift if isinstance(facts.shift, str) else f"{facts.shift:g}"
     objective = COSINE if facts.noise_schedule == "cosine" else OBJECTIVES[facts.objective]
-    yield f"* Objective: {objective}; shift of the noise levels where the checkpoint names none: {shift}."
+    named = "whatever the checkpoint names" if facts.own_shift else "where the checkpoint names none"
+    yield f"* Objective: {objective}; shift of the noise levels {named}: {shift}."
     if facts.sample_rate is not None:
         yield f"* Files are resampled to {facts.sample_rate} Hz on two channels; a latent is {facts.latent_factor} samples."
     else:

@@ -10,6 +10,7 @@ from atelier_api.families import FAMILIES
 from atelier_api.model_files import base_arguments, inversion_loading, lora_loading, lycoris_loading, token_file
 from atelier_api.result import AgentResult
 from atelier_api.run_file import RunFile
+from atelier_api.sampler import sampler_loading
 from atelier_api.v1alpha1.adapter import TextualInversionAdapter
 from atelier_cli import terminal
 from atelier_cli.follow import last_lines
@@ -60,6 +61,13 @@ def made(run_file: RunFile) -> Iterator[str]:
 
 def loading(run_file: RunFile, exports: list[str]) -> Iterator[str]:
     """Python that loads the result, or the folder that it belongs into."""
+    for line in _loading(run_file, exports):
+        yield line
+        if line.startswith("pipe = "):
+            yield from sampler_loading(run_file.spec.objective)
+
+
+def _loading(run_file: RunFile, exports: list[str]) -> Iterator[str]:
     root, base = run_file.store_uri, base_arguments(run_file.spec.model, run_file.model_folder)
     facts = FAMILIES[run_file.spec.model.family]
     # diffusers finds its pipelines by the index of the checkpoint; others are called by name.

@@ -11,7 +11,9 @@ from PIL import Image
 from torch import nn
 
 from atelier_api.run_file import RunFile
+from atelier_api.sampler import ZERO_TERMINAL_SAMPLER, sampler_settings
 from atelier_api.v1alpha1.adapter import TextualInversionAdapter
+from atelier_api.v1alpha1.objective import Objective
 from atelier_runtime import components
 from atelier_runtime.adapters import at_strength, show_tokens
 from atelier_runtime.data.sound import write_sound
@@ -54,6 +56,7 @@ def draw_samples(
     dtype = torch.bfloat16 if run_file.spec.hyperparameters.precision == "bf16" else torch.float32
     pipe = components.load_pipeline(family, run_file.model_folder, dtype, distributed.device, denoisers=denoisers)
     pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = _sampler(pipe.scheduler, run_file.spec.objective)
     if isinstance(run_file.spec.adapter, TextualInversionAdapter):
         show_tokens(pipe, run_file.spec.adapter, family, denoisers)
     given = prompt_pictures(run_file, family)
@@ -89,6 +92,15 @@ def store_samples(store: Store, step: int, pictures: dict[int, bytes], modality:
 def sample_key(step: int, prompt: int, modality: str) -> str:
     """Where the sample of a prompt lies, relative to the run's root."""
     return f"samples/{step:08d}/{prompt}.{ENDINGS[modality]}"
+
+
+def _sampler(checkpoints: Any, objective: Objective) -> Any:
+    """The checkpoint's sampler, or the one for what the run trains instead."""
+    settings = sampler_settings(objective)
+    if not settings:
+        return checkpoints
+    kind = components.class_named(ZERO_TERMINAL_SAMPLER) if objective.noise.zero_terminal_snr else type(checkpoints)
+    return kind.from_config(checkpoints.config, **settings)
 
 
 def _draw(pipe: Any, family: Family, run_file: RunFile, index: int, given: PromptPictures) -> bytes:

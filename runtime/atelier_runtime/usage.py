@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from atelier_api.layouts import LYCORIS
 from atelier_api.model_files import base_arguments, inversion_loading, lora_loading, lycoris_loading, token_file
 from atelier_api.run_file import RunFile
+from atelier_api.sampler import sampler_loading
 from atelier_api.v1alpha1.adapter import TextualInversionAdapter
 from atelier_runtime import components
 from atelier_runtime.control import CONTROL_NETWORK
@@ -50,6 +51,7 @@ def _loading(run_file: RunFile, family: Family, pipeline: str, keys: Sequence[st
     if control:
         yield f'network = {control.network}.from_pretrained("exports/diffusers/{CONTROL_NETWORK}")'
     yield f"pipe = {pipeline}.from_pretrained({base}{f', {CONTROL_NETWORK}=network' if control else ''})"
+    yield from sampler_loading(run_file.spec.objective)
     if adapter == "lora":
         for key in (key for key in keys if key.startswith("exports/diffusers/")):
             folder, name = key.rsplit("/", 1)

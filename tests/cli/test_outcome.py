@@ -37,6 +37,14 @@ def test_a_result_in_a_bucket_is_fetched_first(tmp_path: Path) -> None:
     assert lines[-1].startswith('pipe.load_lora_weights("./exports/diffusers"')
 
 
+def test_what_is_predicted_otherwise_than_by_the_checkpoint_is_told_to_its_sampler(tmp_path: Path) -> None:
+    run = run_file(tmp_path, model={"family": "sdxl", "source": str(tmp_path)}, objective={"prediction": "v"})
+    lines = list(loading(run, ["exports/diffusers/pytorch_lora_weights.safetensors"]))
+    assert lines[2] == (
+        'pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="v_prediction")'
+    )
+
+
 def test_files_of_lycoris_lora_are_merged_into_the_denoisers_they_belong_to(tmp_path: Path) -> None:
     transformer = ["diffusers", "WanTransformer3DModel"]
     index = {"_class_name": "WanPipeline", "transformer": transformer, "transformer_2": transformer}

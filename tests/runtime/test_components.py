@@ -65,6 +65,16 @@ def test_a_denoiser_comes_in_the_asked_precision_and_without_gradients(folder: P
     assert not any(parameter.requires_grad for parameter in denoiser.parameters())
 
 
+@pytest.mark.parametrize("name", ["wan", "kandinsky5_image"])
+def test_modules_that_a_network_keeps_in_fp32_are_not_cast_with_the_rest(name: str, tmp_path: Path) -> None:
+    denoiser: Any = components.load_denoiser(save_tiny(name, tmp_path), "transformer", torch.bfloat16, CPU)
+    kept = set(denoiser._keep_in_fp32_modules)
+    found: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    for parameter_name, parameter in denoiser.named_parameters():
+        found[bool(kept & set(parameter_name.split(".")))].add(parameter.dtype)
+    assert found == {True: {torch.float32}, False: {torch.bfloat16}}
+
+
 def test_a_pipeline_takes_loaded_denoisers_as_they_are(folder: Path) -> None:
     denoiser = components.load_denoiser(folder, "transformer", torch.float32, CPU).train().requires_grad_(True)
     before = dict(denoiser.named_parameters())

@@ -23,6 +23,7 @@ from atelier_runtime.family import Stage
 from atelier_runtime.observe.failure import read_failures
 from atelier_runtime.observe.scratch import Scratch
 from atelier_runtime.reporter import History
+from atelier_runtime.sampling import draw_samples
 from atelier_runtime.train_state import TrainState
 from atelier_runtime.trainer import Trainer
 from family_models import save_tiny
@@ -269,3 +270,41 @@ def test_the_loss_of_a_run_does_not_count_on_what_is_shown(tmp_path: Path, monke
     [other] = trainer._losses(parts.denoisers.wrapped["transformer"], batch, 0, Stage("transformer"))
     assert torch.equal(other, loss)
     assert loss < 100
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_step_draws_latents_of_its_own_and_is_the_same_whatever_was_drawn_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache keeps what latents are drawn from, not one draw; and samples of the prompts take no numbers from the training."""
+    plan = resolved(tmp_path, "sd3", "lora", "fp32")
+    still = plan.plan.model_copy(update={"learning_rate": 0.0})
+    dropping = plan.spec.model_copy(update={"adapter": plan.spec.adapter.model_copy(update={"dropout": 0.5})})
+    plan = plan.model_copy(update={"plan": still, "spec": dropping})
+    parts = launch.prepare(launch.open_session(plan, parallel.start(plan.plan), launch.StopFlag()))
+    parts.checkpointer.close()
+    trainer, prepare = Trainer(parts, lambda: False), parts.objective.prepare
+    clean: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        parts.objective, "prepare", lambda x, *given, **named: clean.append(x) or prepare(x, *given, **named)
+    )
+
+    def step(number: int) -> tuple[float, float]:
+        batch = parts.dataset.order.batch(number)
+        [loss], norm = trainer._step(batch, [parts.dataset.load(batch.slots, step=number, epoch=0)], lambda: None)
+        return float(loss), float(norm)
+
+    def noise(number: int, drawn: torch.Tensor) -> torch.Tensor:
+        kept = parts.dataset.load(parts.dataset.order.batch(number).slots, step=number, epoch=0)
+        assert kept.std is not None
+        return (drawn - kept.latents) / kept.std
+
+    first = step(2)
+    draw_samples(plan, parts.family, dict(parts.denoisers.models), parts.distributed)
+    assert step(2) == first
+    step(3)
+    once, again, later = (noise(number, drawn) for number, drawn in zip((2, 2, 3), clean, strict=True))
+    assert torch.equal(once, again)
+    assert (once - later).abs().mean() > 0.5
+    assert float(once.mean()) == pytest.approx(0, abs=0.1)
+    assert float(once.std()) == pytest.approx(1, abs=0.1)

@@ -86,7 +86,8 @@ class FamilyFacts:
     `reference_edge` is the edge of the square whose area they are scaled to, where that is not `data.resolution`. `continues`: the
     denoiser is shown as many first frames of a clip as a run says, of a number that fits `frame_rule`.
     `sample_rate` is in samples per second, of a family of sounds; its `latent_factor` is in samples, its `patch` in latents.
-    `own_shift`: the stock pipeline shifts its noise levels by `shift` itself, whatever the checkpoint's scheduler says.
+    `own_shift`: the stock pipeline shifts its noise levels by `shift` itself, whatever the checkpoint's scheduler says; `empirical`
+    by the number of tokens and of its steps.
     `negative_prompts`: what it contrasts with can be written; else it is something learnt. `sample_edge` is
     that of what the stock pipeline draws, in the aspect of the reference and as large, where it takes no size. `quantizations`
     are the kinds that its frozen base may be kept in; `quantization_doubt` says why it has not all of them, or why none is advised.
@@ -104,7 +105,7 @@ class FamilyFacts:
     latent_channels: int
     latent_factor: int | Fraction
     patch: int
-    shift: float | Literal["dynamic", "none"]
+    shift: float | Literal["dynamic", "empirical", "none"]
     licence: str
     flavours: tuple[Flavour, ...]
     frame_rule: tuple[int, int] | None = None

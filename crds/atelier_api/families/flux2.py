@@ -29,7 +29,8 @@ FACTS = FamilyFacts(
     latent_channels=128,
     latent_factor=16,
     patch=1,
-    shift="dynamic",
+    shift="empirical",
+    own_shift=True,
     licence="FLUX [dev] Non-Commercial License v2.0; klein 4B: Apache-2.0",
     flavours=(
         _DEV,

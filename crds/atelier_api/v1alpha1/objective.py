@@ -41,7 +41,8 @@ class Noise(Block):
         default=0.0, description="Strength of offset noise, one value per sample and channel."
     )
     zero_terminal_snr: bool = Field(
-        default=False, description="Rescale the betas to zero terminal SNR (arXiv:2305.08891). Needs `prediction: v`."
+        default=False,
+        description="Rescale the betas to zero terminal SNR (arXiv:2305.08891). Needs `prediction: v`. Samples are then drawn by DDIM, whose first step is the last of training.",
     )
 
 

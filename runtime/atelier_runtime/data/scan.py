@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-_VERSION = 1
+_VERSION = 2
 """Raise when the same file would be judged differently."""
 
 

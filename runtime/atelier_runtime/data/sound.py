@@ -20,6 +20,8 @@ from atelier_runtime.data.image import UnreadableError
 
 CHANNELS = 2
 _LOUDEST = 2**15 - 1
+_AUDIBLE = 1e-3
+"""-60 dB of full scale: what never gets as loud is a track that was never recorded, or was exported muted."""
 
 
 def read_sound(path: Path, rate: int, samples: int) -> Tensor:
@@ -37,9 +39,15 @@ def read_sound(path: Path, rate: int, samples: int) -> Tensor:
 def probe_sound(path: Path, rate: int, most: int) -> int:
     """How many samples there are at the rate, up to `most`: decodes what training would use.
 
-    Raises UnreadableError where that fails.
+    Raises UnreadableError where that fails, and for silence.
     """
-    return sum(piece.shape[1] for piece in _resampled(path, rate, most))
+    samples, loudest = 0, 0.0
+    for piece in _resampled(path, rate, most):
+        samples += piece.shape[1]
+        loudest = max(loudest, float(np.abs(piece).max(initial=0.0)))
+    if samples and loudest < _AUDIBLE:
+        raise UnreadableError("silence: nothing louder than -60 dB in what is used of it")
+    return samples
 
 
 def write_sound(waveform: Tensor, rate: int) -> bytes:

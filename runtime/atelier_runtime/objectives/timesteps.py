@@ -146,11 +146,31 @@ class DynamicShift:
         return math.exp(mu) if self.exponential else mu
 
 
-Shift = ConstantShift | DynamicShift
+@dataclass(frozen=True)
+class EmpiricalShift:
+    """k by the number of target tokens L and of sampling steps, as diffusers' `compute_empirical_mu` fits it; k = e^mu.
+
+    mu is linear in L for 10 steps and for 200, between these linear in the steps, and above 4300 tokens that of 200 steps.
+    """
+
+    steps: int = 50
+    """The pipeline's own number of steps."""
+
+    LONG = 4300
+
+    def factor(self, tokens: int) -> float:
+        """k > 0 for a sample of `tokens` tokens."""
+        of_10 = 8.73809524e-05 * tokens + 1.89833333
+        of_200 = 0.00016927 * tokens + 0.45666666
+        share = 1.0 if tokens > self.LONG else (self.steps - 10) / 190
+        return math.exp(of_10 + (of_200 - of_10) * share)
+
+
+Shift = ConstantShift | DynamicShift | EmpiricalShift
 
 
 def resolve_shift(
-    user: str, scheduler_config: Mapping[str, Any], family_shift: float | Literal["dynamic", "none"]
+    user: str, scheduler_config: Mapping[str, Any], family_shift: float | Literal["dynamic", "empirical", "none"]
 ) -> Shift:
     """The shift in force: the user's value, else the checkpoint's scheduler, else the family's.
 
@@ -169,6 +189,8 @@ def resolve_shift(
             return ConstantShift(_positive(float(scheduler_config[key]), f"{key} of the checkpoint's scheduler"))
     if family_shift == "dynamic":
         return _dynamic_shift(scheduler_config)
+    if family_shift == "empirical":
+        return EmpiricalShift()
     return ConstantShift(1.0 if family_shift == "none" else family_shift)
 
 

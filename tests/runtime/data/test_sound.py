@@ -75,6 +75,16 @@ def test_what_is_no_sound_is_refused_with_a_reason(tmp_path: Path) -> None:
         probe_sound(write_tone(tmp_path / "c.mka", waveform, RATE), RATE, RATE)
 
 
+def test_a_silent_track_is_refused_and_a_quiet_one_is_not(tmp_path: Path) -> None:
+    """Of the part that is used, whatever comes after it."""
+    late = np.concatenate([np.zeros((2, RATE), np.float32), tone(0.5, RATE, 440, 660)], axis=1)
+    path = write_tone(tmp_path / "a.wav", late, RATE)
+    with pytest.raises(UnreadableError, match=r"silence: nothing louder than -60 dB in what is used of it"):
+        probe_sound(path, RATE, RATE)
+    assert probe_sound(path, RATE, 2 * RATE) == late.shape[1]
+    assert probe_sound(write_tone(tmp_path / "b.wav", tone(0.5, RATE, 440, 660) / 100, RATE), RATE, RATE) == RATE // 2
+
+
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     path = write_tone(tmp_path / "a.flac", tone(1.0, RATE, 440, 660), RATE)
     data = path.read_bytes()

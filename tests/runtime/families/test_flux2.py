@@ -1,5 +1,7 @@
 """Flux.2: text of fixed length from three layers, latents by a batch norm's statistics, and two kinds of guidance."""
 
+import inspect
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import nn
 
 from atelier_api.errors import ConfigError
+from atelier_api.v1alpha1.objective import Objective
 from atelier_runtime import components
 from atelier_runtime.adapters import resolve_targets
 from atelier_runtime.checkpoint.export import export_lora
 from atelier_runtime.families import get_family
+from atelier_runtime.objectives import build_objective
+from atelier_runtime.objectives.flow import FlowObjective
 from export_runs import PROVENANCE, trained
 from family_cases import PROMPTS, Case, make_case
 from family_models import PUBLISHED, save_tiny, tiny_pipeline
@@ -181,3 +187,12 @@ def test_a_lora_in_the_layout_of_comfyui_is_loaded_by_the_stock_pipeline(tmp_pat
     loaded = draw(pipe, result.arguments)
     assert abs(loaded - ours).max() <= 1e-5
     assert abs(loaded - base).max() > 1e-3
+
+
+def test_training_draws_with_the_shift_of_the_pipeline_and_not_with_that_of_its_scheduler(dev: Case) -> None:
+    steps = inspect.signature(dev.pipe.__call__).parameters["num_inference_steps"].default
+    objective = build_objective(Objective(), FAMILY.facts, dict(dev.pipe.scheduler.config))
+    assert isinstance(objective, FlowObjective)
+    for tokens in (64, 1024, 4096, 4300, 4301, 9000):
+        expected = math.exp(compute_empirical_mu(tokens, steps))
+        assert objective.shift.factor(tokens) == pytest.approx(expected)

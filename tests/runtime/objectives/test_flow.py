@@ -12,7 +12,7 @@ from atelier_api.families import FAMILIES, FamilyFacts
 from atelier_api.v1alpha1.objective import Noise, Objective, Timesteps
 from atelier_runtime.family import Stage
 from atelier_runtime.objectives import build_objective
-from atelier_runtime.objectives.timesteps import LogitNormal, shift_sigma
+from atelier_runtime.objectives.timesteps import EmpiricalShift, LogitNormal, shift_sigma
 
 FLOW = FamilyFacts(
     name="tiny_flow", title="", modality="image", objective="flow", pixel_multiple=16, latent_channels=4,
@@ -132,8 +132,8 @@ def shifted(facts: FamilyFacts, k: float, **timesteps: object) -> list[float]:
 def test_no_default_shift_beats_that_of_the_checkpoint(facts: FamilyFacts) -> None:
     """But where the stock pipeline shifts by a number of its own."""
     expected = facts.shift if facts.own_shift else 7.0
-    assert isinstance(expected, float)
-    assert drawn(facts, {"shift": 7.0}) == pytest.approx(shifted(facts, expected))
+    k = EmpiricalShift().factor(16) if expected == "empirical" else float(expected)
+    assert drawn(facts, {"shift": 7.0}) == pytest.approx(shifted(facts, k))
 
 
 @pytest.mark.cell("shift")
@@ -156,3 +156,9 @@ def test_a_dynamic_checkpoint_is_trained_with_a_dynamic_shift_and_not_only_sampl
     small, large = (drawn(facts, dynamic, tokens) for tokens in (256, 4096))
     assert small == pytest.approx(shifted(facts, math.exp(0.5)))
     assert large == pytest.approx(shifted(facts, math.exp(1.15)))
+
+
+def test_what_a_schedule_ends_at_is_of_sampling_alone() -> None:
+    """`shift_terminal` stretches the sampler's few steps so that the last is not yet clean; training draws all levels."""
+    dynamic = {"use_dynamic_shifting": True, "base_shift": 0.95, "max_shift": 2.05}
+    assert drawn(FLOW, dynamic | {"shift_terminal": 0.1}, 1024) == drawn(FLOW, dynamic, 1024)
