@@ -207,7 +207,8 @@ def _library(device: torch.device) -> Any:
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-    deepspeed.utils.nvtx.enable_nvtx = False  # each hook of each module would ask thrice whether somebody records ranges
+    # Else each hook of each module asks several times whether somebody records ranges.
+    deepspeed.utils.nvtx.enable_nvtx = False
     if device.type == "cpu":
         set_accelerator(CPU_Accelerator())  # it takes a GPU where there is one
         # Else it compiles collectives of its own for processes of one machine, which takes a compiler and half a minute.
