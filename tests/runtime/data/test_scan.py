@@ -107,7 +107,7 @@ def test_sources_and_kinds_of_look_are_remembered_apart(tmp_path: Path, seen: di
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"version": 0}', '{"version": 1, "probes": [{}, {}], "captions": [{}, {}]}']
+    "content", ["", "{", "[]", '{"version": 0}', '{"version": 2, "probes": [{}, {}], "captions": [{}, {}]}']
 )
 def test_a_damaged_memory_is_forgotten(tmp_path: Path, seen: dict[FileFacts, Probe], content: str) -> None:
     ScanMemory(tmp_path / "cache", "uri", None).replace(seen, {})
