@@ -136,7 +136,7 @@ def _table(run: TrainingRun, model: ModelFacts, machine: Machine, fit: Fit) -> N
             ("strategy", f"{STRATEGIES[choice.strategy]}, {processes(choice.processes)} on the {device}"),
             ("batch", batch),
             ("recompute", "gradient checkpointing" if choice.gradient_checkpointing else "none"),
-            ("autoencoder", tiles_text(encoding=choice.tiled_encoding, samples=choice.tiled_samples)),
+            ("tiles", tiles_text(encoding=choice.tiled_encoding, samples=choice.tiled_samples)),
         ]
     )
     terminal.say()
@@ -161,9 +161,9 @@ def base_text(spec: TrainingRunSpec) -> str:
 
 
 def tiles_text(*, encoding: bool, samples: bool) -> str:
-    """`whole samples`, or what goes through the autoencoder in tiles."""
+    """What goes through the autoencoder in tiles, or `none`."""
     tiled = [what for what, tiles in (("what is trained on", encoding), ("what is drawn", samples)) if tiles]
-    return f"tiles of {' and '.join(tiled)}" if tiled else "whole samples"
+    return f"of {' and '.join(tiled)}" if tiled else "none"
 
 
 def processes(count: int) -> str:

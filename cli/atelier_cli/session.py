@@ -157,7 +157,7 @@ class Session:
                     "strategy",
                     f"{STRATEGIES[plan.strategy]}, {nodes}{processes(plan.processes_per_node)} on the {where}{recompute}",
                 ),
-                ("autoencoder", tiles_text(encoding=plan.tiled_encoding, samples=plan.tiled_samples)),
+                ("tiles", tiles_text(encoding=plan.tiled_encoding, samples=plan.tiled_samples)),
                 ("memory", memory),
                 ("steps", f"{spec.hyperparameters.steps}, {batch}, learning rate {plan.learning_rate:g}"),
                 ("store", f"{run_file.store_uri} ({'goes on from what is there' if continues else 'new'})"),
