@@ -100,6 +100,8 @@ def _document(run: TrainingRun, model: ModelFacts, machine: Machine, fit: Fit) -
         "microBatchSize": choice.micro_batch_size,
         "gradientAccumulation": _accumulation(run, fit),
         "gradientCheckpointing": choice.gradient_checkpointing,
+        "tiledEncoding": choice.tiled_encoding,
+        "tiledSamples": choice.tiled_samples,
         "learningRate": learning_rate(run.spec),
         "memory": {
             "train": {**asdict(fit.prediction.train), "total": fit.prediction.train.total},
@@ -134,6 +136,7 @@ def _table(run: TrainingRun, model: ModelFacts, machine: Machine, fit: Fit) -> N
             ("strategy", f"{STRATEGIES[choice.strategy]}, {processes(choice.processes)} on the {device}"),
             ("batch", batch),
             ("recompute", "gradient checkpointing" if choice.gradient_checkpointing else "none"),
+            ("tiles", tiles_text(encoding=choice.tiled_encoding, samples=choice.tiled_samples)),
         ]
     )
     terminal.say()
@@ -155,6 +158,12 @@ def base_text(spec: TrainingRunSpec) -> str:
     if isinstance(spec.adapter, FullAdapter):
         return "trained"
     return f"frozen, {spec.model.quantization or spec.hyperparameters.precision}"
+
+
+def tiles_text(*, encoding: bool, samples: bool) -> str:
+    """What goes through the autoencoder in tiles, or `none`."""
+    tiled = [what for what, tiles in (("what is trained on", encoding), ("what is drawn", samples)) if tiles]
+    return f"of {' and '.join(tiled)}" if tiled else "none"
 
 
 def processes(count: int) -> str:

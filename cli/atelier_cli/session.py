@@ -17,7 +17,7 @@ from atelier_cli.changes import refused_changes
 from atelier_cli.follow import Display, Watch, display_for, fetch
 from atelier_cli.gang import Gang, decisive
 from atelier_cli.outcome import tell, tell_failure
-from atelier_cli.plan import STRATEGIES, adapter_text, processes
+from atelier_cli.plan import STRATEGIES, adapter_text, processes, tiles_text
 from atelier_runtime.node import hold_lock, holder, in_use
 from atelier_runtime.observe.progress import read_progress
 from atelier_runtime.observe.scratch import Scratch
@@ -157,6 +157,7 @@ class Session:
                     "strategy",
                     f"{STRATEGIES[plan.strategy]}, {nodes}{processes(plan.processes_per_node)} on the {where}{recompute}",
                 ),
+                ("tiles", tiles_text(encoding=plan.tiled_encoding, samples=plan.tiled_samples)),
                 ("memory", memory),
                 ("steps", f"{spec.hyperparameters.steps}, {batch}, learning rate {plan.learning_rate:g}"),
                 ("store", f"{run_file.store_uri} ({'goes on from what is there' if continues else 'new'})"),

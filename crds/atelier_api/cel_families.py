@@ -45,6 +45,7 @@ def family_rules() -> Iterator[CelRule]:
         "kohya has no names for the layers of this family; must hold diffusers",
     )
     yield from _quantization_rules()
+    yield from _tiling_rules()
     yield from _negative_prompt_rules()
     yield from _picture_rules()
     yield from _reference_rules()
@@ -97,6 +98,17 @@ def _quantization_rules() -> Iterator[CelRule]:
             f"self.model.family != '{name}' || {allowed}",
             f"{way}: {facts.quantization_doubt}",
         )
+
+
+def _tiling_rules() -> Iterator[CelRule]:
+    """The families whose autoencoder does not work on tiles."""
+    for name, facts in FAMILIES.items():
+        if facts.passages.untiled:
+            yield CelRule(
+                "model.autoencoderTiling",
+                f"self.model.family != '{name}' || self.model.autoencoderTiling != 'always'",
+                f"must be auto or never for {name}: {facts.passages.untiled}",
+            )
 
 
 def _negative_prompt_rules() -> Iterator[CelRule]:

@@ -182,6 +182,12 @@ def _quantizable(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]
     yield refused("spec.model.quantization", kind, f"{way}: {facts.quantization_doubt}")
 
 
+def _tiled(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
+    tiling, reason = spec.model.autoencoder_tiling, facts.passages.untiled
+    if tiling == "always" and reason:
+        yield refused("spec.model.autoencoderTiling", tiling, f"must be auto or never for {facts.name}: {reason}")
+
+
 def _control(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
     if isinstance(spec.adapter, ControlNetAdapter) and facts.uncontrolled:
         takers = " or ".join(name for name, other in FAMILIES.items() if not other.uncontrolled)
@@ -212,5 +218,6 @@ FAMILY_RULES: tuple[Callable[[TrainingRunSpec, FamilyFacts], Iterator[Problem]],
     _lyrics,
     _kohya,
     _quantizable,
+    _tiled,
     _vocabularies,
 )

@@ -35,6 +35,8 @@ class ExecutionPlan(Block):
     micro_batch_size: int
     gradient_accumulation: int
     gradient_checkpointing: bool
+    tiled_encoding: bool = Field(default=False, description="Whether latents are made of tiles.")
+    tiled_samples: bool = Field(default=False, description="Whether samples are drawn in tiles.")
     learning_rate: float
     threads_per_process: int = Field(description="CPU threads of torch in one process; 0: torch's own choice.")
     predicted_peak_memory_bytes: int

@@ -120,6 +120,8 @@ def _report_data(parts: Parts, store: Store, exports: Sequence[PublishedFile]) -
             ("processes", f"{plan.nodes} x {plan.processes_per_node} on {plan.device}"),
             ("micro-batch x accumulation", f"{plan.micro_batch_size} x {plan.gradient_accumulation}"),
             ("gradient checkpointing", "on" if plan.gradient_checkpointing else "off"),
+            ("latents made of", "tiles" if plan.tiled_encoding else "whole samples"),
+            ("samples drawn in", "tiles" if plan.tiled_samples else "one piece"),
             ("learning rate", f"{plan.learning_rate:g}"),
             ("predicted peak memory", f"{plan.predicted_peak_memory_bytes / 2**30:.2f} GiB per process"),
             ("observed peak memory, rank 0", f"{memory / 2**30:.2f} GiB"),

@@ -21,6 +21,7 @@ from atelier_runtime.family import Family, SampleRequest
 from atelier_runtime.parallel import Distributed, shards_weights
 from atelier_runtime.prompt_pictures import PromptPictures, prompt_pictures
 from atelier_runtime.store import Store
+from atelier_runtime.tiles import work_on_tiles
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ def draw_samples(
         return {}
     dtype = torch.bfloat16 if run_file.spec.hyperparameters.precision == "bf16" else torch.float32
     pipe = components.load_pipeline(family, run_file.model_folder, dtype, distributed.device, denoisers=denoisers)
+    if run_file.plan.tiled_samples:
+        work_on_tiles(pipe, family)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = _sampler(pipe.scheduler, run_file.spec.objective)
     if isinstance(run_file.spec.adapter, TextualInversionAdapter):

@@ -153,6 +153,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": CASCADE | {"quantization": "int8"}},
         "spec.model.quantization is 'int8'; the base of stable_cascade is not quantised: it trains in fp32 throughout, and no ",
     ),
+    "tiles of an autoencoder that has none": (
+        {"model": {"family": "ace_step_v1", "source": "base", "autoencoderTiling": "always"}},
+        "spec.model.autoencoderTiling is 'always'; must be auto or never for ace_step_v1: its spectrograms and its vocoder are ",
+    ),
     "a prompt without a picture to edit": (
         {"model": KONTEXT, "validation__prompts": [{"text": "make it red"}]},
         "spec.validation.prompts[0].references is []; must name 1 reference picture for flux_kontext",
@@ -194,6 +198,10 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "validation": {"prompts": NEGATIVE, "guidance": "3"},
     },
     "a quantised base that is not recommended": {"model": SDXL | {"quantization": "int8"}},
+    "tiles": {"model": SDXL | {"autoencoderTiling": "always"}},
+    "no tiles of an autoencoder that has none": {
+        "model": {"family": "ace_step_v1", "source": "base", "autoencoderTiling": "never"}
+    },
     "an empty negative prompt": {"validation__prompts": [{"text": "a", "negative": ""}]},
     "pairs": {
         "model": KONTEXT,
@@ -242,6 +250,15 @@ def test_kinds_that_a_family_does_not_have_are_refused_with_its_reason_here_and_
     rules = {rule.message: rule.rule for rule in spec_rules() if rule.field == "model.quantization"}
     among = " || self.model.quantization in ['int8', 'fp8']" if kinds else ""
     assert rules[reason] == f"self.model.family != 'flux' || !has(self.model.quantization){among}"
+
+
+def test_tiles_are_refused_with_a_reason_by_the_cluster_too_where_the_autoencoder_has_none() -> None:
+    rules = [rule for rule in spec_rules() if rule.field == "model.autoencoderTiling"]
+    assert {name: facts.passages.untiled for name, facts in FAMILIES.items() if facts.passages.untiled} == {
+        rule.rule.split("'")[1]: rule.message.split(": ", 1)[1] for rule in rules
+    }
+    assert all(rule.rule.endswith("|| self.model.autoencoderTiling != 'always'") for rule in rules)
+    assert len(rules) == 2
 
 
 def test_kohya_of_a_family_without_it_is_noted_where_something_else_is_published() -> None:

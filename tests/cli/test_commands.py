@@ -170,6 +170,15 @@ def test_a_quantised_base_is_in_the_plan_as_json_and_takes_less(local_run: Local
     assert packed["memory"]["train"]["base_weights"] < whole["memory"]["train"]["base_weights"]
 
 
+@pytest.mark.parametrize(("tiling", "text"), [("auto", "none"), ("always", "of what is trained on and what is drawn")])
+def test_plan_shows_what_goes_through_the_autoencoder_in_tiles(local_run: LocalRun, tiling: str, text: str) -> None:
+    change = f"model.autoencoderTiling={tiling}"
+    shown = invoke("plan", str(local_run.path), "--set", change).stdout
+    assert re.findall(r"^ *tiles {2,}(.+?) *$", shown, re.MULTILINE) == [text]
+    plan = _plan(local_run, change)
+    assert plan["tiledEncoding"] == plan["tiledSamples"] == (tiling == "always")
+
+
 def test_plan_shows_a_control_network(local_run: LocalRun) -> None:
     changes = ("--set", 'adapter={"type": "controlnet"}', "--set", "data.sources[0].conditioning=pictures")
     assert "control network, about" in invoke("plan", str(local_run.path), *changes).stdout

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import Decoder, Encoder
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError, DivergedError
 from atelier_api.families import FAMILIES
@@ -161,6 +164,40 @@ def test_a_run_of_every_family_trains_samples_and_exports(
             ]
             assert ups
             assert any(tensor.abs().max() > 0 for tensor in ups)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_run_with_tiles_caches_trains_and_draws_through_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: dict[type[nn.Module], set[int]] = {Encoder: set(), Decoder: set()}
+    for kind, seen in widths.items():
+        monkeypatch.setattr(kind, "forward", widths_into(seen, kind.forward))
+    file = resolved(tmp_path, "sdxl", "lora", "fp32")
+    Image.new("RGB", (576, 32), "red").save(tmp_path / "pictures/wide.png")
+    (tmp_path / "pictures/wide.txt").write_text("a wall")
+    data = file.spec.data.model_copy(update={"resolution": 136, "bucket_align": 8})
+    validation = file.spec.validation.model_copy(update={"width": 576, "height": 32})
+    spec = file.spec.model_copy(update={"data": data, "validation": validation})
+    tiles = {"tiled_encoding": True, "tiled_samples": True}
+    file = file.model_copy(update={"spec": spec, "plan": file.plan.model_copy(update=tiles)})
+    session = launch.open_session(file, parallel.start(file.plan), launch.StopFlag())
+    assert launch.train(session)
+    assert (max(widths[Encoder]), max(widths[Decoder])) == (512, 64)
+    root = Path(file.store_uri)
+    assert Image.open(root / "samples/00000008/0.png").size == (576, 32)
+    report = (root / "report.html").read_text()
+    assert all(
+        re.search(f"{what}.{{0,40}}tiles", report, re.DOTALL) for what in ("latents made of", "samples drawn in")
+    )
+
+
+def widths_into(seen: set[int], forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The method, which notes the widths of what it is given."""
+
+    def noting(module: nn.Module, sample: Tensor, *others: Any) -> Tensor:
+        seen.add(sample.shape[-1])
+        return forward(module, sample, *others)
+
+    return noting
 
 
 @pytest.mark.usefixtures("alone")

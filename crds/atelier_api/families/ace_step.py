@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from atelier_api.families.facts import FamilyFacts, Flavour
+from atelier_api.families.facts import FamilyFacts, Flavour, Passage, Passages
 
 # A caption with its metadata, lyrics and a token of timbre.
 _TEXT_TOKENS = 256 + 2048 + 1
@@ -59,4 +59,5 @@ FACTS = FamilyFacts(
     sample_rate=48_000,
     own_shift=True,
     negative_prompts=False,
+    passages=Passages(Passage(643, tile=30 * 48_000), Passage(643, tile=512 * 1920)),
 )

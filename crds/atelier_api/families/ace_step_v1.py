@@ -1,6 +1,6 @@
 """Sizes of ACE-Step v1."""
 
-from atelier_api.families.facts import FamilyFacts, Flavour
+from atelier_api.families.facts import FamilyFacts, Flavour, Passage, Passages
 
 # A voice, a caption, lyrics.
 _TEXT_TOKENS = 1 + 256 + 4096
@@ -39,4 +39,9 @@ FACTS = FamilyFacts(
     sample_rate=44_100,
     negative_prompts=False,
     lora_component="transformer",
+    passages=Passages(
+        Passage(643, tile=0),
+        Passage(643, tile=0),
+        untiled="its spectrograms and its vocoder are of whole sounds",
+    ),
 )

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from atelier_api.families.autoencoders import CAUSAL_STILL
 from atelier_api.families.facts import FamilyFacts, Flavour
 
 _SMALL = Flavour(
@@ -45,4 +46,5 @@ FACTS = FamilyFacts(
     lora_component="transformer",
     kohya=False,
     quantization_doubt="trainers that offer it advise against it",
+    passages=CAUSAL_STILL,
 )

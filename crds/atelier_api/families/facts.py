@@ -70,6 +70,36 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class Passage:
+    """What an autoencoder holds of a sample that goes through it in one direction.
+
+    `values` for each pixel of each of the `frames` that it works on at once, of a sound for each of its samples in time; 0 frames: all
+    of a clip. `tile` is the edge in pixels, or the length in a sound's samples, of the tiles that it can work on instead; 0: none.
+    """
+
+    values: int
+    frames: int = 1
+    tile: int = 512
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Both directions, measured at published sizes by tests/operator/planner/test_autoencoder_memory.py.
+
+    `untiled` is why the autoencoder does not work on tiles, empty where it does.
+    """
+
+    encoding: Passage
+    decoding: Passage
+    untiled: str = ""
+
+    @property
+    def largest_whole(self) -> int:
+        """Edge in pixels, or length, up to which a sample certainly stays in one piece where tiles are switched on."""
+        return min(self.encoding.tile, self.decoding.tile)
+
+
+@dataclass(frozen=True)
 class FamilyFacts:
     """One family. `frame_rule` (m, r): a clip has n = r modulo m frames. `shift` is the fallback where a checkpoint names none.
 
@@ -95,6 +125,7 @@ class FamilyFacts:
     and joins the base behind the blocks that it copies, so that no gradient goes through those.
     `vocabularies` are those of text encoders in which textual inversion can learn words: all that tell the denoiser of a caption's
     words, where the stock pipeline loads new ones; none: there is no textual inversion.
+    `passages` are those of samples through the autoencoder; where nothing is said, of diffusers' `AutoencoderKL`.
     """
 
     name: str
@@ -132,6 +163,7 @@ class FamilyFacts:
     uncontrolled: str = "none is built in for it"
     control_pixels: bool = False
     vocabularies: tuple[Vocabulary, ...] = ()
+    passages: Passages = Passages(Passage(768), Passage(768))
 
     def reference_resolution(self, resolution: int) -> int:
         """Edge in pixels of the square whose area references have in a run of `resolution`."""

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from atelier_api.families.facts import FamilyFacts, Flavour
+from atelier_api.families.facts import FamilyFacts, Flavour, Passage, Passages
 
 _HUB = "hf://hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-"
 _480P = Flavour(
@@ -43,4 +43,5 @@ FACTS = FamilyFacts(
     pipelines=("HunyuanVideo15Pipeline",),
     kohya=False,
     lora_component="transformer",
+    passages=Passages(Passage(905, frames=0, tile=256), Passage(905, frames=0, tile=256)),
 )

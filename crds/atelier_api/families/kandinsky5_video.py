@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from atelier_api.families.facts import FamilyFacts, Flavour
+from atelier_api.families.facts import FamilyFacts, Flavour, Passage, Passages
 
 _LITE = Flavour(
     name="t2v-lite-sft-5s",
@@ -67,4 +67,5 @@ FACTS = FamilyFacts(
     frame_rate=24.0,
     pipelines=("Kandinsky5T2VPipeline",),
     kohya=False,
+    passages=Passages(Passage(905, frames=13, tile=256), Passage(1500, frames=14, tile=256)),
 )

@@ -1,5 +1,6 @@
 """Sizes of LongCat-Video."""
 
+from atelier_api.families.autoencoders import CAUSAL
 from atelier_api.families.facts import FamilyFacts, Flavour
 
 FACTS = FamilyFacts(
@@ -35,4 +36,5 @@ FACTS = FamilyFacts(
     library="atelier_runtime.networks",
     kohya=False,
     lora_component="dit",
+    passages=CAUSAL,
 )

@@ -1,6 +1,6 @@
 """Sizes of LTX Video."""
 
-from atelier_api.families.facts import FamilyFacts, Flavour
+from atelier_api.families.facts import FamilyFacts, Flavour, Passage, Passages
 
 FACTS = FamilyFacts(
     name="ltx",
@@ -32,4 +32,5 @@ FACTS = FamilyFacts(
     temporal_factor=8,
     frame_rate=25.0,
     pipelines=("LTXPipeline",),
+    passages=Passages(Passage(63, frames=0), Passage(53, frames=0)),
 )

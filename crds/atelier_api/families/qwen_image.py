@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from atelier_api.families.autoencoders import CAUSAL_STILL
 from atelier_api.families.facts import FamilyFacts, Flavour
 
 _BASE = Flavour(
@@ -33,4 +34,5 @@ FACTS = FamilyFacts(
     flavours=(_BASE, replace(_BASE, name="2512", source="hf://Qwen/Qwen-Image-2512")),
     pipelines=("QwenImagePipeline",),
     uncontrolled="",
+    passages=CAUSAL_STILL,
 )

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from atelier_api.families.facts import FamilyFacts, Flavour
+from atelier_api.families.facts import FamilyFacts, Flavour, Passage, Passages
 
 _LARGE = Flavour(
     name="1.5-4.8b",
@@ -61,4 +61,5 @@ FACTS = FamilyFacts(
     pipelines=("SanaPipeline",),
     kohya=False,
     uncontrolled="diffusers' network for it lacks the norms of queries and keys that Sana 1.5 has",
+    passages=Passages(Passage(1000), Passage(1000)),
 )

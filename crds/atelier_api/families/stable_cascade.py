@@ -3,7 +3,7 @@
 from dataclasses import replace
 from fractions import Fraction
 
-from atelier_api.families.facts import FamilyFacts, Flavour
+from atelier_api.families.facts import FamilyFacts, Flavour, Passage, Passages
 
 _LARGE = Flavour(
     name="3.6b",
@@ -51,4 +51,9 @@ FACTS = FamilyFacts(
     quantization_doubt="it trains in fp32 throughout, and no trainer that has it quantises it",
     kohya=False,
     lora_component="prior",
+    passages=Passages(
+        Passage(768, tile=0),
+        Passage(768, tile=0),
+        untiled="its encoder is a classifier's and its decoder a diffusion of its own, and neither works on tiles",
+    ),
 )

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from atelier_api.families.autoencoders import CAUSAL
 from atelier_api.families.facts import FamilyFacts, Flavour
 
 _LARGE = Flavour(
@@ -76,4 +77,5 @@ FACTS = FamilyFacts(
     temporal_factor=4,
     frame_rate=16.0,
     pipelines=("WanPipeline", "WanImageToVideoPipeline"),
+    passages=CAUSAL,
 )

@@ -1,6 +1,6 @@
 """Sizes of Wan 2.2 TI2V-5B, whose latents are others than those of the larger models."""
 
-from atelier_api.families.facts import FamilyFacts, Flavour
+from atelier_api.families.facts import FamilyFacts, Flavour, Passage, Passages
 
 FACTS = FamilyFacts(
     name="wan_ti2v",
@@ -32,4 +32,5 @@ FACTS = FamilyFacts(
     temporal_factor=4,
     frame_rate=24.0,
     pipelines=("WanPipeline", "WanImageToVideoPipeline"),
+    passages=Passages(Passage(660, frames=3), Passage(1815, frames=3, tile=256)),
 )

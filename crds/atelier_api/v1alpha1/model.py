@@ -1,5 +1,7 @@
 """`spec.model`: the base model that a run starts from."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from atelier_api.quantizations import Quantization
@@ -32,4 +34,8 @@ class ModelSpec(Block):
     quantization: Quantization | None = Field(
         default=None,
         description="Keep the frozen base in 8 or 4 bits below an adapter: its linear layers are quantised when it is loaded, and take part in full precision. Saves memory, not time. `int8` and `fp8` (e4m3) have a scale for each row, `nf4` one for each 64 weights. Default: `hyperparameters.precision`.",
+    )
+    autoencoder_tiling: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Whether samples go through the autoencoder in overlapping tiles, which bounds its memory. `auto`: those that are drawn where they would not fit as a whole, and those that are trained on where nothing fits otherwise. Latents that were made of tiles differ a little at their seams, and are cached apart; `never` keeps them as a whole on every machine, `always` in tiles.",
     )

@@ -28,6 +28,8 @@ class PlanStatus(Block):
     micro_batch_size: int = Field(ge=1, description="Samples of one forward pass of one process.")
     gradient_accumulation: int = Field(ge=1, description="Passes of one step.")
     gradient_checkpointing: bool = Field(description="Whether activations are recomputed.")
+    tiled_encoding: bool = Field(default=False, description="Whether latents are made of tiles.")
+    tiled_samples: bool = Field(default=False, description="Whether samples are drawn in tiles.")
     predicted_peak_memory_bytes: int = Field(ge=0, description="Predicted peak memory of one device.")
     device_memory_bytes: int | None = Field(default=None, description="Memory of one device, where it is known.")
 

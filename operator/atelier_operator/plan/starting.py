@@ -119,6 +119,8 @@ def plan_status(execution: ExecutionPlan, backend: Backend, queue: str | None) -
         micro_batch_size=execution.micro_batch_size,
         gradient_accumulation=execution.gradient_accumulation,
         gradient_checkpointing=execution.gradient_checkpointing,
+        tiled_encoding=execution.tiled_encoding,
+        tiled_samples=execution.tiled_samples,
         predicted_peak_memory_bytes=execution.predicted_peak_memory_bytes,
         device_memory_bytes=execution.device_memory_bytes,
     )

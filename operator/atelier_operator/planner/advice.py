@@ -107,6 +107,8 @@ def _levers(run: TrainingRun, model: ModelFacts, machine: Machine) -> Iterator[l
         yield [{"spec.parallelism.strategy": "fsdp2"}]
     if parallelism.strategy == "deepspeed-zero2":
         yield [{"spec.parallelism.strategy": "deepspeed-zero3"}]
+    if spec.model.autoencoder_tiling == "never" and not model.family.passages.untiled:
+        yield [{"spec.model.autoencoderTiling": "auto"}]
     if spec.validation.prompts:
         yield [{"spec.validation": {}}]
     yield list(_more_gpus(run, machine))

@@ -48,6 +48,8 @@ def _execution(spec: TrainingRunSpec, machine: Machine, chosen: Fit) -> Executio
         micro_batch_size=micro_batch,
         gradient_accumulation=spec.hyperparameters.global_batch_size // (world_size(spec) * micro_batch),
         gradient_checkpointing=chosen.choice.gradient_checkpointing,
+        tiled_encoding=chosen.choice.tiled_encoding,
+        tiled_samples=chosen.choice.tiled_samples,
         learning_rate=learning_rate(spec),
         threads_per_process=max(1, machine.cores // processes) if machine.device == "cpu" else 0,
         predicted_peak_memory_bytes=chosen.prediction.peak,

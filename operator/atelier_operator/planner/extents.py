@@ -29,6 +29,15 @@ def trained_extent(spec: TrainingRunSpec, family: FamilyFacts) -> Extent:
     return Extent(size, size, spec.data.clip.frames if family.modality == "video" else 1)
 
 
+def encoded_extent(spec: TrainingRunSpec, family: FamilyFacts) -> Extent:
+    """The largest sample or reference picture that is encoded, or nearly."""
+    extent = trained_extent(spec, family)
+    if not family.references:
+        return extent
+    size = max(extent.width, family.reference_resolution(spec.data.resolution))
+    return extent._replace(width=size, height=size)
+
+
 def drawn_extent(spec: TrainingRunSpec, family: FamilyFacts) -> Extent:
     """A sample of a prompt."""
     validation, data = spec.validation, spec.data

@@ -19,7 +19,8 @@ from atelier_api.v1alpha1 import TrainingRunSpec
 from atelier_api.v1alpha1.adapter import ControlNetAdapter, FullAdapter, LayerAdapter, TextualInversionAdapter
 from atelier_api.v1alpha1.model import ModelSpec
 from atelier_operator.planner.adapter_sizes import Linear, kept_bytes, parameters
-from atelier_operator.planner.extents import Extent, drawn_extent, trained_extent
+from atelier_operator.planner.extents import drawn_extent, encoded_extent, trained_extent
+from atelier_operator.planner.passages import passage_values
 from atelier_operator.planner.sharding import Strategy, shards_of
 from atelier_operator.planner.techniques import compared_bytes
 
@@ -40,17 +41,9 @@ LARGEST_INPUT = 8
 GATHERED_BLOCKS = 2
 """Blocks that FSDP2 and ZeRO-3 hold unsharded at once: the one that computes and the one that is fetched."""
 
-AUTOENCODER_VALUES_PER_PIXEL = 128 * 6
-"""Values an autoencoder holds per pixel while it decodes (measured): six tensors of 128 channels at full resolution."""
-
-AUTOENCODER_VALUES_PER_SAMPLE = 643
-"""Values an autoencoder of sounds holds for each sample in time while it encodes (measured; 606 while it decodes)."""
-
-AUTOENCODER_FRAMES = 7
-"""Frames that a causal video autoencoder holds at once, whatever the clip's length (measured): four, and what it caches of others."""
-
 CONDITION_VALUES_PER_PIXEL = 131
 """Values that a control network keeps per pixel of its conditioning picture (measured)."""
+
 TEXT_VALUES_PER_TOKEN = 15 * 12 * 768 + 11 * 32 * 1280
 """Values that SDXL's text encoders, the only ones in which words are learnt, keep for each of their tokens: 15 and 11 (measured 14.3
 and 10.3; their GELUs differ) for each unit of width of each of their 12 and 32 layers."""
@@ -83,12 +76,17 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the planner may choose and the memory depends on. `processes` are those of the whole run."""
+    """What the planner may choose and the memory depends on. `processes` are those of the whole run.
+
+    `tiled_encoding`: what is trained on goes through the autoencoder in tiles; `tiled_samples`: what is drawn does.
+    """
 
     strategy: Strategy
     processes: int
     micro_batch_size: int
     gradient_checkpointing: bool
+    tiled_encoding: bool = False
+    tiled_samples: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,12 +165,10 @@ def predict(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, device: Li
     precision = _precision_bytes(spec)
     frozen = (model.encoder_parameters + model.vae_parameters) * precision
     # Batches of the encoding shrink by themselves to what fits: one sample has to.
-    extent = trained_extent(spec, model.family)
-    if model.family.references:
-        size = max(extent.width, model.family.reference_resolution(spec.data.resolution))
-        extent = extent._replace(width=size, height=size)
-    encode = frozen + _autoencoder(model.family, extent, precision) + train.overhead
-    return Prediction(train, encode, _sample_phase(spec, model, train, frozen) if spec.validation.prompts else 0)
+    extent, tiled = encoded_extent(spec, model.family), choice.tiled_encoding
+    encode = frozen + passage_values(model.family.passages.encoding, extent, tiled=tiled) * precision + train.overhead
+    sample = _sample_phase(spec, model, choice, train, frozen=frozen) if spec.validation.prompts else 0
+    return Prediction(train, encode, sample)
 
 
 def trained_parameters(spec: TrainingRunSpec, model: ModelFacts) -> int:
@@ -337,7 +333,7 @@ def _reference_tokens(family: FamilyFacts, references: int, edge: int) -> int:
     return references * family.latent_tokens(edge, edge)
 
 
-def _sample_phase(spec: TrainingRunSpec, model: ModelFacts, train: Parts, frozen: int) -> int:
+def _sample_phase(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, train: Parts, *, frozen: int) -> int:
     """The state of training without its activations, the stock pipeline's other models, and the larger of its two steps."""
     family, extent = model.family, drawn_extent(spec, model.family)
     precision = _precision_bytes(spec)
@@ -346,18 +342,12 @@ def _sample_phase(spec: TrainingRunSpec, model: ModelFacts, train: Parts, frozen
     tokens = family.latent_tokens(*extent) + model.text_tokens
     tokens = GUIDED_SAMPLES * (tokens + _reference_tokens(family, references, edge))
     denoise = tokens * model.activation_bytes_per_token * precision // 2
-    working = max(denoise, _autoencoder(family, extent, precision))
+    decode = passage_values(family.passages.decoding, extent, tiled=choice.tiled_samples) * precision
+    working = max(denoise, decode)
     # DDP keeps its gradient buckets; the averages are swapped in while sampling, and the weights kept aside.
     state = train.total - train.activations
     aside = train.trained_weights if train.ema else 0
     return state + aside + frozen + working
-
-
-def _autoencoder(family: FamilyFacts, extent: Extent, precision_bytes: int) -> int:
-    if family.modality == "audio":
-        return extent.frames * AUTOENCODER_VALUES_PER_SAMPLE * precision_bytes
-    frames = AUTOENCODER_FRAMES if family.modality == "video" else 1
-    return extent.width * extent.height * frames * AUTOENCODER_VALUES_PER_PIXEL * precision_bytes
 
 
 def _only(adapter: LayerAdapter, preset: str) -> bool:

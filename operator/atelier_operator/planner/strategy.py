@@ -2,17 +2,20 @@
 
 Order of choice, first that fits: one process or DDP before FSDP2 (DDP is 3 to 6 times faster for LoRA), for each of them no
 recompute before recompute (a third of the step), and for each of these the largest micro-batch of at most 8 (a smaller one costs
-launches, not arithmetic). A field that the user has set is taken as it is, and checked.
+launches, not arithmetic); for each of these the autoencoder works on whole samples before it works on tiles, which changes no step.
+A field that the user has set is taken as it is, and checked.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 from atelier_api.rules import processes_per_node, world_size
 from atelier_api.v1alpha1 import TrainingRunSpec
 from atelier_api.v1alpha1.adapter import ControlNetAdapter, FullAdapter, Ia3Adapter, TextualInversionAdapter
 from atelier_operator.planner.memory import Choice, ModelFacts, Prediction, predict
+from atelier_operator.planner.passages import tilings
 from atelier_operator.planner.sharding import Strategy
 
 USABLE = 0.94
@@ -55,7 +58,7 @@ class Fit:
 
 def fits_of(spec: TrainingRunSpec, model: ModelFacts, machine: Machine) -> Iterator[Fit]:
     """Every choice that the spec leaves open, best first, with what it needs."""
-    for choice in _choices(spec, machine):
+    for choice in _choices(spec, model, machine):
         yield evaluate(spec, model, machine, choice)
 
 
@@ -96,17 +99,15 @@ def learning_rate(spec: TrainingRunSpec) -> float:
     return IA3_LEARNING_RATE if isinstance(spec.adapter, Ia3Adapter) else ADAPTER_LEARNING_RATE
 
 
-def _choices(spec: TrainingRunSpec, machine: Machine) -> Iterator[Choice]:
-    """What the spec leaves open, best first. With unknown memory only the most frugal of the first strategy."""
-    world = world_size(spec)
+def _choices(spec: TrainingRunSpec, model: ModelFacts, machine: Machine) -> Iterator[Choice]:
+    """What the spec leaves open, best first. With unknown memory only the most frugal of the first strategy, and no other latents."""
+    world, tiles = world_size(spec), tilings(spec, model.family)
     strategies, recompute, micro_batches = _strategies(spec), _recompute(spec), _micro_batches(spec)
     if device_memory(spec, machine) is None:
-        yield Choice(strategies[0], world, micro_batches[-1], recompute[-1])
+        yield Choice(strategies[0], world, micro_batches[-1], recompute[-1], *tiles[0])
         return
-    for strategy in strategies:
-        for checkpointing in recompute:
-            for micro_batch in micro_batches:
-                yield Choice(strategy, world, micro_batch, checkpointing)
+    for strategy, checkpointing, micro_batch, tiled in product(strategies, recompute, micro_batches, tiles):
+        yield Choice(strategy, world, micro_batch, checkpointing, *tiled)
 
 
 def _strategies(spec: TrainingRunSpec) -> tuple[Strategy, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from atelier_runtime.data.prepare import (
 )
 from atelier_runtime.data.scan import ClipRule, SoundRule
 from atelier_runtime.family import Family, Song
+from atelier_runtime.tiles import work_on_tiles
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +163,7 @@ def _encoding(run_file: RunFile, family: Family) -> Encoding:
         text_encoders=hashes.of(root, others, text),
         precision=run_file.spec.hyperparameters.precision,
         rate=rule.rate if isinstance(rule, SoundRule) else rule.fps if rule else None,
+        largest_whole=family.facts.passages.largest_whole if run_file.plan.tiled_encoding else None,
     )
     hashes.save()
     return encoding
@@ -229,10 +232,18 @@ def _jobs(keyed: Sequence[_Keyed], family: Family) -> _Jobs:
     return jobs
 
 
+def _load_encoders(run_file: RunFile, family: Family, dtype: torch.dtype, device: torch.device) -> Any:
+    """The stock pipeline without its denoisers, as the plan says on whole samples or on tiles."""
+    pipe = components.load_encoders(family, run_file.model_folder, dtype, device)
+    if run_file.plan.tiled_encoding:
+        work_on_tiles(pipe, family)
+    return pipe
+
+
 def _fill(run_file: RunFile, family: Family, team: _Team, work: _Work) -> dict[bytes, str]:
     """Builds what is missing. Gives the keys that turned out unusable, with the reason."""
     dtype = DTYPES[run_file.spec.hyperparameters.precision]
-    encoders = Encoders(partial(components.load_encoders, family, run_file.model_folder, dtype, team.ranks.device))
+    encoders = Encoders(partial(_load_encoders, run_file, family, dtype, team.ranks.device))
     builder = Builder(
         family,
         encoders,

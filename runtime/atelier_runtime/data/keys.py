@@ -24,7 +24,8 @@ SCHEMA_VERSION = 1
 class Encoding:
     """What all entries of a run share: the family, the identities of its encoders, the precision.
 
-    `rate` is that of clips in frames, and of sounds in samples per second.
+    `rate` is that of clips in frames, and of sounds in samples per second. `largest_whole` is the edge in pixels, or the length of a
+    sound, above which the autoencoder works on tiles, whose latents differ; None: never.
     """
 
     family: str
@@ -32,27 +33,34 @@ class Encoding:
     text_encoders: str
     precision: str
     rate: float | None
+    largest_whole: int | None = None
 
     def latent_key(self, content: str, placement: Placement) -> bytes:
         """Key of the latents of a file with the SHA-256 `content`, placed so. 32 bytes."""
         # A sound's latents are those of its own length, whatever else is in its bucket.
         frames = placement.length or placement.bucket.frames
-        return _digest(
-            "latents", self.family, self.autoencoder, self.precision, self.rate, content, placement.sizes, frames
-        )
+        encoder = (self.family, self.autoencoder, self.precision)
+        return _digest("latents", *encoder, self.rate, content, placement.sizes, frames, *self._tiles(placement))
 
     def reference_key(self, content: str, placement: Placement) -> bytes:
         """Key of the latents of a reference picture with the SHA-256 `content`, placed so. 32 bytes."""
-        return _digest("reference", self.family, self.autoencoder, self.precision, content, placement.sizes)
+        encoder = (self.family, self.autoencoder, self.precision)
+        return _digest("reference", *encoder, content, placement.sizes, *self._tiles(placement))
 
     def condition_key(self, content: str, placement: Placement, *, latents: bool) -> bytes:
         """Key of a conditioning picture with the SHA-256 `content`, placed so: of its pixels, or of its latents. 32 bytes."""
         encoder = (self.family, self.autoencoder, self.precision) if latents else ()
-        return _digest("condition", *encoder, content, placement.sizes)
+        tiles = self._tiles(placement) if latents else ()
+        return _digest("condition", *encoder, content, placement.sizes, *tiles)
 
     def text_key(self, caption: str, references: Iterable[str] = ()) -> bytes:
         """Key of the text features of a caption, and of the reference pictures (by SHA-256) that its encoder sees. 32 bytes."""
         return _digest("text", self.family, self.text_encoders, self.precision, caption, *references)
+
+    def _tiles(self, placement: Placement) -> tuple[str | int, ...]:
+        """What the latents of a sample placed so depend on beyond those of a whole one: nothing where it is in one piece."""
+        size = placement.length or max(placement.bucket.width, placement.bucket.height)
+        return () if self.largest_whole is None or size <= self.largest_whole else ("tiles", self.largest_whole)
 
     def song_key(self, song: Song) -> bytes:
         """Key of the text features of a sound: they depend on its lyrics and its length too. 32 bytes."""

@@ -33,6 +33,14 @@ def test_the_first_attempt_is_made_with_what_the_cluster_serves(
     assert [(event.type, event.reason) for event in decided.events] == [("Normal", "Starting")]
 
 
+def test_the_status_says_what_goes_through_the_autoencoder_in_tiles() -> None:
+    for tiling, tiled in (("auto", False), ("always", True)):
+        story = Story(model={"autoencoderTiling": tiling})
+        story.look()
+        assert story.status.plan is not None
+        assert (story.status.plan.tiled_encoding, story.status.plan.tiled_samples) == (tiled, tiled)
+
+
 def test_the_profiles_queue_is_that_of_runs_that_name_none() -> None:
     story = Story(kueue=True)
     story.profile = profile(defaultQueue="shared")

@@ -68,9 +68,14 @@ REFUSED: dict[str, tuple[TrainingRun, Machine, tuple[str, ...]]] = {
         ("spec.data.clip.frames 61",),
     ),
     "long sounds": (
-        run("ace_step", data__audio__maxSeconds=600, hyperparameters__globalBatchSize=8),
+        run(
+            "ace_step",
+            data__audio__maxSeconds=600,
+            hyperparameters__globalBatchSize=8,
+            model__autoencoderTiling="never",
+        ),
         gpu(16),
-        ("spec.data.audio.maxSeconds 150",),
+        ("spec.model.autoencoderTiling auto", "spec.data.audio.maxSeconds 150"),
     ),
     "samples beside the state": (
         run("wan", data__resolution=256, data__clip__frames=5, validation=PROMPTS),
@@ -90,7 +95,7 @@ REFUSED: dict[str, tuple[TrainingRun, Machine, tuple[str, ...]]] = {
     "several things at once": (
         run("flux", adapter=FULL, hyperparameters__ema={"decay": "0.99"}),
         gpu(12),
-        ("spec.adapter.type lora with spec.data.resolution",),
+        ("spec.model.quantization nf4 with spec.adapter.type lora",),
     ),
 }
 

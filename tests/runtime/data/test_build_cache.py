@@ -15,8 +15,11 @@ from atelier_api.run_file import RunFile
 from atelier_runtime import components
 from atelier_runtime.data import Dataset, build_dataset
 from atelier_runtime.data import build as build_module
+from atelier_runtime.data.buckets import Bucket, place
 from atelier_runtime.data.encode import Limits
+from atelier_runtime.data.image import fit, read_picture
 from atelier_runtime.family import Latents
+from atelier_runtime.tiles import work_on_tiles
 from tiny_data import (
     CountingFamily,
     OneRank,
@@ -192,6 +195,35 @@ def test_encoding_backs_off_to_one_sample_when_memory_runs_out(tmp_path: Path, c
     )
     assert family.pictures == 5
     assert len(all_samples(dataset)) == 5
+
+
+def test_latents_of_tiles_and_of_whole_pictures_are_cached_apart_and_are_those_of_either_way(
+    tmp_path: Path, checkpoint: Path, loads: list[Path]
+) -> None:
+    write_pictures(tmp_path / "pictures", [(640, 64), (40, 40)])
+    whole = training_run_file(
+        tmp_path, [tmp_path / "pictures"], checkpoint, data={"resolution": 192, "maxUpscale": 5, "bucketAlign": 16}
+    )
+    tiled = whole.model_copy(update={"plan": whole.plan.model_copy(update={"tiled_encoding": True})})
+    first, family = built(whole)
+    assert family.pictures == 2
+    second, family = built(tiled)
+    assert (family.pictures, family.captions) == (1, [])  # the small one is in one piece either way
+    assert second.hash != first.hash
+    left, right = all_samples(first), all_samples(second)
+    assert torch.equal(left["001.png"].latents, right["001.png"].latents)
+    pipe = components.load_encoders(family, checkpoint, torch.float32, torch.device("cpu"))
+    placement = place(640, 64, Bucket(608, 64))
+    pixels = fit(read_picture((tmp_path / "pictures/000.png").read_bytes()), placement)
+    for sample, on_tiles in ((left["000.png"], False), (right["000.png"], True)):
+        if on_tiles:
+            work_on_tiles(pipe, family)
+        with torch.no_grad():
+            expected = family.encode_pixels(pipe, pixels[None]).mean
+        torch.testing.assert_close(sample.latents, expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(left["000.png"].latents, right["000.png"].latents, atol=1e-3)
+    assert built(tiled)[1].pictures == built(whole)[1].pictures == 0
+    assert len(loads) == 3
 
 
 def test_encoders_are_freed_before_the_data_set_is_given_out(

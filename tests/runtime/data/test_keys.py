@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from atelier_runtime.data import keys as keys_module
-from atelier_runtime.data.buckets import Bucket, place, place_sound
+from atelier_runtime.data.buckets import Bucket, Placement, place, place_sound
 from atelier_runtime.data.keys import Encoding, FolderHashes, crop_draw, pipeline_flags, text_components
 from atelier_runtime.family import Song
 
@@ -31,6 +31,41 @@ def test_latent_keys_change_with_everything_the_latents_depend_on(other: bytes) 
     assert len(key) == len(other) == 32
     assert key == ENCODING.latent_key("c" * 64, PLACEMENT)
     assert key != other
+
+
+def latents_of(encoding: Encoding, placement: Placement) -> tuple[bytes, bytes, bytes]:
+    """Keys of all that the autoencoder makes of a file: as a target, a reference, and a condition."""
+    return (
+        encoding.latent_key("c" * 64, placement),
+        encoding.reference_key("c" * 64, placement),
+        encoding.condition_key("c" * 64, placement, latents=True),
+    )
+
+
+def test_latents_that_were_made_of_tiles_are_others_and_a_sample_in_one_piece_is_the_same() -> None:
+    tiles = replace(ENCODING, largest_whole=63)
+    for whole, tiled in zip(latents_of(ENCODING, PLACEMENT), latents_of(tiles, PLACEMENT), strict=True):
+        assert whole != tiled
+    assert latents_of(replace(tiles, largest_whole=62), PLACEMENT)[0] != latents_of(tiles, PLACEMENT)[0]
+    assert latents_of(replace(tiles, largest_whole=64), PLACEMENT) == latents_of(ENCODING, PLACEMENT)
+    shown = [each.condition_key("c" * 64, PLACEMENT, latents=False) for each in (ENCODING, tiles)]
+    assert shown[0] == shown[1]
+    assert tiles.text_key("a cat") == ENCODING.text_key("a cat")
+
+
+def test_a_sound_is_made_of_tiles_where_it_is_longer_than_one_whatever_its_bucket() -> None:
+    tiles = replace(ENCODING, largest_whole=205)
+    for samples, alike in ((205, True), (215, False)):
+        placement = place_sound(samples, 5, 400, 800)
+        assert (tiles.latent_key("c", placement) == ENCODING.latent_key("c", placement)) == alike
+
+
+def test_keys_of_whole_samples_are_what_they_were_before_there_were_tiles() -> None:
+    assert latents_of(ENCODING, PLACEMENT) == (
+        bytes.fromhex("5abb1f7ce6f9e59fdb90a0e12587a6575e4e3858bcd201e03f1f1a573cf9665e"),
+        bytes.fromhex("67969ef344536dcdd4db2e55e0378f99ed085eb2745642f658c2ea6ff5470f31"),
+        bytes.fromhex("32eea452c6e28b3e148d4a8678576576153d8b1cae5f486ff9cd295022266247"),
+    )
 
 
 def test_latent_keys_do_not_depend_on_the_text_encoders() -> None:
