@@ -59,4 +59,5 @@ FACTS = FamilyFacts(
     sample_rate=48_000,
     own_shift=True,
     negative_prompts=False,
+    unhurried="its network has a second embedder, of the way between two times, that its checkpoints use in another sense",
 )

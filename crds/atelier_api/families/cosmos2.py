@@ -45,4 +45,5 @@ FACTS = FamilyFacts(
     lora_component="transformer",
     kohya=False,
     quantization_doubt="trainers that offer it advise against it",
+    unhurried="its time enters beside its embedder as well, so that no second embedder could tell the end of a step",
 )

@@ -94,6 +94,7 @@ class FamilyFacts:
     and joins the base behind the blocks that it copies, so that no gradient goes through those.
     `vocabularies` are those of text encoders in which textual inversion can learn words: all that tell the denoiser of a caption's
     words, where the stock pipeline loads new ones; none: there is no textual inversion.
+    `unhurried` is why a flow family is not trained to draw in few steps, empty where it can be.
     """
 
     name: str
@@ -131,6 +132,7 @@ class FamilyFacts:
     uncontrolled: str = "none is built in for it"
     control_pixels: bool = False
     vocabularies: tuple[Vocabulary, ...] = ()
+    unhurried: str = ""
 
     def reference_resolution(self, resolution: int) -> int:
         """Edge in pixels of the square whose area references have in a run of `resolution`."""

@@ -43,4 +43,5 @@ FACTS = FamilyFacts(
     pipelines=("HunyuanVideo15Pipeline",),
     kohya=False,
     lora_component="transformer",
+    unhurried="its network embeds the time twice, once for the text, and a second embedder would reach only one of them",
 )

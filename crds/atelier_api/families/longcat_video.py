@@ -35,4 +35,5 @@ FACTS = FamilyFacts(
     library="atelier_runtime.networks",
     kohya=False,
     lora_component="dit",
+    unhurried="its network embeds a time for each frame",
 )

@@ -76,4 +76,5 @@ FACTS = FamilyFacts(
     temporal_factor=4,
     frame_rate=16.0,
     pipelines=("WanPipeline", "WanImageToVideoPipeline"),
+    unhurried="checkpoints of two experts have no network that knows all noise levels, from which one step starts",
 )

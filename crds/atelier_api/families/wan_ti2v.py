@@ -32,4 +32,5 @@ FACTS = FamilyFacts(
     temporal_factor=4,
     frame_rate=24.0,
     pipelines=("WanPipeline", "WanImageToVideoPipeline"),
+    unhurried="frames that are shown have a time of their own",
 )
