@@ -12,14 +12,16 @@ Families know nothing of it but where E is (`Family.time_embedder`): E is hooked
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -28,6 +30,9 @@ from atelier_runtime.family import TimeEmbedder
 
 CHILD = "few_steps"
 """Name of the module on its denoiser, and so what the names of its parameters begin with."""
+
+HEADER = "atelier.twin_flow."
+"""Begins the names of what a file's header says of the embedder."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class FewSteps(nn.Module):
         self.waves = copy.deepcopy(denoiser.get_submodule(where.waves)) if where.waves else nn.Identity()
         config: Any = denoiser.config
         self._where = where
-        self._scale = where.scale * (config[where.scale_field] if where.scale_field else 1.0)
+        self._scale = scale_of(where, config)
         first = next(self.embedder.parameters())
         with torch.no_grad():
             width = self.embedder(self._entering(torch.ones(1, device=first.device)).to(first.dtype)).shape[-1]
@@ -142,12 +147,7 @@ def few_step_sampling(pipe: Any, denoiser: nn.Module) -> Iterator[None]:
     steps, given = few_steps_of(denoiser), pipe.scheduler
     pipe.scheduler = EvenSteps.from_config(given.config)
 
-    def tell(*_: Any) -> None:
-        times = pipe.scheduler.step_times
-        device = steps.negative.device
-        steps._times = Times(times.start.to(device), times.end.to(device), times.negative.to(device))
-
-    handle = denoiser.register_forward_pre_hook(tell)
+    handle = denoiser.register_forward_pre_hook(partial(_tell_next, steps, pipe))
     try:
         yield
     finally:
@@ -155,10 +155,46 @@ def few_step_sampling(pipe: Any, denoiser: nn.Module) -> Iterator[None]:
         steps._times, pipe.scheduler = None, given
 
 
-def load_few_steps(denoiser: nn.Module, where: TimeEmbedder, path: str | Path) -> None:
-    """Put what a run has exported beside its adapter on a denoiser, whose adapter may be on already."""
-    steps = FewSteps(denoiser, where)
-    first = next(denoiser.parameters())
+def few_step_pipeline(pipe: Any, path: str | Path) -> Any:
+    """The stock pipeline, made to draw in few even steps by the file that a run has exported beside its adapter.
+
+    To be called before the adapter is loaded, as that may change the embedder which is copied. Guidance has to be off. Gives `pipe`
+    back.
+    """
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    denoiser = getattr(pipe, header["atelier.component"])
+    where = TimeEmbedder(
+        header[f"{HEADER}module"],
+        header[f"{HEADER}waves"],
+        scale=float(header[f"{HEADER}scale"]),
+        reversed=header[f"{HEADER}reversed"] == "true",
+    )
+    steps, first = FewSteps(denoiser, where), next(denoiser.parameters())
     steps.load_state_dict(load_file(path))
-    steps.put_on(denoiser, torch.float32)
+    steps.put_on(denoiser, first.dtype)
     steps.to(first.device).requires_grad_(False)
+    pipe.scheduler = EvenSteps.from_config(pipe.scheduler.config)
+    denoiser.register_forward_pre_hook(partial(_tell_next, steps, pipe))
+    return pipe
+
+
+def header_of(where: TimeEmbedder, config: Mapping[str, Any]) -> dict[str, str]:
+    """What a file says of the embedder of a denoiser with this config."""
+    return {
+        f"{HEADER}module": where.module,
+        f"{HEADER}waves": where.waves,
+        f"{HEADER}scale": repr(float(scale_of(where, config))),
+        f"{HEADER}reversed": "true" if where.reversed else "false",
+    }
+
+
+def scale_of(where: TimeEmbedder, config: Mapping[str, Any]) -> float:
+    """What sigma is multiplied by on its way into the embedder of a denoiser with this config."""
+    return where.scale * (float(config[where.scale_field]) if where.scale_field else 1.0)
+
+
+def _tell_next(steps: FewSteps, pipe: Any, *_: Any) -> None:
+    """Leave the step that the pipeline's scheduler comes to next."""
+    times, device = pipe.scheduler.step_times, steps.negative.device
+    steps._times = Times(times.start.to(device), times.end.to(device), times.negative.to(device))
