@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from atelier_runtime.family import Conditions, Family
-from atelier_runtime.techniques import Technique
 
 
 class RunNetwork:
@@ -24,33 +23,33 @@ class RunNetwork:
     def __init__(
         self,
         family: Family,
-        techniques: Sequence[Technique],
+        watching: Sequence[Callable[[], AbstractContextManager[None]]],
         *,
         bf16: bool,
         device: torch.device,
         averaged: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """`averaged` gives a context in which the weights are their moving average."""
+        """`watching` give contexts for the pass that trains, `averaged` one in which the weights are their moving average."""
         self._family = family
-        self._techniques = techniques
+        self._watching = watching
         self._autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else None
         self._cuda = device if device.type == "cuda" else None
         self.averaged = averaged
 
     def predict(self, noisy: Tensor, time: Tensor) -> Tensor:
-        """The prediction that is trained: gradients go through it, and techniques look at it."""
-        if self._autocast is None and not self._techniques:
+        """The prediction that is trained: gradients go through it, and techniques watch it."""
+        if self._autocast is None and not self._watching:
             return self._family.predict(self.denoiser, noisy, time, self.conditions)
         with ExitStack() as stack:
-            for technique in self._techniques:
-                stack.enter_context(technique.watching())
+            for watching in self._watching:
+                stack.enter_context(watching())
             if self._autocast is not None:
                 stack.enter_context(self._autocast)
             return self._family.predict(self.denoiser, noisy, time, self.conditions)
 
     @torch.no_grad()
     def look(self, noisy: Tensor, time: Tensor, conditions: Conditions | None = None) -> Tensor:
-        """A prediction without gradient that no technique sees, fp32; of the micro-batch's own conditions unless told."""
+        """A prediction without gradient that no technique watches, fp32; of the micro-batch's own conditions unless told."""
         with ExitStack() as stack:
             if self._autocast is not None:
                 stack.enter_context(self._autocast)

@@ -114,7 +114,11 @@ class Trainer:
         device = parts.distributed.device
         bf16 = parts.run_file.spec.hyperparameters.precision == "bf16"
         self._network = RunNetwork(
-            parts.family, parts.techniques, bf16=bf16, device=device, averaged=parts.state.averaged
+            parts.family,
+            [technique.watching for technique in parts.techniques],
+            bf16=bf16,
+            device=device,
+            averaged=parts.state.averaged,
         )
         self._shared = {name: tensor.to(device) for name, tensor in parts.dataset.shared.items()}
         # Data-parallel gradients are averaged over the ranks, and the loss is a sum over them.
@@ -236,7 +240,8 @@ class Trainer:
         )
         network, mask = self._network, parts.family.loss_mask(clean, conditions)
         network.denoiser, network.conditions = denoiser, conditions
-        network.contrast = replace(conditions, text=self._on_device(batch.contrast)) if batch.contrast else None
+        if batch.contrast:
+            network.contrast = replace(conditions, text=self._text(replace(batch, text=batch.contrast)))
         losses = [parts.objective.losses(network, prepared, mask)]
         seen, weights = Pass(clean, conditions, mask), batch.weights.to(device)
         losses += [technique.loss(seen) for technique in parts.techniques]
@@ -246,11 +251,8 @@ class Trainer:
         """Features of the captions on the device: from the cache, or where the adapter trains what reads them made now."""
         if self._parts.denoisers.encode is not None:
             return self._parts.denoisers.encode(batch.captions)
-        return self._on_device(batch.text)
-
-    def _on_device(self, text: Sequence[Features]) -> Features:
         device = self._parts.distributed.device
-        collated = self._parts.family.collate_text(text)
+        collated = self._parts.family.collate_text(batch.text)
         return {key: value.to(device, non_blocking=True) for key, value in collated.items()}
 
     def _pick_stage(self, batch: StepBatch) -> Stage:

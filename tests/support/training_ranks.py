@@ -186,7 +186,7 @@ class Training:
         self._techniques = build_techniques(made.spec.techniques, self.family, self.denoisers.models)
         self._network = RunNetwork(
             self.family,
-            self._techniques,
+            [technique.watching for technique in self._techniques],
             bf16=case.precision == "bf16",
             device=distributed.device,
             averaged=self.state.averaged,

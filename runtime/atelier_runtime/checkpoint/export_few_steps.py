@@ -22,7 +22,8 @@ LAYOUT = "few-steps"
 
 def parted(weights: Mapping[str, State]) -> tuple[dict[str, State], dict[str, State]]:
     """The weights by component, and apart from them those that tell of steps by their names in the file, where there are any."""
-    adapters, steps = {}, {}
+    adapters: dict[str, State] = {}
+    steps: dict[str, State] = {}
     for component, state in weights.items():
         adapters[component] = {name: tensor for name, tensor in state.items() if not name.startswith(f"{CHILD}.")}
         if len(adapters[component]) < len(state):

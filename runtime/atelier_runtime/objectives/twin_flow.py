@@ -75,12 +75,12 @@ class TwinFlowObjective(FlowObjective):
         k, roles = self.shift.factor(tokens), 4 if self.twin.adversarial else 3
         rows, noises, others = [], [], []
         for generator in generators:
-            role = int(_uniform(generator) * roles)
+            kind = int(_uniform(generator) * roles)
             s, part = draw_sigma(self.density, k, stage, generator), _uniform(generator)
             noises.append(draw_noise(clean.shape[1:], generator))
-            level = 1 - _uniform(generator)  # (0, 1]
+            height = 1 - _uniform(generator)  # (0, 1]
             others.append(draw_noise(clean.shape[1:], generator))
-            rows.append((role, *_step(role, s, part, level), level))
+            rows.append((kind, *_step(kind, s, part, height), height))
         drawn = to_device(torch.tensor(rows, dtype=torch.float32), clean.device)
         role, start, end, level = drawn.unbind(1)
         noise, fresh = (to_device(torch.stack(each), clean.device) for each in (noises, others))
