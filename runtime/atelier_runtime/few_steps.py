@@ -13,7 +13,7 @@ Families know nothing of it but where E is (`Family.time_embedder`): E is hooked
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,8 @@ class FewSteps(nn.Module):
         self._scale = scale_of(where, config)
         first = next(self.embedder.parameters())
         with torch.no_grad():
-            width = self.embedder(self._entering(torch.ones(1, device=first.device)).to(first.dtype)).shape[-1]
+            entering = self._entering(torch.ones(1, device=first.device))
+            width = self.embedder(entering.to(first.dtype) if where.waves else entering).shape[-1]
         self.negative = Parameter(torch.zeros(width, device=first.device))
         self._times: Times | None = None
         self._seen = 0
@@ -92,8 +93,12 @@ class FewSteps(nn.Module):
         rows = slice(self._seen, self._seen + len(output)) if len(times.start) > 1 else slice(None)
         self._seen += len(output)
         start, end, negative = times.start[rows], times.end[rows], times.negative[rows]
-        entering = self._entering(end).to(next(self.embedder.parameters()).dtype)
-        added = (start - end).unsqueeze(1) * self.embedder(entering) + negative.float().unsqueeze(1) * self.negative
+        dtype = self.negative.dtype
+        # Where it alone trains in bf16, what goes into its layers is not cast by anyone else.
+        casting = torch.autocast(output.device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+        with casting:
+            second = self.embedder(self._entering(end).to(dtype) if self._where.waves else self._entering(end))
+        added = (start - end).unsqueeze(1) * second + negative.float().unsqueeze(1) * self.negative
         return output + added.to(output.dtype)
 
     def _entering(self, sigma: Tensor) -> Tensor:
@@ -170,10 +175,10 @@ def few_step_pipeline(pipe: Any, path: str | Path) -> Any:
         scale=float(header[f"{HEADER}scale"]),
         reversed=header[f"{HEADER}reversed"] == "true",
     )
-    steps, first = FewSteps(denoiser, where), next(denoiser.parameters())
+    steps = FewSteps(denoiser, where)
     steps.load_state_dict(load_file(path))
-    steps.put_on(denoiser, first.dtype)
-    steps.to(first.device).requires_grad_(False)
+    steps.put_on(denoiser, next(steps.embedder.parameters()).dtype)
+    steps.requires_grad_(False)
     pipe.scheduler = EvenSteps.from_config(pipe.scheduler.config)
     denoiser.register_forward_pre_hook(partial(_tell_next, steps, pipe))
     return pipe
