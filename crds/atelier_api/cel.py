@@ -8,6 +8,7 @@ target is a regular expression, and that `a/` and `a` are one folder. What famil
 from collections.abc import Iterator
 
 from atelier_api.cel_families import family_rules
+from atelier_api.cel_few_steps import few_step_rules
 from atelier_api.cel_rule import CelRule, folder_or_s3, literal, matches
 from atelier_api.cel_techniques import technique_rules
 from atelier_api.families import FAMILIES
@@ -29,7 +30,8 @@ MICRO = "(has(self.hyperparameters.microBatchSize) ? self.hyperparameters.microB
 
 def spec_rules() -> list[CelRule]:
     """All rules between the fields of a spec."""
-    return [*_plain_rules(), *_location_rules(), *family_rules(), *technique_rules(), *_option_rules()]
+    between = (_plain_rules, _location_rules, family_rules, technique_rules, few_step_rules, _option_rules)
+    return [rule for rules in between for rule in rules()]
 
 
 def profile_rules() -> list[CelRule]:

@@ -63,6 +63,13 @@ ONLY = (
         ("flow",),
         or_with="objective.diff2Flow",
     ),
+    Only(("objective.twinFlow",), "family.objective", ("flow",)),
+    Only(
+        # A control network and new words leave the denoiser as it is, in steps and all.
+        ("objective.twinFlow",),
+        "adapter.type",
+        tuple(kind for kind in LAYOUTS if kind not in ("controlnet", "textual-inversion")),
+    ),
     Only(("data.clip.frames", "data.clip.fps", "validation.frames"), "family.modality", ("video",)),
     Only(
         ("data.audio.maxSeconds", "data.audio.minSeconds", "data.audio.bucketSeconds", "validation.seconds"),

@@ -36,7 +36,7 @@ class CheckpointReport(Block):
 class ArtifactReport(Block):
     """A published file."""
 
-    format: str = Field(description="Layout: `diffusers`, `kohya` or `lycoris`.")
+    format: str = Field(description="Layout: `diffusers`, `kohya`, `lycoris` or `few-steps`.")
     key: str = Field(description="Its key in the store, below the run's folder.")
     size_bytes: int
     sha256: str

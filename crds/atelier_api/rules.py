@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from atelier_api.families import FAMILIES, FamilyFacts
 from atelier_api.family_rules import FAMILY_RULES
+from atelier_api.few_steps import few_step_family_rules, few_step_rules
 from atelier_api.layouts import LAYOUTS, written
 from atelier_api.options import unused
 from atelier_api.problem import Problem, choice, refused, shown
@@ -48,7 +49,7 @@ def broken(run: TrainingRun) -> list[Problem]:
         found.extend(rule(spec))
     facts = FAMILIES.get(spec.model.family)
     if facts is not None:
-        for family_rule in (*FAMILY_RULES, *TECHNIQUE_FAMILY_RULES):
+        for family_rule in (*FAMILY_RULES, *TECHNIQUE_FAMILY_RULES, few_step_family_rules):
             found.extend(family_rule(spec, facts))
     found.extend(unused(spec, facts))
     return found
@@ -339,5 +340,6 @@ RULES: tuple[Callable[[TrainingRunSpec], Iterator[Problem]], ...] = (
     _deepspeed,
     _conditioning,
     slider_rules,
+    few_step_rules,
     _publish,
 )

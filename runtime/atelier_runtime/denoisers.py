@@ -15,6 +15,7 @@ from atelier_runtime import adapters, components, parallel
 from atelier_runtime.checkpoint.export import check_formats
 from atelier_runtime.control import CONTROL_NETWORK, Controlled
 from atelier_runtime.family import Family, Stage
+from atelier_runtime.few_steps import FewSteps
 from atelier_runtime.parallel import Distributed
 from atelier_runtime.quantization import quantize
 
@@ -56,8 +57,11 @@ class Denoisers:
             _quantize(model, run_file, family, distributed)
             if adapter.type == "lora":
                 check_formats(run_file, family, adapters.resolve_targets(model, adapter.targets, family))
+            few_steps = _few_steps(model, run_file, family)
             torch.manual_seed(hyperparameters.seed)
             report = adapters.install(model, adapter, family, dtype=trained_dtype, load_encoders=load_encoders)
+            if few_steps is not None:
+                few_steps.put_on(model, trained_dtype)
             _log_installed(name, report)
             if report.draw is not None:
                 draws[name] = report.draw
@@ -113,6 +117,14 @@ def _quantize(model: nn.Module, run_file: RunFile, family: Family, distributed: 
     if run_file.spec.model.quantization is not None:
         home = _home(run_file, distributed)
         quantize(model, run_file.spec.model.quantization, family, distributed.device, home=home)
+
+
+def _few_steps(model: nn.Module, run_file: RunFile, family: Family) -> FewSteps | None:
+    """What tells the model of the end of a step, where the run trains that."""
+    if run_file.spec.objective.twin_flow is None:
+        return None
+    assert family.time_embedder is not None  # a family without is refused
+    return FewSteps(model, family.time_embedder)
 
 
 def _log_installed(name: str, report: adapters.AdapterReport) -> None:

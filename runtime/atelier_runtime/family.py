@@ -60,6 +60,21 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class TimeEmbedder:
+    """Where a denoiser makes one vector of its time, for all tokens alike and in one call for each pass or sample.
+
+    `module` is the dotted path of what makes it. What goes in is sigma (`reversed`: 1 - sigma) times `scale` and times the number in
+    the config's `scale_field`, by way of the waves that the module at the path `waves` makes of it; empty: as it is.
+    """
+
+    module: str
+    waves: str = ""
+    scale: float = 1.0
+    scale_field: str = ""
+    reversed: bool = False
+
+
+@dataclass(frozen=True)
 class Stage:
     """A range of sigma that one denoiser is responsible for. Most families have one over (0, 1]."""
 
@@ -161,6 +176,8 @@ class Family(ABC):
     lora_layout: ClassVar[LoraLayout | None] = None
     """Names of the layers in LoRA files of ComfyUI and kohya's scripts; None where they have none."""
     blocks: ClassVar[tuple[Blocks, ...]]
+    time_embedder: ClassVar[TimeEmbedder | None] = None
+    """How its denoiser learns of the time; None where it cannot be told the end of a step as well, for the reason in the facts."""
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
     """Regular expressions over parameter names that no gradient reaches: frozen in full-rank training."""
     unquantized: ClassVar[tuple[str, ...]] = ()

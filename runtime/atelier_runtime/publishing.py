@@ -14,6 +14,7 @@ from PIL import Image
 from atelier_api.errors import RunError
 from atelier_api.progress import ArtifactReport
 from atelier_runtime.checkpoint.export import export_lora, export_models
+from atelier_runtime.checkpoint.export_few_steps import export_few_steps, parted
 from atelier_runtime.checkpoint.export_lycoris import export_lycoris
 from atelier_runtime.checkpoint.export_tokens import export_tokens
 from atelier_runtime.checkpoint.exported_file import ExportedFile, Provenance
@@ -57,7 +58,9 @@ def publish(parts: Parts, store: Store) -> list[PublishedFile]:
     folder = Path(parts.run_file.scratch) / "exports"
     provenance = Provenance(step=parts.state.step, date=datetime.now(UTC))
     export = _EXPORTS.get(parts.run_file.spec.adapter.type, export_lycoris)
-    files = export(weights, parts.run_file, parts.family, folder, provenance=provenance)
+    adapters, steps = parted(weights)
+    files = export(adapters, parts.run_file, parts.family, folder, provenance=provenance)
+    files += export_few_steps(steps, parts.run_file, parts.family, folder, provenance=provenance)
     return [_store(store, folder, file) for file in files]
 
 

@@ -3,7 +3,9 @@
 import io
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from atelier_runtime import components
 from atelier_runtime.adapters import at_strength, show_tokens
 from atelier_runtime.data.sound import write_sound
 from atelier_runtime.family import Family, SampleRequest
+from atelier_runtime.few_steps import few_step_sampling
 from atelier_runtime.parallel import Distributed, shards_weights
 from atelier_runtime.prompt_pictures import PromptPictures, prompt_pictures
 from atelier_runtime.store import Store
@@ -107,7 +110,7 @@ def _sampler(checkpoints: Any, objective: Objective) -> Any:
 
 
 def _draw(pipe: Any, family: Family, run_file: RunFile, index: int, given: PromptPictures) -> bytes:
-    validation, data = run_file.spec.validation, run_file.spec.data
+    validation, data, twin = run_file.spec.validation, run_file.spec.data, run_file.spec.objective.twin_flow
     prompt = validation.prompts[index]
     request = SampleRequest(
         prompt=prompt.text,
@@ -115,8 +118,8 @@ def _draw(pipe: Any, family: Family, run_file: RunFile, index: int, given: Promp
         width=validation.width or data.resolution,
         height=validation.height or data.resolution,
         frames=validation.frames or data.clip.frames,
-        steps=validation.steps,
-        guidance=validation.guidance,
+        steps=validation.steps if twin is None else twin.sample_steps,
+        guidance=validation.guidance if twin is None else family.facts.guidance_above,
         generator=torch.Generator("cpu").manual_seed(
             prompt.seed
         ),  # a CPU generator gives the same picture on any device
@@ -128,10 +131,15 @@ def _draw(pipe: Any, family: Family, run_file: RunFile, index: int, given: Promp
         condition=given.condition,
         condition_scale=1.0 if prompt.conditioning_scale is None else prompt.conditioning_scale,
     )
+    denoiser = getattr(pipe, family.denoisers[0])
+    sampling = nullcontext if twin is None else partial(few_step_sampling, pipe, denoiser)
+    arguments = family.sampling_arguments(pipe, request)  # some ask what the checkpoint's own scheduler is
     if family.facts.modality == "audio":
-        [waveform] = pipe(**family.sampling_arguments(pipe, request), output_type="pt")[0]
+        with sampling():
+            [waveform] = pipe(**arguments, output_type="pt")[0]
         return write_sound(waveform, components.sample_rate(family, run_file.model_folder))
-    output = pipe(**family.sampling_arguments(pipe, request), output_type="pil")
+    with sampling():
+        output = pipe(**arguments, output_type="pil")
     if family.facts.modality == "video":
         return _animated(output.frames[0], family.facts.frame_rate or 16.0)
     return _still(output[0][0])  # the first field: most pipelines call it `images`, some `image`

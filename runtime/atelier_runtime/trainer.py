@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from atelier_runtime.observe.metrics import TrainMetrics
 from atelier_runtime.optimizers import Ema, build_optimizer, learning_rate_at
 from atelier_runtime.parallel import Distributed
 from atelier_runtime.reporter import Reporter
+from atelier_runtime.run_network import RunNetwork
 from atelier_runtime.step_agreement import StepAgreement, StepFacts
 from atelier_runtime.techniques import Pass, Technique
 from atelier_runtime.train_state import State, TrainState
@@ -111,6 +112,14 @@ class Trainer:
         self._names: dict[int, Sequence[str]] = {}
         self._spare_generators: list[torch.Generator] = []
         device = parts.distributed.device
+        bf16 = parts.run_file.spec.hyperparameters.precision == "bf16"
+        self._network = RunNetwork(
+            parts.family,
+            [technique.watching for technique in parts.techniques],
+            bf16=bf16,
+            device=device,
+            averaged=parts.state.averaged,
+        )
         self._shared = {name: tensor.to(device) for name, tensor in parts.dataset.shared.items()}
         # Data-parallel gradients are averaged over the ranks, and the loss is a sum over them.
         self._ranks = torch.tensor(float(parts.distributed.world_size), device=parts.distributed.device)
@@ -229,16 +238,12 @@ class Trainer:
             shared=self._shared,
             control=control,
         )
-        precision = parts.run_file.spec.hyperparameters.precision
-        with ExitStack() as stack:
-            for technique in parts.techniques:
-                stack.enter_context(technique.watching())
-            if precision == "bf16":
-                stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-            prediction = parts.family.predict(denoiser, prepared.noisy, prepared.time, conditions)
-        mask = parts.family.loss_mask(clean, conditions)
+        network, mask = self._network, parts.family.loss_mask(clean, conditions)
+        network.denoiser, network.conditions = denoiser, conditions
+        if batch.contrast:
+            network.contrast = replace(conditions, text=self._text(replace(batch, text=batch.contrast)))
+        losses = [parts.objective.losses(network, prepared, mask)]
         seen, weights = Pass(clean, conditions, mask), batch.weights.to(device)
-        losses = [parts.objective.loss(prediction, prepared, mask)]
         losses += [technique.loss(seen) for technique in parts.techniques]
         return [(loss * weights).sum() for loss in losses]
 

@@ -32,6 +32,9 @@ def usage(run_file: RunFile, family: Family, keys: Sequence[str]) -> str:
     if tools:
         lines.append(f"from diffusers.utils import {', '.join(sorted(tools))}")
     lines.append("")
+    twin = run_file.spec.objective.twin_flow
+    if twin is not None:
+        inputs += [f"num_inference_steps={twin.sample_steps}", f"guidance_scale={family.facts.guidance_above:g}"]
     return "\n".join([*lines, *_loading(run_file, family, pipeline, keys), *_drawing(family, inputs)])
 
 
@@ -44,6 +47,8 @@ def _imports(names: Sequence[str]) -> list[str]:
 
 def _loading(run_file: RunFile, family: Family, pipeline: str, keys: Sequence[str]) -> Iterator[str]:
     base, adapter = base_arguments(run_file.spec.model, run_file.model_folder), run_file.spec.adapter.type
+    steps = [key for key in keys if key.startswith("exports/few_steps/")]
+    keys = [key for key in keys if key not in steps]
     if adapter == "full":
         for component in sorted({key.split("/")[2] for key in keys}):
             yield f'# replace the pipeline\'s {component} by the folder "exports/diffusers/{component}" (from_pretrained)'
@@ -52,6 +57,9 @@ def _loading(run_file: RunFile, family: Family, pipeline: str, keys: Sequence[st
         yield f'network = {control.network}.from_pretrained("exports/diffusers/{CONTROL_NETWORK}")'
     yield f"pipe = {pipeline}.from_pretrained({base}{f', {CONTROL_NETWORK}=network' if control else ''})"
     yield from sampler_loading(run_file.spec.objective)
+    for key in steps:
+        yield "from atelier_runtime.few_steps import few_step_pipeline"
+        yield f'pipe = few_step_pipeline(pipe, "{key}")'
     if adapter == "lora":
         for key in (key for key in keys if key.startswith("exports/diffusers/")):
             folder, name = key.rsplit("/", 1)

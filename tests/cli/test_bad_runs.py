@@ -44,6 +44,18 @@ BAD: dict[str, tuple[str, str, int, str]] = {
         64,
         "spec.model.family is flux, but the checkpoint in ",
     ),
+    "few steps without a teacher": (
+        "adapter: {type: lora, rank: 8}",
+        "adapter: {type: lora, rank: 8}\n  objective: {twinFlow: {}}",
+        64,
+        "spec.hyperparameters.ema is empty; spec.objective.twinFlow needs it",
+    ),
+    "few steps of a network that embeds its time twice": (
+        "{family: sd3, source: base}",
+        "{family: omnigen, source: base}\n  objective: {twinFlow: {}}",
+        64,
+        "run.yaml:6: spec.objective.twinFlow is a mapping; not for omnigen: its network embeds the time twice",
+    ),
     "rank 0": ("rank: 8", "rank: 0", 64, "run.yaml:6: spec.adapter.rank is 0; must be 1–1024"),
     "48 frames": (
         "{family: sd3, source: base}",

@@ -181,3 +181,10 @@ def test_only_video_families_have_a_rule_for_frames(facts: FamilyFacts) -> None:
     assert facts.modality == "audio" or facts.pixel_multiple % facts.latent_factor == 0
     if facts.frame_rule is not None:
         assert facts.frame_rule == (facts.temporal_factor, 1)
+
+
+def test_a_family_has_a_time_embedder_or_says_why_not() -> None:
+    for name, family in FAMILIES.items():
+        flow = family.facts.objective == "flow"
+        assert (family.time_embedder is not None) == (flow and not family.facts.unhurried), name
+        assert not family.facts.unhurried or flow, name

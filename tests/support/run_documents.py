@@ -228,6 +228,8 @@ def _mend(sound: Document, path: str) -> None:
         spec["adapter"]["tokens"] = [{"token": "<fox>", "initializer": "fox"}]
     elif path.startswith("spec.techniques.layerSync"):
         spec["techniques"].pop("layerSync", None)
+    elif path == "spec.hyperparameters.ema" or path.startswith("spec.objective.twinFlow"):
+        spec["objective"].pop("twinFlow", None)
     elif path == "spec.publish.formats":
         spec.setdefault("publish", {})["formats"] = [LAYOUTS[spec.get("adapter", {}).get("type", "lora")][0]]
     elif path == "spec.hyperparameters.precision":

@@ -110,13 +110,13 @@ def slow_down(checkpoint: Path, rate: int) -> Path:
 def training_run_file(
     folder: Path, sources: list[Path], model_folder: Path, family: str = "sd3", **spec: Any
 ) -> RunFile:
-    """A run over these sources in fp32, with its cache below `folder`. `spec` has the blocks `data`, `hyperparameters`, `adapter`."""
+    """A run over these sources in fp32, with its cache below `folder`. `spec` has the blocks `data`, `hyperparameters` and others."""
     size = {} if FAMILIES[family].modality == "audio" else {"resolution": 32}
     data = {"sources": [{"uri": str(source)} for source in sources], **size, **spec.get("data", {})}
     hyperparameters = {"steps": 4, "precision": "fp32", **spec.get("hyperparameters", {})}
     model = {"family": family, "source": str(model_folder)}
-    adapter = {"adapter": spec["adapter"]} if "adapter" in spec else {}
-    resolved = run_file(folder, model=model, data=data, hyperparameters=hyperparameters, **adapter)
+    others = {name: block for name, block in spec.items() if name not in ("data", "hyperparameters")}
+    resolved = run_file(folder, model=model, data=data, hyperparameters=hyperparameters, **others)
     return resolved.model_copy(update={"model_folder": str(model_folder)})
 
 

@@ -3,8 +3,7 @@
 import gc
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from atelier_runtime.denoisers import Denoisers, gathered_weights
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Conditions, Family, Features, Stage
 from atelier_runtime.parallel.wrap import blocks_of
+from atelier_runtime.run_network import RunNetwork
 from atelier_runtime.techniques import Pass, build_techniques
 from atelier_runtime.trainer import ADAPTER_SLOT, build_run_objective, build_state, sample_generator
 from control_cases import conditions_of
@@ -90,7 +90,7 @@ class Samples:
 class Case:
     """One way to train. `tiny` is a pipeline of `family_models`, and `folder` holds its checkpoint; `weight` multiplies gradients.
 
-    `layer_sync` are LayerSync's student and teacher.
+    `layer_sync` are LayerSync's student and teacher. `few_steps`: a few-step generator, by TwinFlow.
     """
 
     tiny: str
@@ -104,6 +104,7 @@ class Case:
     quantization: Quantization | None = None
     weight: float = 1.0
     layer_sync: tuple[int, int] | None = None
+    few_steps: bool = False
     steps: int = STEPS
     strengths: tuple[float, ...] = (1.0,)
     """Of the adapter, in turns: those of a slider's steps."""
@@ -115,6 +116,7 @@ class Case:
         base += " slider" if len(self.strengths) > 1 else ""
         weight = "" if self.weight == 1 else f" times {self.weight:g}"
         sync = " layersync" if self.layer_sync else ""
+        sync += " twinflow" if self.few_steps else ""
         words = (self.tiny, self.adapter, self.precision, self.optimizer, recompute, f"x{self.accumulation}")
         return " ".join(words) + base + weight + sync
 
@@ -182,6 +184,13 @@ class Training:
         self.state = build_state(self.denoisers, hyperparameters, self.plan, distributed)
         self._objective = build_run_objective(made, self.family)
         self._techniques = build_techniques(made.spec.techniques, self.family, self.denoisers.models)
+        self._network = RunNetwork(
+            self.family,
+            [technique.watching for technique in self._techniques],
+            bf16=case.precision == "bf16",
+            device=distributed.device,
+            averaged=self.state.averaged,
+        )
 
     def step(self) -> tuple[float, float]:
         """One optimizer step, of the stages in turn. Gives the global mean of the loss, and the gradient's norm."""
@@ -234,12 +243,12 @@ class Training:
         latents = self.case.samples.latents[list(slots)]
         prepared = self._objective.prepare(latents, generators, stage=stage, tokens=16)
         conditions = self._conditions(slots)
-        with ExitStack() as stack:
-            for technique in self._techniques:
-                stack.enter_context(technique.watching())
-            prediction = self._predict(denoiser, prepared.noisy, prepared.time, conditions)
-        mask = self.family.loss_mask(prediction, conditions)
-        losses = self._objective.loss(prediction, prepared, mask)
+        network, mask = self._network, self.family.loss_mask(latents, conditions)
+        network.denoiser, network.conditions = denoiser, conditions
+        if self.case.few_steps:
+            empty = self.case.samples.text[self.case.samples.captions.index("")]
+            network.contrast = replace(conditions, text=self.family.collate_text([empty] * len(slots)))
+        losses = self._objective.losses(network, prepared, mask)
         return sum((each.loss(Pass(latents, conditions, mask)) for each in self._techniques), losses)
 
     def _conditions(self, slots: range) -> Conditions:
@@ -298,6 +307,8 @@ def _run_file(case: Case, plan: ExecutionPlan, rank: int) -> RunFile:
         hyperparameters=hyperparameters,
         publish={"formats": ["diffusers"]},
         techniques=_techniques(case),
+        # The smaller delta is, the more a target hangs on the last digits of a prediction.
+        objective={"twinFlow": {"delta": "0.2"}} if case.few_steps else {},
     )
     return made.model_copy(update={"plan": plan})
 

@@ -34,6 +34,7 @@ CELLS = {
     "zero3": "Two processes under DeepSpeed's ZeRO-3 train the weights that one trains, LoRA and full-rank.",
     "controlnet": "A control network changes nothing at its start, trains alone, and is what the stock pipeline samples with.",
     "layersync": "LayerSync compares tokens of what is drawn alone, and no gradient of it goes behind its student.",
+    "twinflow": "A few-step generator is the base at its start, and is told the end of a step as the network is told its time.",
     "sizes": "Parameters, layers and widths of the published configs are those that the planner counts with.",
 }
 """What the tests of each cell show."""

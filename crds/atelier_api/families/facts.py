@@ -126,6 +126,7 @@ class FamilyFacts:
     `vocabularies` are those of text encoders in which textual inversion can learn words: all that tell the denoiser of a caption's
     words, where the stock pipeline loads new ones; none: there is no textual inversion.
     `passages` are those of samples through the autoencoder; where nothing is said, of diffusers' `AutoencoderKL`.
+    `unhurried` is why a flow family is not trained to draw in few steps, empty where it can be.
     """
 
     name: str
@@ -164,6 +165,7 @@ class FamilyFacts:
     control_pixels: bool = False
     vocabularies: tuple[Vocabulary, ...] = ()
     passages: Passages = Passages(Passage(768), Passage(768))
+    unhurried: str = ""
 
     def reference_resolution(self, resolution: int) -> int:
         """Edge in pixels of the square whose area references have in a run of `resolution`."""

@@ -55,6 +55,41 @@ class Diff2Flow(Block):
     )
 
 
+class TwinFlow(Block):
+    """A few-step generator out of a flow model, without another network as its teacher or its critic (arXiv:2512.05150).
+
+    The network learns F(x, s, r), the average velocity on the way from noise level s down to r; at r = s that is the velocity of the
+    base. Its teacher is the moving average of its own weights.
+    """
+
+    order: int = Field(
+        default=2,
+        ge=1,
+        le=4,
+        description="Passes of the teacher from s - `delta` down to r, of which the target's average velocity is made.",
+    )
+    delta: Annotated[Decimal, Field(ge=0.001, le=0.5)] = Field(
+        default=0.01,
+        description="How far in noise level the target looks ahead along the straight path, before the teacher goes on from there.",
+    )
+    enhanced_ratio: Annotated[Decimal, Field(ge=0, lt=1)] = Field(
+        default=0.5,
+        description="How much of the teacher's difference between the caption and the empty caption is added to the velocity that is learnt, so that samples need no guidance. 0 saves two passes.",
+    )
+    target_clamp: Annotated[Decimal, Field(gt=0, le=100)] = Field(
+        default=1.0, description="Largest distance, in each number, of the target from the prediction."
+    )
+    rectify_weight: Annotated[Decimal, Field(ge=0, le=10)] = Field(
+        default=0.5,
+        description="Weight of the loss that moves what one step draws to where the network tells real from drawn samples no more. 0 turns it off and saves two passes.",
+    )
+    adversarial: bool = Field(
+        default=True,
+        description="Whether a quarter of the samples teach the network at negative times what it draws in one step. `rectifyWeight` compares with that.",
+    )
+    sample_steps: int = Field(default=1, ge=1, le=8, description="Steps in which validation draws, without guidance.")
+
+
 class Objective(Block):
     """Objective and loss."""
 
@@ -73,6 +108,10 @@ class Objective(Block):
     diff2_flow: Diff2Flow | None = Field(
         default=None,
         description="Diffusion families with betas: train on the flow objective; `{}` turns it on. Times are then drawn as `timesteps` says. Default: off.",
+    )
+    twin_flow: TwinFlow | None = Field(
+        default=None,
+        description="Flow families with one time embedder: train a few-step generator; `{}` turns it on. Needs `hyperparameters.ema`. The loss is its own, m / sqrt(m + 1e-6) of the mean squared error m of a sample. Default: off.",
     )
     timesteps: Timesteps = Field(default_factory=Timesteps, description="How noise levels are drawn.")
     noise: Noise = Field(default_factory=Noise, description="Changes to the noise.")

@@ -86,7 +86,7 @@ class DataStatus(Block):
 class ArtifactStatus(Block):
     """A published file."""
 
-    format: str = Field(max_length=63, description="Layout: `diffusers`, `kohya` or `lycoris`.")
+    format: str = Field(max_length=63, description="Layout: `diffusers`, `kohya`, `lycoris` or `few-steps`.")
     uri: str = Field(max_length=4096, description="Where it lies.")
     size_bytes: int = Field(ge=0, description="Size.")
     sha256: str = Field(max_length=64, description="SHA-256 of its bytes.")

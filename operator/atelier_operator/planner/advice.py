@@ -116,7 +116,7 @@ def _levers(run: TrainingRun, model: ModelFacts, machine: Machine) -> Iterator[l
         yield [{"spec.hyperparameters.precision": "bf16"}]
     elif numbers.optimizer.type == "adamw":
         yield [{"spec.hyperparameters.optimizer.type": "adamw-bf16"}]
-    if numbers.ema is not None:
+    if numbers.ema is not None and run.spec.objective.twin_flow is None:
         yield [{"spec.hyperparameters.ema": None}]
     if not model.family.quantization_doubt:
         yield [{"spec.model.quantization": kind} for kind in _smaller_kinds(spec.model.quantization, model.family)]

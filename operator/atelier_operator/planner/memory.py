@@ -22,7 +22,7 @@ from atelier_operator.planner.adapter_sizes import Linear, kept_bytes, parameter
 from atelier_operator.planner.extents import drawn_extent, encoded_extent, trained_extent
 from atelier_operator.planner.passages import passage_values
 from atelier_operator.planner.sharding import Strategy, shards_of
-from atelier_operator.planner.techniques import compared_bytes
+from atelier_operator.planner.techniques import compared_bytes, few_step_parameters, swapped_bytes
 
 GIB = 1 << 30
 
@@ -175,13 +175,14 @@ def trained_parameters(spec: TrainingRunSpec, model: ModelFacts) -> int:
     """Parameters that are trained in one denoiser. For adapters an estimate from the sizes of the blocks, rather too high."""
     adapter = spec.adapter
     if isinstance(adapter, FullAdapter):
-        return model.parameters
+        return model.parameters + few_step_parameters(spec, model.width)
     if isinstance(adapter, ControlNetAdapter):
         return model.control_parameters
     if isinstance(adapter, TextualInversionAdapter):
         vectors = sum(each.vectors for each in adapter.tokens)
         return vectors * len(model.family.vocabularies) * model.width  # no encoder of text is wider than that
-    return model.layers * sum(parameters(adapter, layer) for layer in _adapted_layers(adapter, model))
+    layers = model.layers * sum(parameters(adapter, layer) for layer in _adapted_layers(adapter, model))
+    return layers + few_step_parameters(spec, model.width)
 
 
 def _adapted_layers(adapter: LayerAdapter, model: ModelFacts) -> Iterator[Linear]:
@@ -212,7 +213,9 @@ def _train_parts(spec: TrainingRunSpec, model: ModelFacts, choice: Choice, devic
         trained_weights=_share(model.experts * trained * trained_bytes, shards.weights),
         gradients=_share(gradient_sets * trained * trained_bytes, shards.gradients),
         optimizer=_share(model.experts * trained * optimizer_bytes, shards.optimizer),
-        ema=_share(model.experts * trained * 4, shards.ema) if numbers.ema else 0,
+        ema=_share(model.experts * trained * (4 + swapped_bytes(spec, trained_bytes)), shards.ema)
+        if numbers.ema
+        else 0,
         copies=_copies(spec, model, choice, trained_bytes) + _unpacked(spec, model),
         activations=_activations(spec, model, choice)
         + choice.micro_batch_size * compared_bytes(spec, model.family, model.width),

@@ -1,4 +1,4 @@
-"""What techniques hold in memory, beside what training holds without them. Pure arithmetic on sizes."""
+"""What techniques and the passes of few-step generators hold in memory, beside what training holds without. Pure arithmetic."""
 
 from atelier_api.families import FamilyFacts
 from atelier_api.v1alpha1 import TrainingRunSpec
@@ -13,3 +13,17 @@ def compared_bytes(spec: TrainingRunSpec, family: FamilyFacts, width: int) -> in
     if spec.techniques.layer_sync is None:
         return 0
     return family.latent_tokens(*trained_extent(spec, family)) * width * LAYER_SYNC_BYTES
+
+
+TIME_WAVES = 256
+"""Numbers that a time embedder makes of a time before its two layers."""
+
+
+def few_step_parameters(spec: TrainingRunSpec, width: int) -> int:
+    """Of the second time embedder, two layers up to the width of a block, and the vector of negative times."""
+    return 0 if spec.objective.twin_flow is None else (TIME_WAVES + width + 3) * width
+
+
+def swapped_bytes(spec: TrainingRunSpec, trained_bytes: int) -> int:
+    """For each trained weight, the copy that is kept aside while the moving average is in its place for the teacher's passes."""
+    return 0 if spec.objective.twin_flow is None else trained_bytes

@@ -28,7 +28,7 @@ _SUFFIXES = {"full": "", "controlnet": "/controlnet", "textual-inversion": "/tex
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """One file of a result, read back and found equal. `format` is `diffusers`, `kohya` or `lycoris`."""
+    """One file of a result, read back and found equal. `format` is `diffusers`, `kohya`, `lycoris` or `few-steps`."""
 
     path: Path
     format: str

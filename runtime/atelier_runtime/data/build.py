@@ -83,11 +83,16 @@ def build_dataset(run_file: RunFile, family: Family, dist: Ranks, report: Report
         columns = _with_texts(columns, kept)
     told = cache.read(_row(cache, shared)) if shared else {}
     cache.forget_keys()
+    twin = run_file.spec.objective.twin_flow
     return Dataset(
         columns,
         cache,
         _order([item.sample for item in kept], run_file, family),
-        CaptionDraws(0.0 if in_step else run_file.spec.data.captions.dropout, run_file.spec.hyperparameters.seed),
+        CaptionDraws(
+            0.0 if in_step else run_file.spec.data.captions.dropout,
+            run_file.spec.hyperparameters.seed,
+            contrast=twin is not None and twin.enhanced_ratio > 0,
+        ),
         funnel=outcome,
         fingerprint=fingerprint,
         frame_rate=rule.fps if isinstance(rule, ClipRule) else None,

@@ -1,7 +1,7 @@
 """The training set of a run, encoded: what a micro-batch is made of."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ class MicroBatch:
     `slots` places in the global batch, `names` file names, `frames` [B, ...] what is known of the frames that the network is shown,
     `references` clean latents [B, C, H, W] of the reference pictures, `lengths` [B] how many latents of a sound are its own: behind
     them are zeros. Where captions are encoded in the step `text` is empty and `captions` has them. `condition` is what a control
-    network is given: `pixels` [B, 3, H, W] from 0 to 255, or latents, `mean` and `std`.
+    network is given: `pixels` [B, 3, H, W] from 0 to 255, or latents, `mean` and `std`. `contrast` is the text of the empty caption
+    beside each sample's own; empty where the objective contrasts with none.
     """
 
     latents: Tensor
@@ -39,6 +40,7 @@ class MicroBatch:
     lengths: Tensor | None = None
     condition: Features | None = None
     captions: tuple[str, ...] = ()
+    contrast: list[Features] = field(default_factory=list)
 
     def pinned(self) -> "MicroBatch":
         """The same in page-locked memory, from which copies to a GPU do not block."""
@@ -53,6 +55,7 @@ class MicroBatch:
             references=tuple(tensor.pin_memory() for tensor in self.references),
             lengths=None if self.lengths is None else self.lengths.pin_memory(),
             condition=self.condition and {name: tensor.pin_memory() for name, tensor in self.condition.items()},
+            contrast=self.contrast and [{name: t.pin_memory() for name, t in each.items()} for each in self.contrast],
         )
 
 
@@ -80,10 +83,11 @@ class Columns:
 
 @dataclass(frozen=True)
 class CaptionDraws:
-    """What chance decides about captions."""
+    """What chance decides about captions, and whether a sample comes with the empty one as well."""
 
     dropout: float
     seed: int
+    contrast: bool = False
 
 
 class Dataset:
@@ -142,6 +146,9 @@ class Dataset:
             # Of a run either all samples have one or none.
             condition=None if columns.conditions[slots[0].sample] < 0 else self._condition(slots),
             captions=tuple(texts),
+            contrast=[self._cache.read(int(columns.empty[slot.sample])) for slot in slots]
+            if self._draws.contrast
+            else [],
         )
 
     def _references(self, slots: Sequence[Slot]) -> tuple[Tensor, ...]:

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents, SampleRequest, Song, configuration
+from atelier_runtime.family import (
+    Blocks,
+    Conditions,
+    Family,
+    Features,
+    Latents,
+    SampleRequest,
+    Song,
+    TimeEmbedder,
+    configuration,
+)
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "linear_q", "linear_k", "linear_v")
 MLP = ("inverted_conv.conv", "point_conv.conv", "w_1", "w_2")  # without the convolution in time between the first two
@@ -28,6 +38,7 @@ class AceStepV1(Family):
     pipeline = "ACEStepPipeline"
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     blocks = (Blocks("lyric_encoder.encoders", "text"), Blocks("transformer_blocks"))
+    time_embedder = TimeEmbedder("timestep_embedder", "time_proj", scale=1000)
     frozen_parameters = (r"speaker_embedder\.weight",)  # its input is zeros
 
     def dead_modules(self, denoiser: nn.Module) -> tuple[str, ...]:

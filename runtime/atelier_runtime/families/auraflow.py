@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, configuration
+from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, TimeEmbedder, configuration
 from atelier_runtime.family_parts.steered import BlockControl
 
 T5_TOKENS = 256  # default of the pipeline's `max_sequence_length`
@@ -32,6 +32,7 @@ class AuraFlow(Family):
     pipeline = "AuraFlowPipeline"
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     blocks = (Blocks("joint_transformer_blocks", "text,tokens"), Blocks("single_transformer_blocks", "text|tokens"))
+    time_embedder = TimeEmbedder("time_step_proj", "time_step_embed")
     control = AuraFlowControl()
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:

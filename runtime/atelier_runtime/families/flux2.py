@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents, SampleRequest, configuration
+from atelier_runtime.family import (
+    Blocks,
+    Conditions,
+    Family,
+    Features,
+    Latents,
+    SampleRequest,
+    TimeEmbedder,
+    configuration,
+)
 from atelier_runtime.lora_layout import ADDED_QUERY_KEY_VALUE, QUERY_KEY_VALUE, THIRDS, LoraLayout, fused, plain
 
 TRAINING_GUIDANCE = 1.0
@@ -62,6 +71,7 @@ class Flux2(Family):
     }
     lora_layout = LAYOUT
     blocks = (Blocks("transformer_blocks", "text,tokens"), Blocks("single_transformer_blocks", "text|tokens"))
+    time_embedder = TimeEmbedder("time_guidance_embed.timestep_embedder", "time_guidance_embed.time_proj", scale=1000)
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [512, 3 x the encoder's width]."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, configuration
+from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, TimeEmbedder, configuration
 from atelier_runtime.family_parts.steered import BlockControl
 from atelier_runtime.lora_layout import LoraLayout, Rule
 
@@ -51,6 +51,7 @@ class HiDream(Family):
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     lora_layout = LAYOUT
     blocks = (Blocks("double_stream_blocks", "tokens,text"), Blocks("single_stream_blocks", "tokens|text"))
+    time_embedder = TimeEmbedder("t_embedder.timestep_embedder", "t_embedder.time_proj", scale=1000)
     control = HiDreamControl()
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents, SampleRequest, configuration
+from atelier_runtime.family import (
+    Blocks,
+    Conditions,
+    Family,
+    Features,
+    Latents,
+    SampleRequest,
+    TimeEmbedder,
+    configuration,
+)
 
 ATTENTION = ("to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer")
 MLP = ("feed_forward.in_layer", "feed_forward.out_layer")
@@ -26,6 +35,7 @@ class Kandinsky5Image(Family):
     pipeline = "Kandinsky5T2IPipeline"
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     blocks = (Blocks("text_transformer_blocks", "text"), Blocks("visual_transformer_blocks"))
+    time_embedder = TimeEmbedder("time_embeddings", scale=1000)
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [L, 3584], `pooled` [768], and `mask` [L], all true: after padding in a batch it tells the true length.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.family import Blocks, Conditions, Family, Features, configuration
+from atelier_runtime.family import Blocks, Conditions, Family, Features, TimeEmbedder, configuration
 
 ATTENTION = ("to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer")
 MLP = ("feed_forward.in_layer", "feed_forward.out_layer")
@@ -28,6 +28,7 @@ class Kandinsky5Video(Family):
     pipeline = "Kandinsky5T2VPipeline"
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     blocks = (Blocks("text_transformer_blocks", "text"), Blocks("visual_transformer_blocks"))
+    time_embedder = TimeEmbedder("time_embeddings", scale=1000)
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [L, 3584], `pooled` [768], and `mask` [L], all true: after padding in a batch it tells the true length.

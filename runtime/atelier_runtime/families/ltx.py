@@ -4,12 +4,14 @@ All of it is in `atelier_runtime.family_parts.ltx`; the family that is shown the
 sample with `LTXConditionPipeline`, whose positions in time are others: they are refused by that name.
 """
 
+from atelier_runtime.family import TimeEmbedder
 from atelier_runtime.family_parts.ltx import LTXNetwork
 
 
 class LTX(LTXNetwork):
     name = "ltx"
     pipeline = "LTXPipeline"
+    time_embedder = TimeEmbedder("time_embed.emb.timestep_embedder", "time_embed.emb.time_proj", scale=1000)
 
 
 FAMILY = LTX()

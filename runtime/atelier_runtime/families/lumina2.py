@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from atelier_runtime.family import Blocks, Conditions, Family, Features
+from atelier_runtime.family import Blocks, Conditions, Family, Features, TimeEmbedder
 
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 MLP = ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
@@ -24,6 +24,7 @@ class Lumina2(Family):
     # The refiners see one modality alone: `noise_refiner` the picture's tokens, `context_refiner` the text's. In `layers` a sample's
     # picture starts where its own text ends, and the shorter samples of a batch end in padding.
     blocks = (Blocks("noise_refiner"), Blocks("context_refiner", "text"), Blocks("layers", "text|tokens|padding"))
+    time_embedder = TimeEmbedder("time_caption_embed.timestep_embedder", "time_caption_embed.time_proj", reversed=True)
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [L, 2304] and `mask` [L], all true: after padding in a batch the mask tells the true length."""

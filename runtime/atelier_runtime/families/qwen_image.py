@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from atelier_runtime.control import Control, copied_blocks, with_plain_config
-from atelier_runtime.family import Features, Latents, SampleRequest
+from atelier_runtime.family import Features, Latents, SampleRequest, TimeEmbedder
 from atelier_runtime.family_parts.channels import standardised, statistics
 from atelier_runtime.family_parts.packing import packed
 from atelier_runtime.family_parts.qwen_image import QwenImageNetwork
@@ -60,6 +60,7 @@ class QwenImageControl(Control):
 class QwenImage(QwenImageNetwork):
     name = "qwen_image"
     pipeline = "QwenImagePipeline"
+    time_embedder = TimeEmbedder("time_text_embed.timestep_embedder", "time_text_embed.time_proj")
     control = QwenImageControl()
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:

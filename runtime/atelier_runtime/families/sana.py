@@ -12,7 +12,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents, SampleRequest, configuration
+from atelier_runtime.family import (
+    Blocks,
+    Conditions,
+    Family,
+    Features,
+    Latents,
+    SampleRequest,
+    TimeEmbedder,
+    configuration,
+)
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of self- and cross-attention
 MLP = ("ff.conv_inverted", "ff.conv_point")  # without the depth-wise convolution between them
@@ -23,6 +32,9 @@ class Sana(Family):
     pipeline = "SanaPipeline"
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     blocks = (Blocks("transformer_blocks"),)
+    time_embedder = TimeEmbedder(
+        "time_embed.emb.timestep_embedder", "time_embed.emb.time_proj", scale=1000, scale_field="timestep_scale"
+    )
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [L, 2304] and `mask` [L], all true: after padding in a batch the mask tells the true length."""

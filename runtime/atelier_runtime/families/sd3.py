@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atelier_runtime.control import Control, with_plain_config
-from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents, SampleRequest, configuration
+from atelier_runtime.family import (
+    Blocks,
+    Conditions,
+    Family,
+    Features,
+    Latents,
+    SampleRequest,
+    TimeEmbedder,
+    configuration,
+)
 from atelier_runtime.lora_layout import ADDED_QUERY_KEY_VALUE, QUERY_KEY_VALUE, THIRDS, LoraLayout, fused, plain
 
 T5_TOKENS = 256  # default of the pipeline's `max_sequence_length`
@@ -94,6 +103,7 @@ class StableDiffusion3(Family):
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     lora_layout = LAYOUT
     blocks = (Blocks("transformer_blocks", "text,tokens"),)
+    time_embedder = TimeEmbedder("time_text_embed.timestep_embedder", "time_text_embed.time_proj", scale=1000)
     control = JointControl()
 
     def dead_modules(self, denoiser: nn.Module) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atelier_runtime.family import Blocks, Conditions, Family, Features
+from atelier_runtime.family import Blocks, Conditions, Family, Features, TimeEmbedder
 from atelier_runtime.lora_layout import LoraLayout, Rule
 
 ATTENTION = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
@@ -41,6 +41,7 @@ class ZImage(Family):
     lora_layout = LAYOUT
     # The refiners see one modality alone: `noise_refiner` the picture's tokens, `context_refiner` the text's.
     blocks = (Blocks("noise_refiner"), Blocks("context_refiner", "text"), Blocks("layers", "tokens|text"))
+    time_embedder = TimeEmbedder("t_embedder", scale_field="t_scale", reversed=True)
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [L, D] and `mask` [L], all true: after padding in a batch the mask tells the true length."""

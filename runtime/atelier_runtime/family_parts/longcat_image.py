@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atelier_runtime.family import Blocks, Conditions, Family
+from atelier_runtime.family import Blocks, Conditions, Family, TimeEmbedder
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
@@ -26,6 +26,7 @@ class LongCatImageNetwork(Family):
 
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     blocks = (Blocks("transformer_blocks", "text,tokens"), Blocks("single_transformer_blocks", "text,tokens"))
+    time_embedder = TimeEmbedder("time_embed.timestep_embedder", "time_embed.time_proj", scale=1000)
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
         """Noise - clean of the noisy tokens, [B, 16, H, W]; what comes out behind them, in the references' place, is cut off.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
 from atelier_runtime.control import Control, copied_blocks, with_plain_config
-from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, configuration
+from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, TimeEmbedder, configuration
 from atelier_runtime.family_parts.packing import packed
 from atelier_runtime.lora_layout import ADDED_QUERY_KEY_VALUE, QUERY_KEY_VALUE, THIRDS, LoraLayout, fused, plain
 
@@ -63,6 +63,7 @@ class TwoStream(Family):
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     lora_layout = LAYOUT
     blocks = (Blocks("transformer_blocks", "text,tokens"), Blocks("single_transformer_blocks", "text,tokens"))
+    time_embedder = TimeEmbedder("time_text_embed.timestep_embedder", "time_text_embed.time_proj", scale=1000)
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [T5 tokens, 4096] and `pooled` [768]."""

@@ -11,6 +11,7 @@ from atelier_runtime.objectives.diffusion import DiffusionObjective
 from atelier_runtime.objectives.flow import FlowObjective
 from atelier_runtime.objectives.objective import Objective, Prepared
 from atelier_runtime.objectives.timesteps import resolve_shift
+from atelier_runtime.objectives.twin_flow import TwinFlowObjective
 
 __all__ = ["Objective", "Prepared", "build_objective"]
 
@@ -24,5 +25,6 @@ def build_objective(spec: ObjectiveSpec, facts: FamilyFacts, scheduler_config: M
         raise ConfigError(problem.message)
     if facts.objective == "flow":
         config = {} if facts.own_shift else scheduler_config
-        return FlowObjective(spec, resolve_shift(spec.timesteps.shift, config, facts.shift))
+        kind = FlowObjective if spec.twin_flow is None else TwinFlowObjective
+        return kind(spec, resolve_shift(spec.timesteps.shift, config, facts.shift))
     return DiffusionObjective(spec, facts, scheduler_config)

@@ -15,6 +15,7 @@ from atelier_api.v1alpha1.objective import Objective as ObjectiveSpec
 from atelier_runtime.family import Stage
 from atelier_runtime.objectives.losses import pseudo_huber, squared_error
 from atelier_runtime.objectives.timesteps import SMALLEST_MASS, no_mass
+from atelier_runtime.run_network import RunNetwork
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class Objective(ABC):
         if not masses.any():
             raise no_mass(stages)
         return stages[int(torch.multinomial(masses, 1, generator=generator))]
+
+    def losses(self, network: RunNetwork, prepared: Prepared, mask: Tensor | None) -> Tensor:
+        """[B] fp32: asks the network for the prediction that is trained, once, and gives its `loss`."""
+        return self.loss(network.predict(prepared.noisy, prepared.time), prepared, mask)
 
     def loss(self, prediction: Tensor, prepared: Prepared, mask: Tensor | None = None) -> Tensor:
         """[B] fp32: loss per element in fp32, mean over all but the batch, times the objective's weight.

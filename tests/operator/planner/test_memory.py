@@ -236,6 +236,19 @@ def test_layer_sync_holds_five_copies_of_a_blocks_tokens_in_fp32() -> None:
     assert kept(**sync) - kept() == 2 * (64 * 64) * 3072 * 5 * 4
 
 
+def test_a_few_step_generator_has_a_second_time_embedder_and_keeps_weights_aside_for_its_teacher() -> None:
+    ema = {"hyperparameters__ema": {}}
+    plain = predicted(run(**ema)).train
+    twin = predicted(run(**ema, objective__twinFlow={})).train
+    width = 3072  # flux's: two layers from 256 waves, and a vector for negative times
+    embedder = (256 + 1) * width + (width + 1) * width + width
+    more = twin.trained_weights - plain.trained_weights
+    assert more == 4 * embedder
+    assert twin.gradients - plain.gradients == more
+    assert twin.optimizer - plain.optimizer == 2 * more
+    assert twin.ema == 2 * twin.trained_weights
+
+
 def test_sounds_are_counted_by_their_seconds_whatever_pixels_there_would_be() -> None:
     half, whole = (run("ace_step", data__audio__maxSeconds=seconds) for seconds in (60, 120))
     facts = table_facts(whole.spec.model)

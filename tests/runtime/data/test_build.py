@@ -187,6 +187,23 @@ def test_dropped_captions_train_on_the_features_of_the_empty_caption(
     assert 70 < dropped < 130
 
 
+@pytest.mark.parametrize(("objective", "has"), [({}, False), ({"enhancedRatio": "0"}, False), ({"order": 1}, True)])
+def test_samples_come_with_the_empty_caption_where_the_objective_contrasts_with_it(
+    tmp_path: Path, pictures: Path, checkpoint: Path, objective: dict[str, Any], has: bool
+) -> None:
+    spec = {"objective": {"twinFlow": objective}, "hyperparameters": {"ema": {}}} if objective else {}
+    dataset, _ = built(training_run_file(tmp_path, [pictures], checkpoint, **spec))
+    family = get_family("sd3")
+    pipe = components.load_encoders(family, checkpoint, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        [empty] = family.encode_text(pipe, [""])
+    batch = dataset.order.batch(0)
+    loaded = dataset.load(batch.slots, step=0, epoch=batch.epoch)
+    assert len(loaded.contrast) == (len(batch.slots) if has else 0)
+    for features in loaded.contrast:
+        torch.testing.assert_close(features["embeds"], empty["embeds"], atol=1e-5, rtol=1e-5)
+
+
 def test_alternative_captions_take_turns_over_the_epochs(tmp_path: Path, checkpoint: Path) -> None:
     write_pictures(tmp_path / "one", [(40, 40)])
     (tmp_path / "one" / "000.txt").write_text("abc\nxyz\n")

@@ -1,0 +1,123 @@
+"""What the fields of a run must be to `spec.objective.twinFlow`."""
+
+from typing import Any
+
+import pytest
+
+from atelier_api.families import FAMILIES
+from atelier_api.few_steps import takers
+from atelier_api.read import problems, validated
+from run_documents import document
+from structural_schema import violations
+
+ON: dict[str, Any] = {"objective__twinFlow": {}, "hyperparameters__ema": {}}
+TWIN = "spec.objective.twinFlow"
+MANY = {"parallelism": {"gpusPerNode": 2, "strategy": "deepspeed-zero2"}, "hyperparameters__globalBatchSize": 2}
+
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "a generator without a teacher": (
+        {"objective__twinFlow": {}},
+        "spec.hyperparameters.ema",
+        " is empty; spec.objective.twinFlow needs it, as the moving average is the teacher",
+    ),
+    "another loss": (ON | {"objective__loss": "huber"}, "spec.objective.loss", " is 'huber'; must be l2: "),
+    "a comparison with what is never learnt": (
+        ON | {"objective__twinFlow": {"adversarial": False}},
+        f"{TWIN}.rectifyWeight",
+        " is 0.5; must be 0 without adversarial",
+    ),
+    "a slider": (
+        ON
+        | {
+            "adapter": {"type": "lora", "slider": True},
+            "data__sources": [{"uri": "a", "sliderStrength": "1"}],
+        },
+        "spec.adapter.slider",
+        " is true; not with spec.objective.twinFlow",
+    ),
+    "an average that DeepSpeed keeps": (
+        ON | MANY,
+        "spec.parallelism.strategy",
+        " is 'deepspeed-zero2'; keeps the moving",
+    ),
+    "steps of its own for samples": (
+        ON | {"validation": {"prompts": [{"text": "a"}], "steps": 4}},
+        "spec.validation.steps",
+        " is 4; samples of spec.objective.twinFlow are drawn in its sampleSteps steps without guidance",
+    ),
+    "guidance for samples": (
+        ON | {"validation": {"prompts": [{"text": "a"}], "guidance": "2"}},
+        "spec.validation.guidance",
+        " is 2.0; samples of spec.objective.twinFlow are drawn in",
+    ),
+    "a family that predicts noise": (
+        ON | {"model": {"family": "sdxl", "source": "base"}},
+        TWIN,
+        " is a mapping; only for flow families, and sdxl is of diffusion",
+    ),
+    "a family with a time for each token": (
+        ON | {"model": {"family": "wan_ti2v", "source": "base"}},
+        TWIN,
+        " is a mapping; not for wan_ti2v: frames that are shown have a time of their own; remove it, or train ",
+    ),
+    "a control network": (
+        ON | {"adapter": {"type": "controlnet"}, "data__sources": [{"uri": "a", "conditioning": "b"}]},
+        TWIN,
+        " is a mapping; only for type lora or full or",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "field", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_go_with_few_steps_is_one_sentence_here_and_refused_by_the_cluster(
+    changes: dict[str, Any], field: str, sentence: str
+) -> None:
+    found = [str(problem) for problem in problems(document(**changes))]
+    assert len(found) == 1
+    assert found[0].startswith(f"{field}{sentence}")
+    assert violations(document(**changes)) == [field]
+
+
+def test_a_negative_prompt_is_refused_where_there_is_no_guidance() -> None:
+    prompts = [{"text": "a", "negative": "b"}]
+    changes = ON | {"model": {"family": "sana", "source": "base"}, "validation": {"prompts": prompts}}
+    [found] = problems(document(**changes))
+    assert found.path == "spec.validation.prompts[0].negative"
+    assert "without guidance; remove it" in found.message
+    assert violations(document(**changes)) == ["spec.validation.prompts"]
+
+
+ACCEPTED: dict[str, dict[str, Any]] = {
+    "an empty block": ON,
+    "a quantised base": ON | {"model__quantization": "nf4"},
+    "full-rank training in many processes": ON
+    | {"adapter": {"type": "full"}, "parallelism": {"gpusPerNode": 2, "strategy": "fsdp2"}}
+    | {"hyperparameters__globalBatchSize": 2},
+    "a block that learns from another beside it": ON
+    | {"techniques__layerSync": {"studentBlock": 8, "teacherBlock": 40}},
+    "no twin": ON | {"objective__twinFlow": {"adversarial": False, "rectifyWeight": "0"}},
+    "samples": ON | {"validation": {"prompts": [{"text": "a"}]}},
+}
+
+
+@pytest.mark.parametrize("changes", ACCEPTED.values(), ids=ACCEPTED)
+def test_what_goes_with_few_steps_is_accepted(changes: dict[str, Any]) -> None:
+    assert problems(document(**changes)) == []
+    assert violations(document(**changes)) == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_takes_it_or_has_a_reason(name: str) -> None:
+    facts = FAMILIES[name]
+    changes = ON | {"model": {"family": name, "source": "base"}}
+    assert (TWIN in [problem.path for problem in problems(document(**changes))]) == (name not in takers())
+    assert (TWIN in violations(document(**changes))) == (name not in takers())
+    assert not facts.unhurried or facts.objective == "flow"
+
+
+def test_the_block_has_its_defaults() -> None:
+    run = validated(document(**ON))
+    twin = run.spec.objective.twin_flow
+    assert twin is not None
+    numbers = (twin.order, twin.delta, twin.enhanced_ratio, twin.target_clamp, twin.rectify_weight, twin.adversarial)
+    assert (*numbers, twin.sample_steps) == (2, 0.01, 0.5, 1.0, 0.5, True, 1)

@@ -1,0 +1,124 @@
+"""A few-step generator on every family: the base at its start, told a step's end as it is told the time, drawing in even steps."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from atelier_runtime.families import FAMILIES
+from atelier_runtime.family import TimeEmbedder
+from atelier_runtime.few_steps import FewSteps, Times, few_step_sampling
+from family_cases import CASES, PROMPTS, Case, make_case
+from family_models import FAMILY_OF
+
+pytestmark = pytest.mark.cell("twinflow")
+
+STARTS = torch.tensor([0.9, 0.4])
+ENDS = torch.tensor([0.25, 0.1])
+POSITIVE = torch.tensor([False, False])
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    family = FAMILIES[FAMILY_OF[request.param]]
+    if family.facts.objective == "diffusion":
+        pytest.skip("its network predicts no velocity")
+    if family.facts.unhurried:
+        pytest.skip(family.facts.unhurried)
+    return make_case(request.param)
+
+
+def put_on(case: Case) -> tuple[nn.Module, FewSteps, TimeEmbedder]:
+    """A denoiser of its own, with what tells it of steps."""
+    where = case.family.time_embedder
+    assert where is not None
+    [denoiser] = copy.deepcopy(case.denoisers).values()
+    steps = FewSteps(denoiser, where)
+    steps.put_on(denoiser, torch.float32)
+    return denoiser.eval(), steps, where
+
+
+@contextmanager
+def seen(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What goes into a module inside."""
+    kept: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, given: kept.append(given[0]))
+    yield kept
+    handle.remove()
+
+
+@torch.no_grad()
+def test_the_end_of_a_step_enters_as_the_network_is_told_that_noise_level(case: Case) -> None:
+    denoiser, steps, where = put_on(case)
+    noisy, _, _ = case.noised(case.latents(2), STARTS.tolist())
+    conditions = case.conditions(PROMPTS)
+    with seen(denoiser.get_submodule(where.module)) as expected:
+        case.family.predict(denoiser, noisy, ENDS, conditions)
+    with seen(steps.embedder) as found, steps.telling(Times(STARTS, ENDS, POSITIVE)):
+        case.family.predict(denoiser, noisy, STARTS, conditions)
+    torch.testing.assert_close(torch.cat(found), torch.cat(expected), atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_with_trained_weights_an_empty_step_is_the_base_and_a_real_or_a_negative_one_is_not(case: Case) -> None:
+    denoiser, steps, _ = put_on(case)
+    noisy, _, _ = case.noised(case.latents(2), STARTS.tolist())
+    conditions = case.conditions(PROMPTS)
+
+    def predicted(times: Times) -> Tensor:
+        with steps.telling(times):
+            return case.family.predict(denoiser, noisy, times.start, conditions)
+
+    base = case.family.predict(denoiser, noisy, STARTS, conditions)
+    assert torch.equal(predicted(Times(STARTS, STARTS, ~POSITIVE)), base)  # at the start the sign says nothing
+    steps.negative.normal_()
+    assert torch.equal(predicted(Times(STARTS, STARTS, POSITIVE)), base)
+    one = predicted(Times(STARTS, torch.tensor([0.25, 0.4]), POSITIVE))
+    changed = (one != base).flatten(1).any(1)
+    assert changed.tolist() == [True, False]
+    other = predicted(Times(STARTS, STARTS, torch.tensor([False, True])))
+    assert (other != base).flatten(1).any(1).tolist() == [False, True]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("base", "trained"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_it_trains_in_another_precision_than_the_network_has(case: Case, base: str, trained: str) -> None:
+    denoiser, steps, _ = put_on(case)
+    noisy, _, _ = case.noised(case.latents(2), STARTS.tolist())
+    conditions = case.conditions(PROMPTS)
+    steps.negative.normal_()
+    times = Times(STARTS, ENDS, ~POSITIVE)
+    with steps.telling(times):
+        exact = case.family.predict(denoiser, noisy, STARTS, conditions)
+    denoiser.to(getattr(torch, base))
+    steps.to(getattr(torch, trained))
+    with torch.autocast("cpu", torch.bfloat16, enabled=base == "bfloat16"), steps.telling(times):
+        found = case.family.predict(denoiser, noisy, STARTS, conditions)
+    assert (found - exact).norm() < 0.05 * exact.norm()
+
+
+@torch.no_grad()
+def test_the_stock_pipeline_draws_by_even_steps_of_the_average_velocity(case: Case) -> None:
+    """Its own denoiser is asked: what it is given and what it gives are one Euler step apart, and the first is at the noise."""
+    denoiser, steps, where = put_on(case)
+    steps.negative.normal_()
+    name = case.family.denoisers[0]
+    given = getattr(case.pipe, name)
+    setattr(case.pipe, name, denoiser)
+    told: list[Times] = []
+    steps.embedder.register_forward_pre_hook(lambda *_: told.append(steps._times))
+    entered: list[Any] = []
+    denoiser.get_submodule(where.module).register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0][:1]))
+    try:
+        arguments = case.family.sampling_arguments(case.pipe, case.request(case.family.facts.guidance_above, steps=2))
+        with few_step_sampling(case.pipe, denoiser):
+            case.pipe(**arguments)
+    finally:
+        setattr(case.pipe, name, given)
+    assert [(float(each.start), float(each.end)) for each in told] == [(1.0, 0.5), (0.5, 0.0)]
+    expected = [steps._entering(torch.tensor([level])) for level in (1.0, 0.5)]
+    torch.testing.assert_close(torch.cat(entered).float(), torch.cat(expected), atol=2e-4, rtol=1e-4)
