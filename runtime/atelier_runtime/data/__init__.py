@@ -4,8 +4,8 @@ source    files and captions            scan      content, size, readability    
 image     pictures to pixels            video     clips to pixels                 sound     sounds to waveforms
 cache     encoded samples on disk       encode    building what is missing        keys      names of entries
 prepare   choosing the samples          build     all of it, in order             funnel    what was left out and why
-buckets   sizes
-order     which samples a step takes    dataset   what a micro-batch is made of   loader    micro-batches of a rank
+buckets   sizes                         order     which samples a step takes      run_order the order of a run's samples
+dataset   what a micro-batch is made of loader    micro-batches of a rank
 """
 
 from atelier_runtime.data.build import build_dataset

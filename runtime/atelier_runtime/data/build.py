@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from atelier_api.errors import ConfigError, DataError, StoreError
+from atelier_api.errors import ConfigError, StoreError
 from atelier_api.run_file import RunFile
 from atelier_api.sliders import strength_of
 from atelier_api.v1alpha1.adapter import Adapter, TextualInversionAdapter, is_slider
 from atelier_runtime import components
-from atelier_runtime.data.buckets import Bucket, alignment
+from atelier_runtime.data.buckets import alignment
 from atelier_runtime.data.cache import Cache, remove_leftovers
 from atelier_runtime.data.captions import EMPTY
 from atelier_runtime.data.collective import Announcer, Ranks, Report, Share, folder_share, on_rank_zero
@@ -25,7 +25,6 @@ from atelier_runtime.data.dataset import CaptionDraws, Columns, Dataset
 from atelier_runtime.data.encode import Builder, Encoders, LatentJob, Limits, TextJob
 from atelier_runtime.data.funnel import Fate, Funnel, refuse_empty
 from atelier_runtime.data.keys import Encoding, FolderHashes, pipeline_flags, text_components
-from atelier_runtime.data.order import SampleOrder, SliderOrder
 from atelier_runtime.data.prepare import (
     Companion,
     Sample,
@@ -36,6 +35,7 @@ from atelier_runtime.data.prepare import (
     require_words,
     select,
 )
+from atelier_runtime.data.run_order import order_of
 from atelier_runtime.data.scan import ClipRule, SoundRule
 from atelier_runtime.family import Family, Song
 from atelier_runtime.tiles import work_on_tiles
@@ -87,7 +87,7 @@ def build_dataset(run_file: RunFile, family: Family, dist: Ranks, report: Report
     return Dataset(
         columns,
         cache,
-        _order([item.sample for item in kept], run_file, family),
+        order_of([item.sample for item in kept], run_file, family),
         CaptionDraws(
             0.0 if in_step else run_file.spec.data.captions.dropout,
             run_file.spec.hyperparameters.seed,
@@ -351,51 +351,3 @@ def _row(cache: Cache, key: bytes) -> int:
     row = cache.row(key)
     assert row is not None  # `_wait_for` has seen every key
     return row
-
-
-def _shapes(sample: Sample) -> tuple[Bucket, ...]:
-    """What samples of one batch have in common: the sizes of the target and of the references."""
-    return (sample.placement.bucket, *(reference.placement.bucket for reference in sample.references))
-
-
-def _order(samples: Sequence[Sample], run_file: RunFile, family: Family) -> SampleOrder | SliderOrder:
-    hyperparameters, adapter = run_file.spec.hyperparameters, run_file.spec.adapter
-    alike = [(strength_of(sample.source, adapter), _shapes(sample)) for sample in samples]
-    buckets = sorted(set(alike))
-    number = {bucket: i for i, bucket in enumerate(buckets)}
-    of_samples = np.array([number[bucket] for bucket in alike], np.int32)
-    repeats = np.array([sample.source.repeats for sample in samples], np.int32)
-    tokens = tuple(family.facts.latent_tokens(own.width, own.height, own.frames) for _, (own, *_) in buckets)
-    size, seed = hyperparameters.global_batch_size, hyperparameters.seed
-    if is_slider(adapter):
-        strengths = tuple(strength for strength, _ in buckets)
-        _require_ends(strengths, [strength_of(source, adapter) for source in run_file.spec.data.sources])
-        slider = SliderOrder(of_samples, repeats, strengths=strengths, tokens=tokens, global_batch_size=size, seed=seed)
-        for part in slider.parts:
-            _log_order(part, len(buckets), size)
-        return slider
-    order = SampleOrder(of_samples, repeats, tokens=tokens, global_batch_size=size, seed=seed)
-    _log_order(order, len(buckets), size)
-    return order
-
-
-def _require_ends(left: Sequence[float], given: Sequence[float]) -> None:
-    """Raises DataError when no sample is left of an end of a slider that sources have: it would learn the other alone."""
-    for side, sign in (("above", 1), ("below", -1)):
-        if not any(sign * strength > 0 for strength in left) and any(sign * strength > 0 for strength in given):
-            raise DataError(
-                f"0 samples are left of the sources with a sliderStrength {side} 0; a slider needs at least one of each end "
-                "that spec.data.sources names; mend these files, or remove the sources"
-            )
-
-
-def _log_order(order: SampleOrder, buckets: int, size: int) -> None:
-    log.info(
-        "order of samples",
-        extra={
-            "buckets": buckets,
-            "steps_per_epoch": order.steps_per_epoch,
-            "samples": order.samples_per_epoch,
-            "filled_up": order.steps_per_epoch * size - order.samples_per_epoch,
-        },
-    )
