@@ -100,6 +100,14 @@ ACCEPTED: dict[str, dict[str, Any]] = {
 }
 
 
+def test_new_words_leave_the_steps_as_they_are() -> None:
+    """No flow family learns words, so that the run breaks the rules of the family as well."""
+    tokens = [{"token": "<fox>", "initializer": "fox"}]
+    changes = ON | {"adapter": {"type": "textual-inversion", "tokens": tokens}}
+    assert f"{TWIN} is a mapping; only for type lora or full or" in "\n".join(map(str, problems(document(**changes))))
+    assert TWIN in violations(document(**changes))
+
+
 @pytest.mark.parametrize("changes", ACCEPTED.values(), ids=ACCEPTED)
 def test_what_goes_with_few_steps_is_accepted(changes: dict[str, Any]) -> None:
     assert problems(document(**changes)) == []
