@@ -134,16 +134,19 @@ class EvenSteps(FlowMatchEulerDiscreteScheduler):
             assert wished is not None
             num_inference_steps = len(wished)
         self.num_inference_steps = num_inference_steps
-        levels = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float32)
-        self.sigmas = levels  # on the CPU, as that of diffusers has them
-        self.timesteps = (levels[:-1] * self.config.num_train_timesteps).to(device)
+        self._levels = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float32)
+        # Some pipelines count from noise at 0 to the picture at 1.
+        self.sigmas = (
+            1 - self._levels if self.config.invert_sigmas else self._levels
+        )  # on the CPU, as diffusers has them
+        self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
         self._step_index = self._begin_index = None
 
     @property
     def step_times(self) -> Times:
         """Of the step that comes next."""
         at = self.step_index or 0
-        return Times(self.sigmas[at : at + 1], self.sigmas[at + 1 : at + 2], torch.zeros(1, dtype=torch.bool))
+        return Times(self._levels[at : at + 1], self._levels[at + 1 : at + 2], torch.zeros(1, dtype=torch.bool))
 
 
 @contextmanager
