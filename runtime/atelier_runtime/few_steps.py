@@ -35,6 +35,10 @@ HEADER = "atelier.twin_flow."
 """Begins the names of what a file's header says of the embedder."""
 
 
+Told = Tensor | tuple[Tensor, ...]
+"""What an embedder makes of times: [n, ...] of each, or several such."""
+
+
 @dataclass(frozen=True)
 class Times:
     """Steps of a pass: from `start` down to `end`, both fp32 in [0, 1], and whether the time is `negative`.
@@ -61,7 +65,7 @@ class FewSteps(nn.Module):
         first = next(self.embedder.parameters())
         with torch.no_grad():
             entering = self._entering(torch.ones(1, device=first.device))
-            width = self.embedder(entering.to(first.dtype) if where.waves else entering).shape[-1]
+            width = _flat(self.embedder(entering.to(first.dtype) if where.waves else entering)).shape[-1]
         self.negative = Parameter(torch.zeros(width, device=first.device))
         self._times: Times | None = None
         self._seen = 0
@@ -85,26 +89,40 @@ class FewSteps(nn.Module):
                 f"{self._where.module} was asked for {self._seen} times in a pass of {len(times.start)} samples"
             )
 
-    def _told(self, _module: nn.Module, _given: Any, output: Tensor) -> Tensor | None:
+    def _told(self, _module: nn.Module, _given: Any, output: Told) -> Told | None:
         times = self._times
         if times is None:
             return None
         # Families call some networks for one sample at a time.
-        rows = slice(self._seen, self._seen + len(output)) if len(times.start) > 1 else slice(None)
-        self._seen += len(output)
+        base = _flat(output)
+        rows = slice(self._seen, self._seen + len(base)) if len(times.start) > 1 else slice(None)
+        self._seen += len(base)
         start, end, negative = times.start[rows], times.end[rows], times.negative[rows]
         dtype = self.negative.dtype
         # Where it alone trains in bf16, what goes into its layers is not cast by anyone else.
-        casting = torch.autocast(output.device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+        casting = torch.autocast(base.device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
         with casting:
-            second = self.embedder(self._entering(end).to(dtype) if self._where.waves else self._entering(end))
+            second = _flat(self.embedder(self._entering(end).to(dtype) if self._where.waves else self._entering(end)))
         added = (start - end).unsqueeze(1) * second + negative.float().unsqueeze(1) * self.negative
-        return output + added.to(output.dtype)
+        return _like(output, base + added.to(base.dtype))
 
     def _entering(self, sigma: Tensor) -> Tensor:
         """What the denoiser's own embedder is given at these noise levels [n]."""
         waves: Tensor = self.waves(self._scale * (1 - sigma if self._where.reversed else sigma))
         return waves
+
+
+def _flat(output: Told) -> Tensor:
+    """All that an embedder makes of a time, side by side: [n, W]."""
+    return torch.cat([part.flatten(1) for part in (output if isinstance(output, tuple) else (output,))], dim=1)
+
+
+def _like(output: Told, flat: Tensor) -> Told:
+    """`flat` [n, W] as such an output is."""
+    if not isinstance(output, tuple):
+        return flat.view_as(output)
+    parts = flat.split([part[0].numel() for part in output], dim=1)
+    return tuple(part.view_as(like) for part, like in zip(parts, output, strict=True))
 
 
 def few_steps_of(denoiser: nn.Module) -> FewSteps:
