@@ -60,6 +60,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         TWIN,
         " is a mapping; not for wan_ti2v: frames that are shown have a time of their own; remove it, or train ",
     ),
+    "two networks for different noise levels": (
+        ON | {"model": {"family": "wan", "source": "base", "flavour": "2.2-t2v-a14b"}},
+        "spec.model.flavour",
+        " is '2.2-t2v-a14b'; has 2 networks, and spec.objective.twinFlow trains one network that knows all noise levels, as a step "
+        "goes from noise to the picture; name one of 2.1-t2v-1.3b, 2.1-t2v-14b, ",
+    ),
     "a control network": (
         ON | {"adapter": {"type": "controlnet"}, "data__sources": [{"uri": "a", "conditioning": "b"}]},
         TWIN,
@@ -96,6 +102,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "a block that learns from another beside it": ON
     | {"techniques__layerSync": {"studentBlock": 8, "teacherBlock": 40}},
     "no twin": ON | {"objective__twinFlow": {"adversarial": False, "rectifyWeight": "0"}},
+    "a flavour of one network": ON | {"model": {"family": "wan", "source": "base", "flavour": "2.1-t2v-14b"}},
     "samples": ON | {"validation": {"prompts": [{"text": "a"}]}},
 }
 
