@@ -6,7 +6,8 @@ level s down to r, both in [0, 1], it is then told
     E(s) + (s - r) E'(r) + n where the time is negative
 
 in place of E(s) (arXiv:2512.05150 trains with such a pair of times and a sign). At r = s and a positive time that is what the base is
-told, whatever E' and n have learnt. Nothing is told where nobody asks for a step: the denoiser is then called as the base is.
+told, whatever E' and n have learnt. Nothing is told where nobody asks for a step: the denoiser is then called as the base is. Nor is
+it of what the denoiser is shown beside the noise, at a time of its own that is always 0.
 
 Families know nothing of it but where E is (`Family.time_embedder`): E is hooked, and told around a pass.
 """
@@ -65,7 +66,7 @@ class FewSteps(nn.Module):
         first = next(self.embedder.parameters())
         with torch.no_grad():
             entering = self._entering(torch.ones(1, device=first.device))
-            width = _flat(self.embedder(entering.to(first.dtype) if where.waves else entering)).shape[-1]
+            width = self._flat(self.embedder(entering.to(first.dtype) if where.waves else entering)).shape[-1]
         self.negative = Parameter(torch.zeros(width, device=first.device))
         self._times: Times | None = None
         self._seen = 0
@@ -89,32 +90,47 @@ class FewSteps(nn.Module):
                 f"{self._where.module} was asked for {self._seen} times in a pass of {len(times.start)} samples"
             )
 
-    def _told(self, _module: nn.Module, _given: Any, output: Told) -> Told | None:
+    def _told(self, _module: nn.Module, given: tuple[Tensor, ...], output: Told) -> Told | None:
         times = self._times
         if times is None:
             return None
+        base, whole, alone = self._flat(output), len(times.start), self._where.rows == "sample"
         # Families call some networks for one sample at a time.
-        base = _flat(output)
-        rows = slice(self._seen, self._seen + len(base)) if len(times.start) > 1 else slice(None)
-        self._seen += len(base)
+        asked = len(base) if alone else whole
+        rows = slice(self._seen, self._seen + asked) if whole > 1 else slice(None)
+        self._seen += asked
         start, end, negative = times.start[rows], times.end[rows], times.negative[rows]
         dtype = self.negative.dtype
         # Where it alone trains in bf16, what goes into its layers is not cast by anyone else.
         casting = torch.autocast(base.device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
         with casting:
-            second = _flat(self.embedder(self._entering(end).to(dtype) if self._where.waves else self._entering(end)))
+            second = self._flat(
+                self.embedder(self._entering(end).to(dtype) if self._where.waves else self._entering(end))
+            )
         added = (start - end).unsqueeze(1) * second + negative.float().unsqueeze(1) * self.negative
+        if not alone:
+            added = self._spread(added, given[0], len(base))
         return _like(output, base + added.to(base.dtype))
+
+    def _spread(self, added: Tensor, given: Tensor, rows: int) -> Tensor:
+        """What is `added` for each sample, of its rows: nothing where what is `given` to the embedder is that of sigma 0."""
+        each = rows // len(added)
+        spread = added.repeat_interleave(each, 0) if self._where.rows == "parts" else added.repeat(each, 1)
+        clean = self._entering(torch.zeros(1, device=given.device)).to(given.dtype)
+        shown = (given.reshape(rows, -1) == clean.reshape(1, -1)).all(1)
+        return spread.masked_fill(shown.unsqueeze(1), 0)
+
+    def _flat(self, output: Told) -> Tensor:
+        """All that an embedder makes of a time, side by side, in a row for each: [n, W]."""
+        parts = output if isinstance(output, tuple) else (output,)
+        if self._where.rows == "parts":
+            return torch.cat([part.flatten(0, -2) for part in parts], dim=1)
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def _entering(self, sigma: Tensor) -> Tensor:
         """What the denoiser's own embedder is given at these noise levels [n]."""
         waves: Tensor = self.waves(self._scale * (1 - sigma if self._where.reversed else sigma))
         return waves
-
-
-def _flat(output: Told) -> Tensor:
-    """All that an embedder makes of a time, side by side: [n, W]."""
-    return torch.cat([part.flatten(1) for part in (output if isinstance(output, tuple) else (output,))], dim=1)
 
 
 def _like(output: Told, flat: Tensor) -> Told:
@@ -195,6 +211,7 @@ def few_step_pipeline(pipe: Any, path: str | Path) -> Any:
         header[f"{HEADER}waves"],
         scale=float(header[f"{HEADER}scale"]),
         reversed=header[f"{HEADER}reversed"] == "true",
+        rows=header[f"{HEADER}rows"],
     )
     steps = FewSteps(denoiser, where)
     steps.load_state_dict(load_file(path))
@@ -212,6 +229,7 @@ def header_of(where: TimeEmbedder, config: Mapping[str, Any]) -> dict[str, str]:
         f"{HEADER}waves": where.waves,
         f"{HEADER}scale": repr(float(scale_of(where, config))),
         f"{HEADER}reversed": "true" if where.reversed else "false",
+        f"{HEADER}rows": where.rows,
     }
 
 
