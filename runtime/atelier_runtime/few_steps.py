@@ -63,11 +63,10 @@ class FewSteps(nn.Module):
         config: Any = denoiser.config
         self._where = where
         self._scale = scale_of(where, config)
-        first = next(self.embedder.parameters())
+        device = next(self.embedder.parameters()).device
         with torch.no_grad():
-            entering = self._entering(torch.ones(1, device=first.device))
-            width = self._flat(self.embedder(entering.to(first.dtype) if where.waves else entering)).shape[-1]
-        self.negative = Parameter(torch.zeros(width, device=first.device))
+            once = copy.deepcopy(self.embedder).float()(self._entering(torch.ones(1, device=device)))
+        self.negative = Parameter(torch.zeros(self._flat(once).shape[-1], device=device))
         self._times: Times | None = None
         self._seen = 0
 

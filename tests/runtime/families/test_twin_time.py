@@ -133,7 +133,7 @@ def test_with_trained_weights_an_empty_step_is_the_base_and_a_real_or_a_negative
 @torch.no_grad()
 @pytest.mark.parametrize(("base", "trained"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_it_trains_in_another_precision_than_the_network_has(case: Case, base: str, trained: str) -> None:
-    denoiser, steps, _ = put_on(case)
+    denoiser, steps, where = put_on(case)
     noisy, _, _ = case.noised(case.latents(2), STARTS.tolist())
     conditions = case.conditions(PROMPTS)
     steps.negative.normal_()
@@ -141,6 +141,7 @@ def test_it_trains_in_another_precision_than_the_network_has(case: Case, base: s
     with steps.telling(times):
         exact = case.family.predict(denoiser, noisy, STARTS, conditions)
     denoiser.to(getattr(torch, base))
+    assert FewSteps(denoiser, where).negative.shape == steps.negative.shape
     steps.to(getattr(torch, trained))
     with torch.autocast("cpu", torch.bfloat16, enabled=base == "bfloat16"), steps.telling(times):
         found = case.family.predict(denoiser, noisy, STARTS, conditions)
