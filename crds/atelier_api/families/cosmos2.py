@@ -47,5 +47,5 @@ FACTS = FamilyFacts(
     kohya=False,
     quantization_doubt="trainers that offer it advise against it",
     passages=CAUSAL_STILL,
-    unhurried="its time enters beside its embedder as well, so that no second embedder could tell the end of a step",
+    unhurried="its pipeline counts noise up to 80 and never down to 0, and has no place for a step from noise to the picture",
 )
