@@ -136,7 +136,7 @@ def _like(output: Told, flat: Tensor) -> Told:
     """`flat` [n, W] as such an output is."""
     if not isinstance(output, tuple):
         return flat.view_as(output)
-    parts = flat.split([part[0].numel() for part in output], dim=1)
+    parts = torch.split(flat, [part[0].numel() for part in output], dim=1)
     return tuple(part.view_as(like) for part, like in zip(parts, output, strict=True))
 
 

@@ -55,10 +55,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         TWIN,
         " is a mapping; only for flow families, and sdxl is of diffusion",
     ),
-    "a family with a time for each token": (
-        ON | {"model": {"family": "wan_ti2v", "source": "base"}},
+    "a family whose time has no embedder of its own": (
+        ON | {"model": {"family": "chroma", "source": "base"}},
         TWIN,
-        " is a mapping; not for wan_ti2v: frames that are shown have a time of their own; remove it, or train ",
+        " is a mapping; not for chroma: its time enters through a network of 0.3 billion parameters that also counts layers",
     ),
     "two networks for different noise levels": (
         ON | {"model": {"family": "wan", "source": "base", "flavour": "2.2-t2v-a14b"}},
