@@ -152,6 +152,10 @@ class EvenSteps(FlowMatchEulerDiscreteScheduler):
 
     Whatever noise levels a pipeline wishes for, and whatever shift the checkpoint has: a shift spends steps where the velocity turns,
     and the average velocity has no turns.
+
+    Where the config has a `sigma_max`, the pipeline counts noise as a multiple k of the picture, s / (1 - s) up to there, and its
+    latents are x / (1 - s). A step of Euler in k is then the same step of x: with x = c + s F it goes to c + k' (c + F), which is
+    (c + r F) / (1 - r).
     """
 
     def set_timesteps(
@@ -167,11 +171,12 @@ class EvenSteps(FlowMatchEulerDiscreteScheduler):
             assert wished is not None
             num_inference_steps = len(wished)
         self.num_inference_steps = num_inference_steps
-        self._levels = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float32)
+        most = self.config.get("sigma_max")
+        first = most / (1 + most) if most else 1.0
+        self._levels = torch.linspace(first, 0, num_inference_steps + 1, dtype=torch.float32)
         # Some pipelines count from noise at 0 to the picture at 1.
-        self.sigmas = (
-            1 - self._levels if self.config.invert_sigmas else self._levels
-        )  # on the CPU, as diffusers has them
+        counted = 1 - self._levels if self.config.invert_sigmas else self._levels
+        self.sigmas = counted / (1 - counted) if most else counted  # on the CPU, as diffusers has them
         self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
         self._step_index = self._begin_index = None
 
@@ -186,7 +191,7 @@ class EvenSteps(FlowMatchEulerDiscreteScheduler):
 def few_step_sampling(pipe: Any, denoiser: nn.Module) -> Iterator[None]:
     """Inside, the stock pipeline draws in as many steps as it is asked for, each told its end. Guidance has to be off."""
     steps, given = few_steps_of(denoiser), pipe.scheduler
-    pipe.scheduler = EvenSteps.from_config(given.config)
+    pipe.scheduler = even_steps_for(given)
 
     handle = denoiser.register_forward_pre_hook(partial(_tell_next, steps, pipe))
     try:
@@ -216,7 +221,7 @@ def few_step_pipeline(pipe: Any, path: str | Path) -> Any:
     steps.load_state_dict(load_file(path))
     steps.put_on(denoiser, next(steps.embedder.parameters()).dtype)
     steps.requires_grad_(False)
-    pipe.scheduler = EvenSteps.from_config(pipe.scheduler.config)
+    pipe.scheduler = even_steps_for(pipe.scheduler)
     denoiser.register_forward_pre_hook(partial(_tell_next, steps, pipe))
     return pipe
 
@@ -235,6 +240,14 @@ def header_of(where: TimeEmbedder, config: Mapping[str, Any]) -> dict[str, str]:
 def scale_of(where: TimeEmbedder, config: Mapping[str, Any]) -> float:
     """What sigma is multiplied by on its way into the embedder of a denoiser with this config."""
     return where.scale * (float(config[where.scale_field]) if where.scale_field else 1.0)
+
+
+def even_steps_for(scheduler: Any) -> EvenSteps:
+    """In place of a scheduler; a pipeline that would end above 0 is to go all the way."""
+    even = EvenSteps.from_config(scheduler.config)
+    if "final_sigmas_type" in even.config:
+        even.register_to_config(final_sigmas_type="zero")
+    return even
 
 
 def _tell_next(steps: FewSteps, pipe: Any, *_: Any) -> None:

@@ -47,5 +47,5 @@ FACTS = FamilyFacts(
     kohya=False,
     quantization_doubt="trainers that offer it advise against it",
     passages=CAUSAL_STILL,
-    unhurried="its pipeline counts noise up to 80 and never down to 0, and has no place for a step from noise to the picture",
+    time_vectors=4,  # three, and waves as wide as a block
 )
