@@ -151,7 +151,8 @@ def _rules(facts: FamilyFacts) -> Iterator[str]:
     if not facts.uncontrolled:
         yield "* A control network can be trained beside it (docs/how-to/train-a-control-network.md)."
     if facts.objective == "flow" and not facts.unhurried:
-        yield "* Can be trained to draw in few steps (docs/how-to/draw-in-few-steps.md)."
+        which = ", with one network for all noise levels," if any(each.experts > 1 for each in facts.flavours) else ""
+        yield f"* Can be trained{which} to draw in few steps (docs/how-to/draw-in-few-steps.md)."
     if facts.references:
         yield f"* Trains on pairs, with up to {facts.references} reference pictures for each sample (docs/how-to/train-on-pairs.md)."
     for flavour in facts.flavours:

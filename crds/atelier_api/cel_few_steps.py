@@ -4,7 +4,16 @@ from collections.abc import Iterator
 
 from atelier_api.cel_rule import CelRule, literal
 from atelier_api.families import FAMILIES
-from atelier_api.few_steps import AVERAGE, NO_TWIN, ONE_STRENGTH, OWN_LOSS, OWN_STEPS, WHOLE_AVERAGE, takers
+from atelier_api.few_steps import (
+    AVERAGE,
+    NO_TWIN,
+    ONE_NETWORK,
+    ONE_STRENGTH,
+    OWN_LOSS,
+    OWN_STEPS,
+    WHOLE_AVERAGE,
+    takers,
+)
 from atelier_api.v1alpha1.parallelism import DEEPSPEED
 
 
@@ -24,6 +33,13 @@ def few_step_rules() -> Iterator[CelRule]:
         ("validation.prompts", unnegated, OWN_STEPS),
     ):
         yield CelRule(field, f"{off} || {rule}", message)
+    for name, facts in FAMILIES.items():
+        several = [flavour.name for flavour in facts.flavours if flavour.experts > 1]
+        if several:
+            named = (
+                f"self.model.family == '{name}' && has(self.model.flavour) && self.model.flavour in {literal(several)}"
+            )
+            yield CelRule("model.flavour", f"{off} || !({named})", f"has several networks, and {ONE_NETWORK}")
     unhurried = literal([name for name, facts in FAMILIES.items() if facts.unhurried])
     message = f"not for this family; train {', '.join(takers())}"
     yield CelRule("objective.twinFlow", f"{off} || !(self.model.family in {unhurried})", message)

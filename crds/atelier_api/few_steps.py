@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from atelier_api.families import FAMILIES, FamilyFacts
-from atelier_api.problem import Problem, refused
+from atelier_api.problem import Problem, refused, shown
 from atelier_api.v1alpha1 import TrainingRunSpec
 from atelier_api.v1alpha1.adapter import is_slider
 from atelier_api.v1alpha1.parallelism import DEEPSPEED
@@ -15,6 +15,8 @@ ONE_STRENGTH = f"not with {ON}, whose teacher is the same adapter at one strengt
 WHOLE_AVERAGE = f"keeps the moving average where a pass cannot take it, and {ON} learns from that; set ddp or fsdp2"
 NO_TWIN = "must be 0 without adversarial: it compares with what the network has learnt at negative times, which is then nothing"
 OWN_STEPS = f"samples of {ON} are drawn in its sampleSteps steps without guidance; remove it"
+
+ONE_NETWORK = f"{ON} trains one network that knows all noise levels, as a step goes from noise to the picture"
 
 
 def takers() -> list[str]:
@@ -46,8 +48,21 @@ def few_step_rules(spec: TrainingRunSpec) -> Iterator[Problem]:
 
 
 def few_step_family_rules(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
-    """The problem of a flow family that is not trained to draw in few steps."""
-    if spec.objective.twin_flow is not None and facts.unhurried:
+    """The problem of a flow family, or of a flavour of one, that is not trained to draw in few steps."""
+    if spec.objective.twin_flow is None:
+        return
+    experts = {flavour.name: flavour.experts for flavour in facts.flavours}
+    if spec.model.flavour is not None and experts.get(spec.model.flavour, 1) > 1:
+        others = ", ".join(name for name, count in experts.items() if count == 1)
+        allowed = f"has {experts[spec.model.flavour]} networks, and {ONE_NETWORK}; name one of {others}, or remove {ON}"
+        yield refused("spec.model.flavour", spec.model.flavour, allowed)
+    if facts.unhurried:
         given = spec.objective.twin_flow.model_dump(mode="json", by_alias=True)
         allowed = f"not for {facts.name}: {facts.unhurried}; remove it, or train {', '.join(takers())}"
         yield refused(ON, given, allowed)
+
+
+def checkpoint_refusal(source: str, networks: int) -> str:
+    """What is wrong with a checkpoint whose `networks` share the noise levels, for who has seen it."""
+    allowed = f"has {networks} networks, and {ONE_NETWORK}; name a checkpoint of one, or remove {ON}"
+    return f"spec.model.source is {shown(source)}; {allowed}"

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from atelier_api.errors import ConfigError
+from atelier_api.few_steps import checkpoint_refusal
 from atelier_api.run_file import RunFile
 from atelier_runtime import adapters, components, parallel
 from atelier_runtime.checkpoint.export import check_formats
@@ -101,6 +103,13 @@ class Denoisers:
         return {
             f"{name}.{key}": p for name, model in self.models.items() for key, p in adapters.trainable(model).items()
         }
+
+
+def check_networks(run_file: RunFile, family: Family) -> None:
+    """Raises ConfigError for a checkpoint of more networks than the objective can train."""
+    names = components.denoiser_names(family, run_file.model_folder)
+    if run_file.spec.objective.twin_flow is not None and len(names) > 1:
+        raise ConfigError(checkpoint_refusal(run_file.spec.model.source, len(names)))
 
 
 def _home(run_file: RunFile, distributed: Distributed) -> torch.device:

@@ -61,10 +61,14 @@ class Blocks:
 
 @dataclass(frozen=True)
 class TimeEmbedder:
-    """Where a denoiser makes one vector of its time, for all tokens alike and in one call for each pass or sample.
+    """Where a denoiser makes vectors of its time, in one call for each pass or sample.
 
     `module` is the dotted path of what makes it. What goes in is sigma (`reversed`: 1 - sigma) times `scale` and times the number in
     the config's `scale_field`, by way of the waves that the module at the path `waves` makes of it; empty: as it is.
+
+    `rows` says of what it makes one each: of every `sample`, and then all tokens are told alike; of the `parts` of every sample,
+    frames or tokens, those of a sample together; or of all samples and then of their `references`, where they have a time. The latter
+    two are asked for all samples of a pass at once. A part or a reference that is told sigma 0 is shown as it is.
     """
 
     module: str
@@ -72,6 +76,7 @@ class TimeEmbedder:
     scale: float = 1.0
     scale_field: str = ""
     reversed: bool = False
+    rows: Literal["sample", "parts", "references"] = "sample"
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ class SampleRequest:
     `pictures` are the frames that it is shown, in the order of `given_frames`. `references` are the pictures that are edited, upright
     RGB of any size. `resolution` is that of the training, for `reference_size`. `lyrics` and `seconds` are a sound's.
     `condition` is the conditioning picture in the size of the sample, and `condition_scale` how much the control network counts; None
-    where there is none.
+    where there is none. `even_steps`: they are to be as many as asked for, whatever the pipeline would rather do.
     """
 
     prompt: str
@@ -159,6 +164,7 @@ class SampleRequest:
     seconds: float = 0.0
     condition: Image.Image | None = None
     condition_scale: float = 1.0
+    even_steps: bool = False
 
 
 class Family(ABC):

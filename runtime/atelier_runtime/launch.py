@@ -24,7 +24,7 @@ from atelier_api.run_file import RunFile
 from atelier_runtime import components, parallel
 from atelier_runtime.checkpoint import Checkpointer, resume
 from atelier_runtime.data import build_dataset
-from atelier_runtime.denoisers import Denoisers
+from atelier_runtime.denoisers import Denoisers, check_networks
 from atelier_runtime.families import get_family
 from atelier_runtime.family import Family
 from atelier_runtime.kernels import choose_adapters, choose_attention
@@ -176,6 +176,7 @@ def prepare(session: Session) -> Parts:
     """Data, network, state, resume."""
     run_file, family, distributed, reporter = session.run_file, session.family, session.distributed, session.reporter
     reporter.stage("Preparing", "reading the data")
+    check_networks(run_file, family)
     prompt_pictures(run_file, family)  # a prompt that cannot be drawn is refused before anything is encoded
     if run_file.spec.validation.prompts:
         family.check_sampling(components.read_pipeline_config(run_file.model_folder))

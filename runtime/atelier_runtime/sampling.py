@@ -129,6 +129,7 @@ def _draw(pipe: Any, family: Family, run_file: RunFile, index: int, given: Promp
         lyrics=prompt.lyrics or "",
         seconds=validation.seconds or data.audio.max_seconds,
         condition=given.condition,
+        even_steps=twin is not None,
         condition_scale=1.0 if prompt.conditioning_scale is None else prompt.conditioning_scale,
     )
     denoiser = getattr(pipe, family.denoisers[0])

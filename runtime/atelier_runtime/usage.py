@@ -34,6 +34,7 @@ def usage(run_file: RunFile, family: Family, keys: Sequence[str]) -> str:
     lines.append("")
     twin = run_file.spec.objective.twin_flow
     if twin is not None:
+        inputs += ["uniform_tail=False"] if shown > 1 else []
         inputs += [f"num_inference_steps={twin.sample_steps}", f"guidance_scale={family.facts.guidance_above:g}"]
     return "\n".join([*lines, *_loading(run_file, family, pipeline, keys), *_drawing(family, inputs)])
 

@@ -55,10 +55,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         TWIN,
         " is a mapping; only for flow families, and sdxl is of diffusion",
     ),
-    "a family with a time for each token": (
-        ON | {"model": {"family": "wan_ti2v", "source": "base"}},
+    "a family whose time has no embedder of its own": (
+        ON | {"model": {"family": "chroma", "source": "base"}},
         TWIN,
-        " is a mapping; not for wan_ti2v: frames that are shown have a time of their own; remove it, or train ",
+        " is a mapping; not for chroma: its time enters through a network of 0.3 billion parameters that also counts layers",
+    ),
+    "two networks for different noise levels": (
+        ON | {"model": {"family": "wan", "source": "base", "flavour": "2.2-t2v-a14b"}},
+        "spec.model.flavour",
+        " is '2.2-t2v-a14b'; has 2 networks, and spec.objective.twinFlow trains one network that knows all noise levels, as a step "
+        "goes from noise to the picture; name one of 2.1-t2v-1.3b, 2.1-t2v-14b, ",
     ),
     "a control network": (
         ON | {"adapter": {"type": "controlnet"}, "data__sources": [{"uri": "a", "conditioning": "b"}]},
@@ -96,8 +102,17 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "a block that learns from another beside it": ON
     | {"techniques__layerSync": {"studentBlock": 8, "teacherBlock": 40}},
     "no twin": ON | {"objective__twinFlow": {"adversarial": False, "rectifyWeight": "0"}},
+    "a flavour of one network": ON | {"model": {"family": "wan", "source": "base", "flavour": "2.1-t2v-14b"}},
     "samples": ON | {"validation": {"prompts": [{"text": "a"}]}},
 }
+
+
+def test_new_words_leave_the_steps_as_they_are() -> None:
+    """No flow family learns words, so that the run breaks the rules of the family as well."""
+    tokens = [{"token": "<fox>", "initializer": "fox"}]
+    changes = ON | {"adapter": {"type": "textual-inversion", "tokens": tokens}}
+    assert f"{TWIN} is a mapping; only for type lora or full or" in "\n".join(map(str, problems(document(**changes))))
+    assert TWIN in violations(document(**changes))
 
 
 @pytest.mark.parametrize("changes", ACCEPTED.values(), ids=ACCEPTED)

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from atelier_api.errors import ConfigError
 from atelier_api.families import FAMILIES
 from atelier_api.run_file import RunFile
 from atelier_api.v1alpha1 import TrainingRunSpec
@@ -32,11 +33,11 @@ def _alone() -> Iterator[None]:
     parallel.stop()
 
 
-def resolved(folder: Path, tiny: str, adapter: dict[str, Any]) -> RunFile:
+def resolved(folder: Path, tiny: str, adapter: dict[str, Any], family: str | None = None) -> RunFile:
     base, data = save_tiny(tiny, folder / "base"), write_digits(folder / "pictures", 3)
     made = run_file(
         folder,
-        model={"family": tiny, "source": str(base)},
+        model={"family": family or tiny, "source": str(base)},
         adapter=adapter,
         data={"sources": [{"uri": str(data)}], "resolution": 32, "maxUpscale": 4, "captions": {"dropout": "0.5"}},
         objective={"twinFlow": {"sampleSteps": 2}},
@@ -114,6 +115,17 @@ def test_the_stock_pipeline_draws_by_the_exports_what_the_run_drew(tmp_path: Pat
     report = (root / "report.html").read_text()
     assert "few_step_pipeline(pipe, " in report
     assert "num_inference_steps=2, guidance_scale=" in report
+
+
+def test_a_checkpoint_of_two_networks_is_refused_before_anything_is_encoded(tmp_path: Path) -> None:
+    plan = resolved(tmp_path, "wan22", {"type": "lora"}, family="wan")
+    with pytest.raises(ConfigError) as found:
+        ended(plan, tmp_path / "run", [1])
+    assert str(found.value) == (
+        f"spec.model.source is '{tmp_path / 'base'}'; has 2 networks, and spec.objective.twinFlow trains one network that knows all "
+        "noise levels, as a step goes from noise to the picture; name a checkpoint of one, or remove spec.objective.twinFlow"
+    )
+    assert not list(Path(plan.cache_uri).rglob("*.index"))
 
 
 def pipe_guidance(tiny: str) -> float:

@@ -80,6 +80,19 @@ def test_pictures_clips_and_sounds_are_loaded_and_saved_by_their_kind(tmp_path: 
     }
 
 
+def test_a_clip_is_continued_in_as_many_steps_as_the_run_was_trained_for(tmp_path: Path) -> None:
+    save_tiny("longcat_video_continued", tmp_path)
+    spec = {
+        "data": {"sources": [{"uri": "clips"}], "resolution": 32, "clip": {"frames": 9, "shownFrames": 5}},
+        "objective": {"twinFlow": {"sampleSteps": 2}},
+        "hyperparameters": {"steps": 1, "ema": {}},
+    }
+    text = usage(
+        run_file("longcat_video_edit", tmp_path, {"type": "lora"}, **spec), FAMILIES["longcat_video_edit"], [LORA]
+    )
+    assert "num_cond_frames=5, uniform_tail=False, num_inference_steps=2, guidance_scale=1" in text
+
+
 def test_the_program_writes_a_sound_that_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("ace_step", tmp_path / "base")
     text = usage(run_file("ace_step", tmp_path / "base", {"type": "lora"}), FAMILIES["ace_step"], [LORA])

@@ -60,5 +60,5 @@ FACTS = FamilyFacts(
     own_shift=True,
     negative_prompts=False,
     passages=Passages(Passage(643, tile=30 * 48_000), Passage(643, tile=512 * 1920)),
-    unhurried="its network has a second embedder, of the way between two times, that its checkpoints use in another sense",
+    time_vectors=7,
 )

@@ -47,5 +47,5 @@ FACTS = FamilyFacts(
     kohya=False,
     quantization_doubt="trainers that offer it advise against it",
     passages=CAUSAL_STILL,
-    unhurried="its time enters beside its embedder as well, so that no second embedder could tell the end of a step",
+    time_vectors=4,  # three, and waves as wide as a block
 )

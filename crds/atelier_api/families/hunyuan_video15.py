@@ -44,5 +44,4 @@ FACTS = FamilyFacts(
     kohya=False,
     lora_component="transformer",
     passages=Passages(Passage(905, frames=0, tile=256), Passage(905, frames=0, tile=256)),
-    unhurried="its network embeds the time twice, once for the text, and a second embedder would reach only one of them",
 )

@@ -37,5 +37,4 @@ FACTS = FamilyFacts(
     kohya=False,
     lora_component="dit",
     passages=CAUSAL,
-    unhurried="its network embeds a time for each frame",
 )

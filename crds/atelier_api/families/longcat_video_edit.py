@@ -10,5 +10,4 @@ FACTS = replace(
     title="LongCat-Video, image to video and continuation of clips",
     flavours=(replace(LONGCAT_VIDEO.flavours[0], frames=("first",)),),
     continues=True,
-    unhurried="frames that are shown have a time of their own",
 )

@@ -10,5 +10,4 @@ FACTS = replace(
     title="LTX Video, image to video",
     flavours=tuple(replace(flavour, frames=("first",)) for flavour in LTX.flavours),
     pipelines=("LTXPipeline", "LTXImageToVideoPipeline"),
-    unhurried="frames that are shown have a time of their own",
 )

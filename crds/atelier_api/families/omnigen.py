@@ -31,5 +31,4 @@ FACTS = FamilyFacts(
     pipelines=("OmniGenPipeline",),
     lora_component="transformer",
     kohya=False,
-    unhurried="its network embeds the time twice, once as a token, and a second embedder would reach only one of them",
 )

@@ -25,5 +25,4 @@ FACTS = replace(
     references=3,
     reference_edge=1024,
     uncontrolled="diffusers has no pipeline that takes a condition beside its references",
-    unhurried="its references have a time of their own",
 )

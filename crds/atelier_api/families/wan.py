@@ -78,5 +78,4 @@ FACTS = FamilyFacts(
     frame_rate=16.0,
     pipelines=("WanPipeline", "WanImageToVideoPipeline"),
     passages=CAUSAL,
-    unhurried="checkpoints of two experts have no network that knows all noise levels, from which one step starts",
 )

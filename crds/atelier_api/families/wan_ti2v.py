@@ -33,5 +33,4 @@ FACTS = FamilyFacts(
     frame_rate=24.0,
     pipelines=("WanPipeline", "WanImageToVideoPipeline"),
     passages=Passages(Passage(660, frames=3), Passage(1815, frames=3, tile=256)),
-    unhurried="frames that are shown have a time of their own",
 )

@@ -6,6 +6,7 @@ from typing import Any
 from atelier_api.errors import ConfigError
 from atelier_api.families import FAMILIES
 from atelier_api.family_rules import bucket_alignment
+from atelier_api.few_steps import checkpoint_refusal
 from atelier_api.layouts import written
 from atelier_api.rules import processes_per_node, world_size
 from atelier_api.run_file import ExecutionPlan, RunFile, RunIdentity
@@ -30,6 +31,8 @@ class Paths:
 def plan(run: TrainingRun, model: ModelFacts, machine: Machine) -> ExecutionPlan:
     """The execution plan of a valid run. Raises ConfigError, with what would fit, when nothing that the spec allows does."""
     spec = run.spec
+    if spec.objective.twin_flow is not None and model.experts > 1:
+        raise ConfigError(checkpoint_refusal(spec.model.source, model.experts))
     chosen = best_fit(spec, model, machine)
     if chosen is None:
         nearest = min(fits_of(spec, model, machine), key=lambda fit: fit.prediction.peak)

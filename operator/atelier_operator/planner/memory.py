@@ -175,14 +175,14 @@ def trained_parameters(spec: TrainingRunSpec, model: ModelFacts) -> int:
     """Parameters that are trained in one denoiser. For adapters an estimate from the sizes of the blocks, rather too high."""
     adapter = spec.adapter
     if isinstance(adapter, FullAdapter):
-        return model.parameters + few_step_parameters(spec, model.width)
+        return model.parameters + few_step_parameters(spec, model.family, model.width)
     if isinstance(adapter, ControlNetAdapter):
         return model.control_parameters
     if isinstance(adapter, TextualInversionAdapter):
         vectors = sum(each.vectors for each in adapter.tokens)
         return vectors * len(model.family.vocabularies) * model.width  # no encoder of text is wider than that
     layers = model.layers * sum(parameters(adapter, layer) for layer in _adapted_layers(adapter, model))
-    return layers + few_step_parameters(spec, model.width)
+    return layers + few_step_parameters(spec, model.family, model.width)
 
 
 def _adapted_layers(adapter: LayerAdapter, model: ModelFacts) -> Iterator[Linear]:

@@ -19,9 +19,11 @@ TIME_WAVES = 256
 """Numbers that a time embedder makes of a time before its two layers."""
 
 
-def few_step_parameters(spec: TrainingRunSpec, width: int) -> int:
-    """Of the second time embedder, two layers up to the width of a block, and the vector of negative times."""
-    return 0 if spec.objective.twin_flow is None else (TIME_WAVES + width + 3) * width
+def few_step_parameters(spec: TrainingRunSpec, family: FamilyFacts, width: int) -> int:
+    """Of the second time embedder, two layers up to the `width` of a block or several, and what is added at negative times."""
+    if spec.objective.twin_flow is None:
+        return 0
+    return (TIME_WAVES + 1 + family.time_vectors * (width + 2)) * width
 
 
 def swapped_bytes(spec: TrainingRunSpec, trained_bytes: int) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents, SampleRequest, Song
+from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents, SampleRequest, Song, TimeEmbedder
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -32,6 +32,8 @@ class AceStep(Family):
     left_out = ("audio_tokenizer", "audio_token_detokenizer")
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     blocks = (Blocks("layers"),)
+    # Not `time_embed_r`, of the way between both times, which checkpoints know from training with a way of 0.
+    time_embedder = TimeEmbedder("time_embed")
     shares = True
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:

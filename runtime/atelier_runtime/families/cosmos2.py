@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents
+from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents, TimeEmbedder
 from atelier_runtime.family_parts.channels import standardised
 
 TEXT_TOKENS = 512
@@ -66,6 +66,8 @@ class Cosmos2(Family):
     pipeline = "Cosmos2TextToImagePipeline"
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     blocks = (Blocks("transformer_blocks"),)
+    # The waves go into every norm by themselves as well, which are told where a step starts and no more.
+    time_embedder = TimeEmbedder("time_embed.t_embedder", "time_embed.time_proj")
 
     def provided_components(self, folder: Path) -> dict[str, Any]:
         """The safety checker, which no checkpoint holds: without one the pipeline would load it whole, to encode text as well."""

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents, SampleRequest, configuration
+from atelier_runtime.family import (
+    Blocks,
+    Conditions,
+    Family,
+    Features,
+    Latents,
+    SampleRequest,
+    TimeEmbedder,
+    configuration,
+)
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -32,6 +41,8 @@ class HunyuanVideo15(Family):
         Blocks("context_embedder.token_refiner.refiner_blocks", "text"),
         Blocks("transformer_blocks", "tokens,text"),
     )
+    # The refiner of the captions has one of its own, which is told where a step starts and no more.
+    time_embedder = TimeEmbedder("time_embed.timestep_embedder", "time_embed.time_proj", scale=1000)
     frozen_parameters = (r"image_embedder\..*",)
 
     def dead_modules(self, denoiser: nn.Module) -> tuple[str, ...]:

@@ -50,7 +50,8 @@ class LongCatVideoEdit(LongCatVideoNetwork):
         arguments, pictures = super().sampling_arguments(pipe, request), request.pictures
         if len(pictures) == 1:
             return arguments | {"image": pictures[0]}
-        return arguments | {"video": list(pictures), "num_cond_frames": len(pictures)}
+        continued = {"video": list(pictures), "num_cond_frames": len(pictures)}
+        return arguments | continued | ({"uniform_tail": False} if request.even_steps else {})
 
 
 FAMILY = LongCatVideoEdit()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.family import Conditions, Features, Frame, SampleRequest
+from atelier_runtime.family import Conditions, Features, Frame, SampleRequest, TimeEmbedder
 from atelier_runtime.family_parts.ltx import LTXNetwork
 from atelier_runtime.family_parts.shown_frames import mask_of_the_rest, with_shown
 
@@ -21,6 +21,9 @@ from atelier_runtime.family_parts.shown_frames import mask_of_the_rest, with_sho
 class LTXImageToVideo(LTXNetwork):
     name = "ltx_i2v"
     pipeline = "LTXImageToVideoPipeline"
+    time_embedder = TimeEmbedder(
+        "time_embed.emb.timestep_embedder", "time_embed.emb.time_proj", scale=1000, rows="parts"
+    )
 
     def pipeline_of(self, pipeline_config: Mapping[str, Any]) -> str:
         """Always the one that is shown a picture: the published index names the one that draws from text alone."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, configuration
+from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, TimeEmbedder, configuration
 
 PADDING = 2  # the id that the pipeline pads with
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -30,6 +30,7 @@ class OmniGen(Family):
     pipeline = "OmniGenPipeline"
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     blocks = (Blocks("layers", "text|tokens"),)
+    time_embedder = TimeEmbedder("time_token", "time_proj", reversed=True)
     frozen_parameters = (r"patch_embedding\.input_image_proj\..*",)  # for pictures among the input
 
     def provided_components(self, folder: Path) -> dict[str, Any]:

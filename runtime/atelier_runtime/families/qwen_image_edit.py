@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.family import Features, SampleRequest
+from atelier_runtime.family import Features, SampleRequest, TimeEmbedder
 from atelier_runtime.family_parts.qwen_image import QwenImageNetwork
 
 ONE_REFERENCE = "QwenImageEditPipeline"
@@ -31,6 +31,7 @@ class QwenImageEdit(QwenImageNetwork):
 
     name = "qwen_image_edit"
     pipeline = "QwenImageEditPlusPipeline"
+    time_embedder = TimeEmbedder("time_text_embed.timestep_embedder", "time_text_embed.time_proj", rows="references")
     text_sees_references = True
 
     def provided_components(self, folder: Path) -> dict[str, Any]:

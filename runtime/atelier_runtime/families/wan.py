@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.family import Conditions, Features, Frame, SampleRequest, Stage, configuration
+from atelier_runtime.family import Conditions, Features, Frame, SampleRequest, Stage, TimeEmbedder, configuration
 from atelier_runtime.family_parts.wan import WanNetwork, require_a_clip
 
 FRAMES_OF_A_LATENT = 4  # after the first; the mask has a channel for each
@@ -27,6 +27,7 @@ class Wan(WanNetwork):
     name = "wan"
     pipeline = "WanPipeline"
     denoisers = ("transformer", "transformer_2")
+    time_embedder = TimeEmbedder("condition_embedder.time_embedder", "condition_embedder.timesteps_proj", scale=1000)
 
     def given_frames(self, pipeline_config: Mapping[str, Any], denoiser_config: Mapping[str, Any]) -> tuple[Frame, ...]:
         """Raises ConfigError for TI2V-5B, as `stages` does."""

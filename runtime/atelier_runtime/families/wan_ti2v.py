@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from atelier_api.errors import ConfigError
-from atelier_runtime.family import Conditions, Features, Frame, SampleRequest, Stage, configuration
+from atelier_runtime.family import Conditions, Features, Frame, SampleRequest, Stage, TimeEmbedder, configuration
 from atelier_runtime.family_parts.shown_frames import mask_of_the_rest, with_shown
 from atelier_runtime.family_parts.wan import WanNetwork, require_a_clip
 
@@ -22,6 +22,9 @@ class WanTI2V(WanNetwork):
 
     name = "wan_ti2v"
     pipeline = "WanImageToVideoPipeline"
+    time_embedder = TimeEmbedder(
+        "condition_embedder.time_embedder", "condition_embedder.timesteps_proj", scale=1000, rows="parts"
+    )
 
     def pipeline_of(self, pipeline_config: Mapping[str, Any]) -> str:
         """That which is shown a picture: the published index names the one that draws from text alone."""

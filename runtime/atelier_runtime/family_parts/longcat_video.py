@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents
+from atelier_runtime.family import Blocks, Conditions, Family, Features, Latents, TimeEmbedder
 from atelier_runtime.family_parts.channels import standardised
 
 TEXT_TOKENS = 512
@@ -27,6 +27,7 @@ class LongCatVideoNetwork(Family):
     denoisers = ("dit",)
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     blocks = (Blocks("blocks"),)
+    time_embedder = TimeEmbedder("t_embedder", scale=1000, rows="parts")
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [L, 4096] and `mask` [L], all true, without padding: its features never reach the denoiser."""

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,6 +89,16 @@ def test_the_plan_names_what_the_runtime_needs() -> None:
     assert execution.threads_per_process == 0
     assert execution.device_memory_bytes == 80 << 30
     assert 0 < execution.predicted_peak_memory_bytes <= 0.94 * (80 << 30)
+
+
+def test_few_steps_of_a_checkpoint_of_two_networks_are_not_planned() -> None:
+    twin = run("wan", hyperparameters__ema={}, objective__twinFlow={})
+    one = table_facts(twin.spec.model)
+    assert plan(twin, one, gpu(80)).strategy == "single"
+    with pytest.raises(
+        ConfigError, match=r"^spec\.model\.source is .*; has 2 networks, and spec\.objective\.twinFlow trains one"
+    ):
+        plan(twin, replace(one, experts=2), gpu(80))
 
 
 @pytest.mark.parametrize(

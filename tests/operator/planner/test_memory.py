@@ -249,6 +249,15 @@ def test_a_few_step_generator_has_a_second_time_embedder_and_keeps_weights_aside
     assert twin.ema == 2 * twin.trained_weights
 
 
+def test_a_time_embedder_of_several_vectors_is_as_much_larger_in_a_few_step_generator() -> None:
+    ema = {"hyperparameters__ema": {}}
+    plain = predicted(run("ace_step", **ema)).train
+    twin = predicted(run("ace_step", **ema, objective__twinFlow={})).train
+    width = 2048  # from 256 waves, then to one vector and on to six, and a vector for negative times for each
+    embedder = (256 + 1) * width + (width + 1) * width + (width + 1) * 6 * width + 7 * width
+    assert twin.trained_weights - plain.trained_weights == 4 * embedder
+
+
 def test_sounds_are_counted_by_their_seconds_whatever_pixels_there_would_be() -> None:
     half, whole = (run("ace_step", data__audio__maxSeconds=seconds) for seconds in (60, 120))
     facts = table_facts(whole.spec.model)

@@ -1,8 +1,9 @@
 """A few-step generator on every family: the base at its start, told a step's end as it is told the time, drawing in even steps."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.cell("twinflow")
 STARTS = torch.tensor([0.9, 0.4])
 ENDS = torch.tensor([0.25, 0.1])
 POSITIVE = torch.tensor([False, False])
+SHOWN = ("longcat_video_edit", "longcat_video_continued", "ltx_i2v", "qwen_image_edit_2511", "wan_ti2v")
+"""Pipelines whose network is told time 0 of what it is shown beside the noise."""
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -29,7 +32,10 @@ def case(request: pytest.FixtureRequest) -> Case:
         pytest.skip("its network predicts no velocity")
     if family.facts.unhurried:
         pytest.skip(family.facts.unhurried)
-    return make_case(request.param)
+    made = make_case(request.param)
+    if len(made.denoisers) > 1:
+        pytest.skip("its checkpoint has two networks, and is refused")
+    return made
 
 
 def put_on(case: Case) -> tuple[nn.Module, FewSteps, TimeEmbedder]:
@@ -51,6 +57,25 @@ def seen(module: nn.Module) -> Iterator[list[Tensor]]:
     handle.remove()
 
 
+@contextmanager
+def made(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What comes out of a module inside, of several parts the first."""
+    kept: list[Tensor] = []
+
+    def keep(_module: nn.Module, _given: Any, output: Any) -> None:
+        kept.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = module.register_forward_hook(keep)
+    yield kept
+    handle.remove()
+
+
+def at_zero(given: Sequence[Tensor], steps: FewSteps) -> Tensor:
+    """For each row of what is `given` to an embedder, whether it is what sigma 0 gives."""
+    clean = steps._entering(torch.zeros(1))
+    return torch.cat([(each.reshape(-1, clean[0].numel()) == clean.reshape(1, -1)).all(1) for each in given])
+
+
 @torch.no_grad()
 def test_the_end_of_a_step_enters_as_the_network_is_told_that_noise_level(case: Case) -> None:
     denoiser, steps, where = put_on(case)
@@ -60,7 +85,28 @@ def test_the_end_of_a_step_enters_as_the_network_is_told_that_noise_level(case: 
         case.family.predict(denoiser, noisy, ENDS, conditions)
     with seen(steps.embedder) as found, steps.telling(Times(STARTS, ENDS, POSITIVE)):
         case.family.predict(denoiser, noisy, STARTS, conditions)
-    torch.testing.assert_close(torch.cat(found), torch.cat(expected), atol=2e-4, rtol=1e-4)
+    noisy_rows = ~at_zero(expected, steps)
+    [once] = found if where.rows != "sample" else [torch.cat(found)]
+    rows = torch.cat([each.reshape(-1, *once.shape[1:]) for each in expected])[noisy_rows]
+    each = len(rows) // len(once)
+    assert each == 1 or where.rows == "parts"
+    torch.testing.assert_close(once.repeat_interleave(each, 0), rows, atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_shown_beside_the_noise_is_told_nothing_of_the_step(case: Case) -> None:
+    denoiser, steps, where = put_on(case)
+    steps.negative.normal_()
+    noisy, _, _ = case.noised(case.latents(2), STARTS.tolist())
+    conditions, embedder = case.conditions(PROMPTS), denoiser.get_submodule(where.module)
+    with made(embedder) as base, seen(embedder) as given:
+        case.family.predict(denoiser, noisy, STARTS, conditions)
+    with made(embedder) as told, steps.telling(Times(STARTS, ENDS, ~POSITIVE)):
+        case.family.predict(denoiser, noisy, STARTS, conditions)
+    before, after = (torch.cat([each.flatten(0, -2) for each in outputs]) for outputs in (base, told))
+    shown = at_zero(given, steps)
+    assert torch.equal((before == after).all(1), shown)
+    assert bool(shown.any()) == (case.name in SHOWN)
 
 
 @torch.no_grad()
@@ -87,7 +133,7 @@ def test_with_trained_weights_an_empty_step_is_the_base_and_a_real_or_a_negative
 @torch.no_grad()
 @pytest.mark.parametrize(("base", "trained"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_it_trains_in_another_precision_than_the_network_has(case: Case, base: str, trained: str) -> None:
-    denoiser, steps, _ = put_on(case)
+    denoiser, steps, where = put_on(case)
     noisy, _, _ = case.noised(case.latents(2), STARTS.tolist())
     conditions = case.conditions(PROMPTS)
     steps.negative.normal_()
@@ -95,6 +141,7 @@ def test_it_trains_in_another_precision_than_the_network_has(case: Case, base: s
     with steps.telling(times):
         exact = case.family.predict(denoiser, noisy, STARTS, conditions)
     denoiser.to(getattr(torch, base))
+    assert FewSteps(denoiser, where).negative.shape == steps.negative.shape
     steps.to(getattr(torch, trained))
     with torch.autocast("cpu", torch.bfloat16, enabled=base == "bfloat16"), steps.telling(times):
         found = case.family.predict(denoiser, noisy, STARTS, conditions)
@@ -111,14 +158,18 @@ def test_the_stock_pipeline_draws_by_even_steps_of_the_average_velocity(case: Ca
     setattr(case.pipe, name, denoiser)
     told: list[Times] = []
     steps.embedder.register_forward_pre_hook(lambda *_: told.append(steps._times))
-    entered: list[Any] = []
-    denoiser.get_submodule(where.module).register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0][:1]))
     try:
-        arguments = case.family.sampling_arguments(case.pipe, case.request(case.family.facts.guidance_above, steps=2))
-        with few_step_sampling(case.pipe, denoiser):
+        request = replace(case.request(case.family.facts.guidance_above, steps=2), even_steps=True)
+        arguments = case.family.sampling_arguments(case.pipe, request)
+        with few_step_sampling(case.pipe, denoiser), seen(denoiser.get_submodule(where.module)) as entered:
             case.pipe(**arguments)
     finally:
         setattr(case.pipe, name, given)
-    assert [(float(each.start), float(each.end)) for each in told] == [(1.0, 0.5), (0.5, 0.0)]
-    expected = [steps._entering(torch.tensor([level])) for level in (1.0, 0.5)]
-    torch.testing.assert_close(torch.cat(entered).float(), torch.cat(expected), atol=2e-4, rtol=1e-4)
+    most = case.pipe.scheduler.config.get("sigma_max")  # of those that count noise as a multiple of the picture
+    first = most / (1 + most) if most else 1.0
+    assert [float(each.start) for each in told] == pytest.approx([first, first / 2])
+    assert [float(each.end) for each in told] == pytest.approx([first / 2, 0])
+    for given, level in zip(entered, (first, first / 2), strict=True):
+        expected = steps._entering(torch.tensor([level]))
+        rows = given.reshape(-1, *expected.shape[1:])[~at_zero([given], steps)].float()
+        torch.testing.assert_close(rows, expected.expand_as(rows), atol=2e-4, rtol=1e-4)
