@@ -23,11 +23,8 @@ class Open:
 OPEN = (
     Open(
         "TwinFlow",
-        "its network is told of the time in a way that a second embedder does not reach (`unhurried` in the facts)",
-        (
-            *("ACE-Step", "Chroma 1", "Cosmos2", "LTX Video", "Hunyuan Video 1.5", "Wan 2.x", "Qwen Image Edit"),
-            *("LongCat-Video", "LongCat-Video Edit"),
-        ),
+        "its time enters through a network of its own, of which a second one would be a copy (`unhurried` in the facts)",
+        ("Chroma 1",),
     ),
 )
 OPEN_CELLS = {(model, each.feature) for each in OPEN for model in each.models}
