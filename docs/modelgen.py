@@ -150,7 +150,7 @@ def _rules(facts: FamilyFacts) -> Iterator[str]:
         yield f"* A clip has {multiple}n + {rest} frames, {facts.frame_rate:g} a second by default."
     if not facts.uncontrolled:
         yield "* A control network can be trained beside it (docs/how-to/train-a-control-network.md)."
-    if facts.objective == "flow" and not facts.unhurried:
+    if facts.objective == "flow":
         which = ", with one network for all noise levels," if any(each.experts > 1 for each in facts.flavours) else ""
         yield f"* Can be trained{which} to draw in few steps (docs/how-to/draw-in-few-steps.md)."
     if facts.references:

@@ -12,7 +12,6 @@ from atelier_api.few_steps import (
     OWN_LOSS,
     OWN_STEPS,
     WHOLE_AVERAGE,
-    takers,
 )
 from atelier_api.v1alpha1.parallelism import DEEPSPEED
 
@@ -40,6 +39,3 @@ def few_step_rules() -> Iterator[CelRule]:
                 f"self.model.family == '{name}' && has(self.model.flavour) && self.model.flavour in {literal(several)}"
             )
             yield CelRule("model.flavour", f"{off} || !({named})", f"has several networks, and {ONE_NETWORK}")
-    unhurried = literal([name for name, facts in FAMILIES.items() if facts.unhurried])
-    message = f"not for this family; train {', '.join(takers())}"
-    yield CelRule("objective.twinFlow", f"{off} || !(self.model.family in {unhurried})", message)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from atelier_api.families import FAMILIES, FamilyFacts
+from atelier_api.families import FamilyFacts
 from atelier_api.problem import Problem, refused, shown
 from atelier_api.v1alpha1 import TrainingRunSpec
 from atelier_api.v1alpha1.adapter import is_slider
@@ -17,11 +17,6 @@ NO_TWIN = "must be 0 without adversarial: it compares with what the network has 
 OWN_STEPS = f"samples of {ON} are drawn in its sampleSteps steps without guidance; remove it"
 
 ONE_NETWORK = f"{ON} trains one network that knows all noise levels, as a step goes from noise to the picture"
-
-
-def takers() -> list[str]:
-    """Families that are trained to draw in few steps."""
-    return [name for name, facts in FAMILIES.items() if facts.objective == "flow" and not facts.unhurried]
 
 
 def few_step_rules(spec: TrainingRunSpec) -> Iterator[Problem]:
@@ -48,7 +43,7 @@ def few_step_rules(spec: TrainingRunSpec) -> Iterator[Problem]:
 
 
 def few_step_family_rules(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator[Problem]:
-    """The problem of a flow family, or of a flavour of one, that is not trained to draw in few steps."""
+    """The problem of a flavour that is not trained to draw in few steps."""
     if spec.objective.twin_flow is None:
         return
     experts = {flavour.name: flavour.experts for flavour in facts.flavours}
@@ -56,10 +51,6 @@ def few_step_family_rules(spec: TrainingRunSpec, facts: FamilyFacts) -> Iterator
         others = ", ".join(name for name, count in experts.items() if count == 1)
         allowed = f"has {experts[spec.model.flavour]} networks, and {ONE_NETWORK}; name one of {others}, or remove {ON}"
         yield refused("spec.model.flavour", spec.model.flavour, allowed)
-    if facts.unhurried:
-        given = spec.objective.twin_flow.model_dump(mode="json", by_alias=True)
-        allowed = f"not for {facts.name}: {facts.unhurried}; remove it, or train {', '.join(takers())}"
-        yield refused(ON, given, allowed)
 
 
 def checkpoint_refusal(source: str, networks: int) -> str:

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 
 from atelier_api.families import FAMILIES
-from atelier_api.few_steps import takers
 from atelier_api.read import problems, validated
 from run_documents import document
 from structural_schema import violations
@@ -54,11 +53,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         ON | {"model": {"family": "sdxl", "source": "base"}},
         TWIN,
         " is a mapping; only for flow families, and sdxl is of diffusion",
-    ),
-    "a family whose time has no embedder of its own": (
-        ON | {"model": {"family": "chroma", "source": "base"}},
-        TWIN,
-        " is a mapping; not for chroma: its time enters through a network of 0.3 billion parameters that also counts layers",
     ),
     "two networks for different noise levels": (
         ON | {"model": {"family": "wan", "source": "base", "flavour": "2.2-t2v-a14b"}},
@@ -122,12 +116,11 @@ def test_what_goes_with_few_steps_is_accepted(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_takes_it_or_has_a_reason(name: str) -> None:
-    facts = FAMILIES[name]
+def test_every_flow_family_takes_it_and_no_other(name: str) -> None:
+    refused = FAMILIES[name].objective != "flow"
     changes = ON | {"model": {"family": name, "source": "base"}}
-    assert (TWIN in [problem.path for problem in problems(document(**changes))]) == (name not in takers())
-    assert (TWIN in violations(document(**changes))) == (name not in takers())
-    assert not facts.unhurried or facts.objective == "flow"
+    assert (TWIN in [problem.path for problem in problems(document(**changes))]) == refused
+    assert (TWIN in violations(document(**changes))) == refused
 
 
 def test_the_block_has_its_defaults() -> None:

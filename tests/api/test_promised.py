@@ -1,7 +1,6 @@
-"""The matrix to match: that each promise is proved, but for those that are listed as open, and what is proved beyond it."""
+"""The matrix to match: that each promise is proved, and what is proved beyond it."""
 
 from collections import Counter
-from dataclasses import dataclass
 
 import pytest
 
@@ -10,26 +9,8 @@ from atelier_api.families.conformance import CELLS, PROVED, table
 from atelier_api.families.promised import FEATURES, INSTEAD, MATRIX, kept, matrix_cells, tally
 from atelier_api.quantizations import QUANTIZATIONS
 
-
-@dataclass(frozen=True)
-class Open:
-    """Promises of one feature that are not proved yet, and why. A model is taken off with its proof, the whole entry with the last."""
-
-    feature: str
-    reason: str
-    models: tuple[str, ...]
-
-
-OPEN = (
-    Open(
-        "TwinFlow",
-        "its time enters through a network of its own, of which a second one would be a copy (`unhurried` in the facts)",
-        ("Chroma 1",),
-    ),
-)
-OPEN_CELLS = {(model, each.feature) for each in OPEN for model in each.models}
 PROMISED = [(row.model, feature) for row, feature in matrix_cells(promised=True)]
-BEYOND = 15
+BEYOND = 16
 """Cells without a promise that are proved at least."""
 
 
@@ -65,24 +46,13 @@ def test_each_family_trains_one_model_of_the_matrix_but_for_one_that_it_does_not
     assert set(NAMES) - set(trained) == {"sd15"}
 
 
-def test_every_cell_that_shows_a_feature_is_tried_or_the_feature_is_open() -> None:
-    unknown = {feature for feature, cells in FEATURES.items() if not set(cells) <= set(CELLS)}
-    assert unknown <= {each.feature for each in OPEN}
-    assert all(set(cells) <= set(CELLS) for cells in INSTEAD.values())
+def test_every_cell_that_shows_a_feature_is_tried() -> None:
+    assert all(set(cells) <= set(CELLS) for cells in [*FEATURES.values(), *INSTEAD.values()])
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-def test_every_promise_is_proved_but_for_the_open_ones(feature: str) -> None:
-    expected = {cell for cell in PROMISED if cell[1] == feature} - OPEN_CELLS
-    assert expected - proved(promised=True) == set()
-
-
-def test_what_is_open_is_promised_and_not_proved() -> None:
-    """A proof takes its cell off the list."""
-    assert OPEN_CELLS - set(PROMISED) == set()
-    assert OPEN_CELLS & proved(promised=True) == set()
-    assert sum(len(each.models) for each in OPEN) == len(OPEN_CELLS)
-    assert all(each.reason and each.models for each in OPEN)
+def test_every_promise_is_proved(feature: str) -> None:
+    assert {cell for cell in PROMISED if cell[1] == feature} - proved(promised=True) == set()
 
 
 def test_some_of_what_nobody_promises_is_proved_nonetheless() -> None:

@@ -50,12 +50,6 @@ BAD: dict[str, tuple[str, str, int, str]] = {
         64,
         "spec.hyperparameters.ema is empty; spec.objective.twinFlow needs it",
     ),
-    "few steps of a network without an embedder of its time": (
-        "{family: sd3, source: base}",
-        "{family: chroma, source: base}\n  objective: {twinFlow: {}}",
-        64,
-        "run.yaml:6: spec.objective.twinFlow is a mapping; not for chroma: its time enters through a network of",
-    ),
     "rank 0": ("rank: 8", "rank: 0", 64, "run.yaml:6: spec.adapter.rank is 0; must be 1–1024"),
     "48 frames": (
         "{family: sd3, source: base}",

@@ -12,6 +12,7 @@ from activation_bytes import bytes_per_token, bytes_with_control, copied_without
 from atelier_api.families import FAMILIES as TABLE
 from atelier_api.families import FamilyFacts, Flavour
 from atelier_operator.planner.memory import Choice, flavour_facts, predict
+from atelier_operator.planner.techniques import few_step_parameters
 from atelier_runtime import components
 from atelier_runtime.families import FAMILIES
 from atelier_runtime.family import Family
@@ -183,8 +184,16 @@ def test_only_video_families_have_a_rule_for_frames(facts: FamilyFacts) -> None:
         assert facts.frame_rule == (facts.temporal_factor, 1)
 
 
-def test_a_family_has_a_time_embedder_or_says_why_not() -> None:
+def test_every_flow_family_and_no_other_has_a_time_embedder() -> None:
     for name, family in FAMILIES.items():
-        flow = family.facts.objective == "flow"
-        assert (family.time_embedder is not None) == (flow and not family.facts.unhurried), name
-        assert not family.facts.unhurried or flow, name
+        assert (family.time_embedder is not None) == (family.facts.objective == "flow"), name
+
+
+@pytest.mark.parametrize("name", [name for name, facts in TABLE.items() if facts.objective == "flow"])
+def test_a_second_time_embedder_is_counted_and_by_at_most_20_million_parameters_too_high(name: str) -> None:
+    facts, family = TABLE[name], FAMILIES[name]
+    assert family.time_embedder is not None
+    for flavour in facts.flavours:
+        embedder = published_denoiser(name, flavour.name).get_submodule(family.time_embedder.module)
+        made = run(name, objective__twinFlow={}, hyperparameters__ema={}).spec
+        assert 0 <= few_step_parameters(made, facts, flavour.width) - count(embedder) < 20e6

@@ -36,5 +36,5 @@ FACTS = FamilyFacts(
         replace(_BASE, name="flash", source="hf://lodestones/Chroma1-Flash"),
     ),
     pipelines=("ChromaPipeline",),
-    unhurried="its time enters through a network of 0.3 billion parameters that also counts layers, and all of it would need a copy",
+    time_embedder_parameters=279_342_080,
 )

@@ -126,8 +126,8 @@ class FamilyFacts:
     `vocabularies` are those of text encoders in which textual inversion can learn words: all that tell the denoiser of a caption's
     words, where the stock pipeline loads new ones; none: there is no textual inversion.
     `passages` are those of samples through the autoencoder; where nothing is said, of diffusers' `AutoencoderKL`.
-    `unhurried` is why a flow family is not trained to draw in few steps, empty where it can be. `time_vectors` is how many vectors of
-    a block's width its time embedder makes.
+    `time_vectors` is how many vectors of a block's width its time embedder makes; `time_embedder_parameters` are those of a second one
+    and of what is added at negative times, where they do not follow from that.
     """
 
     name: str
@@ -166,8 +166,8 @@ class FamilyFacts:
     control_pixels: bool = False
     vocabularies: tuple[Vocabulary, ...] = ()
     passages: Passages = Passages(Passage(768), Passage(768))
-    unhurried: str = ""
     time_vectors: int = 1
+    time_embedder_parameters: int = 0
 
     def reference_resolution(self, resolution: int) -> int:
         """Edge in pixels of the square whose area references have in a run of `resolution`."""

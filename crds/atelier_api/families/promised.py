@@ -1,7 +1,7 @@
 """The matrix to match: what trainers of these models promise of each, and which of our cells show that it is kept.
 
 A promise is a cell of 28 models by 11 features, 266 of the 308 with a ✓. It is kept where each of the feature's cells is proved of
-each of the model's families. tests/api/test_promised.py compares the two, and lists what is still open.
+each of the model's families. tests/api/test_promised.py holds the one to the other.
 """
 
 from collections.abc import Iterator

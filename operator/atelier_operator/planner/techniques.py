@@ -23,6 +23,8 @@ def few_step_parameters(spec: TrainingRunSpec, family: FamilyFacts, width: int) 
     """Of the second time embedder, two layers up to the `width` of a block or several, and what is added at negative times."""
     if spec.objective.twin_flow is None:
         return 0
+    if family.time_embedder_parameters:
+        return family.time_embedder_parameters
     return (TIME_WAVES + 1 + family.time_vectors * (width + 2)) * width
 
 

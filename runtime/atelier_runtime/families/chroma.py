@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest
+from atelier_runtime.family import Blocks, Conditions, Family, Features, SampleRequest, TimeEmbedder
 from atelier_runtime.lora_layout import ADDED_QUERY_KEY_VALUE, QUERY_KEY_VALUE, THIRDS, LoraLayout, fused, plain
 
 T5_TOKENS = 512  # default of the pipeline's `max_sequence_length`
@@ -60,6 +60,7 @@ class Chroma(Family):
     lora_targets = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}  # noqa: RUF012
     lora_layout = LAYOUT
     blocks = (Blocks("transformer_blocks", "text,tokens"), Blocks("single_transformer_blocks", "text|tokens"))
+    time_embedder = TimeEmbedder("distilled_guidance_layer", "time_text_embed", scale=1000)
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> list[Features]:
         """`embeds` [512, 4096] and `mask` [512], true for the caption's tokens and the first padding token."""

@@ -30,8 +30,6 @@ def case(request: pytest.FixtureRequest) -> Case:
     family = FAMILIES[FAMILY_OF[request.param]]
     if family.facts.objective == "diffusion":
         pytest.skip("its network predicts no velocity")
-    if family.facts.unhurried:
-        pytest.skip(family.facts.unhurried)
     made = make_case(request.param)
     if len(made.denoisers) > 1:
         pytest.skip("its checkpoint has two networks, and is refused")
@@ -103,8 +101,9 @@ def test_what_is_shown_beside_the_noise_is_told_nothing_of_the_step(case: Case) 
         case.family.predict(denoiser, noisy, STARTS, conditions)
     with made(embedder) as told, steps.telling(Times(STARTS, ENDS, ~POSITIVE)):
         case.family.predict(denoiser, noisy, STARTS, conditions)
-    before, after = (torch.cat([each.flatten(0, -2) for each in outputs]) for outputs in (base, told))
     shown = at_zero(given, steps)
+    before, after = (torch.cat([each.flatten(0, -2) for each in outputs]) for outputs in (base, told))
+    before, after = (each.reshape(len(shown), -1) for each in (before, after))
     assert torch.equal((before == after).all(1), shown)
     assert bool(shown.any()) == (case.name in SHOWN)
 
