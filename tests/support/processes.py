@@ -154,7 +154,9 @@ def _live(target: str, folder: str, environment: dict[str, str]) -> None:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    Path(folder, f"ending-{rank}.txt").write_text(str(code))
+    unfinished = Path(folder, f"ending-{rank}.unfinished")
+    unfinished.write_text(str(code))
+    unfinished.rename(Path(folder, f"ending-{rank}.txt"))  # else it could be read before it is written
     os._exit(code)  # a rank that failed must not wait at exit for its peers
 
 
