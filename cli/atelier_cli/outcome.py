@@ -7,7 +7,15 @@ from pathlib import Path
 from atelier_api.errors import RunError
 from atelier_api.exit_codes import ExitCode
 from atelier_api.families import FAMILIES
-from atelier_api.model_files import base_arguments, inversion_loading, lora_loading, lycoris_loading, token_file
+from atelier_api.model_files import (
+    FEW_STEPS,
+    base_arguments,
+    few_step_loading,
+    inversion_loading,
+    lora_loading,
+    lycoris_loading,
+    token_file,
+)
 from atelier_api.result import AgentResult
 from atelier_api.run_file import RunFile
 from atelier_api.sampler import sampler_loading
@@ -61,20 +69,23 @@ def made(run_file: RunFile) -> Iterator[str]:
 
 def loading(run_file: RunFile, exports: list[str]) -> Iterator[str]:
     """Python that loads the result, or the folder that it belongs into."""
-    for line in _loading(run_file, exports):
+    fetched = run_file.store_uri.startswith("s3://")
+    root = "." if fetched else run_file.store_uri
+    if fetched:
+        yield f"aws s3 cp --recursive {run_file.store_uri}/exports exports"
+    for line in _loading(run_file, exports, root):
         yield line
         if line.startswith("pipe = "):
             yield from sampler_loading(run_file.spec.objective)
+            for key in (key for key in exports if key.startswith(FEW_STEPS)):
+                yield from few_step_loading(f"{root}/{key}")
 
 
-def _loading(run_file: RunFile, exports: list[str]) -> Iterator[str]:
-    root, base = run_file.store_uri, base_arguments(run_file.spec.model, run_file.model_folder)
+def _loading(run_file: RunFile, exports: list[str], root: str) -> Iterator[str]:
+    base = base_arguments(run_file.spec.model, run_file.model_folder)
     facts = FAMILIES[run_file.spec.model.family]
     # diffusers finds its pipelines by the index of the checkpoint; others are called by name.
     pipeline = "DiffusionPipeline" if facts.library == "diffusers" else facts.pipelines[0]
-    if root.startswith("s3://"):
-        yield f"aws s3 cp --recursive {root}/exports exports"
-        root = "."
     if LORA_FILE in exports:
         folder, _, name = LORA_FILE.rpartition("/")
         yield f"from {facts.library} import {pipeline}"

@@ -134,6 +134,15 @@ def inversion_loading(facts: FamilyFacts, token: str, path: str) -> list[str]:
     ]
 
 
+FEW_STEPS = "exports/few_steps/"
+"""Begins the keys of files that tell a network where its steps end."""
+
+
+def few_step_loading(path: str) -> list[str]:
+    """Lines of Python that have `pipe`, which holds no adapter yet, draw in few steps by such a file."""
+    return ["from atelier_runtime.few_steps import few_step_pipeline", f'pipe = few_step_pipeline(pipe, "{path}")']
+
+
 def token_file(token: str) -> str:
     """Name of the file of a placeholder: ComfyUI calls it so in prompts (`embedding:pixel-knight`)."""
     return f"{token.strip('<>')}.safetensors"

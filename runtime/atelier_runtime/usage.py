@@ -3,7 +3,15 @@
 from collections.abc import Iterator, Sequence
 
 from atelier_api.layouts import LYCORIS
-from atelier_api.model_files import base_arguments, inversion_loading, lora_loading, lycoris_loading, token_file
+from atelier_api.model_files import (
+    FEW_STEPS,
+    base_arguments,
+    few_step_loading,
+    inversion_loading,
+    lora_loading,
+    lycoris_loading,
+    token_file,
+)
 from atelier_api.run_file import RunFile
 from atelier_api.sampler import sampler_loading
 from atelier_api.v1alpha1.adapter import TextualInversionAdapter
@@ -48,7 +56,7 @@ def _imports(names: Sequence[str]) -> list[str]:
 
 def _loading(run_file: RunFile, family: Family, pipeline: str, keys: Sequence[str]) -> Iterator[str]:
     base, adapter = base_arguments(run_file.spec.model, run_file.model_folder), run_file.spec.adapter.type
-    steps = [key for key in keys if key.startswith("exports/few_steps/")]
+    steps = [key for key in keys if key.startswith(FEW_STEPS)]
     keys = [key for key in keys if key not in steps]
     if adapter == "full":
         for component in sorted({key.split("/")[2] for key in keys}):
@@ -59,8 +67,7 @@ def _loading(run_file: RunFile, family: Family, pipeline: str, keys: Sequence[st
     yield f"pipe = {pipeline}.from_pretrained({base}{f', {CONTROL_NETWORK}=network' if control else ''})"
     yield from sampler_loading(run_file.spec.objective)
     for key in steps:
-        yield "from atelier_runtime.few_steps import few_step_pipeline"
-        yield f'pipe = few_step_pipeline(pipe, "{key}")'
+        yield from few_step_loading(key)
     if adapter == "lora":
         for key in (key for key in keys if key.startswith("exports/diffusers/")):
             folder, name = key.rsplit("/", 1)

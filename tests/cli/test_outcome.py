@@ -45,6 +45,19 @@ def test_what_is_predicted_otherwise_than_by_the_checkpoint_is_told_to_its_sampl
     )
 
 
+def test_what_tells_of_few_steps_is_put_on_before_the_adapter(tmp_path: Path) -> None:
+    spec = {"objective": {"twinFlow": {}}, "hyperparameters": {"steps": 4, "ema": {}}}
+    run = run_file(tmp_path, model={"family": "sd3", "source": str(tmp_path)}, **spec)
+    lines = list(
+        loading(run, ["exports/diffusers/pytorch_lora_weights.safetensors", "exports/few_steps/demo.safetensors"])
+    )
+    assert lines[2:4] == [
+        "from atelier_runtime.few_steps import few_step_pipeline",
+        f'pipe = few_step_pipeline(pipe, "{run.store_uri}/exports/few_steps/demo.safetensors")',
+    ]
+    assert lines[4].startswith("pipe.load_lora_weights(")
+
+
 def test_files_of_lycoris_lora_are_merged_into_the_denoisers_they_belong_to(tmp_path: Path) -> None:
     transformer = ["diffusers", "WanTransformer3DModel"]
     index = {"_class_name": "WanPipeline", "transformer": transformer, "transformer_2": transformer}
