@@ -79,7 +79,7 @@ class Denoisers:
     ) -> "Denoisers":
         """The frozen denoiser and its control network, each spread over the ranks by itself."""
         [name] = names
-        assert family.control is not None  # a family without is refused
+        assert family.control is not None  # every flow family has one, and others are refused
         hyperparameters, plan = run_file.spec.hyperparameters, run_file.plan
         base_dtype, trained_dtype = _dtypes(hyperparameters.precision, hyperparameters.optimizer.type, "controlnet")
         base = components.load_denoiser(run_file.model_folder, name, base_dtype, _loading_device(run_file, distributed))
@@ -132,7 +132,7 @@ def _few_steps(model: nn.Module, run_file: RunFile, family: Family) -> FewSteps 
     """What tells the model of the end of a step, where the run trains that."""
     if run_file.spec.objective.twin_flow is None:
         return None
-    assert family.time_embedder is not None  # a family without is refused
+    assert family.time_embedder is not None  # every flow family has one, and others are refused
     return FewSteps(model, family.time_embedder)
 
 

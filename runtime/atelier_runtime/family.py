@@ -183,7 +183,7 @@ class Family(ABC):
     """Names of the layers in LoRA files of ComfyUI and kohya's scripts; None where they have none."""
     blocks: ClassVar[tuple[Blocks, ...]]
     time_embedder: ClassVar[TimeEmbedder | None] = None
-    """How its denoiser learns of the time; None where it cannot be told the end of a step as well, for the reason in the facts."""
+    """How its denoiser learns of the time, of a flow family: there it can be told the end of a step as well. None: of diffusion."""
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
     """Regular expressions over parameter names that no gradient reaches: frozen in full-rank training."""
     unquantized: ClassVar[tuple[str, ...]] = ()

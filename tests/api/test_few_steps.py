@@ -6,6 +6,7 @@ import pytest
 
 from atelier_api.families import FAMILIES
 from atelier_api.read import problems, validated
+from refusals import assert_refused_alike
 from run_documents import document
 from structural_schema import violations
 
@@ -72,10 +73,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 def test_what_does_not_go_with_few_steps_is_one_sentence_here_and_refused_by_the_cluster(
     changes: dict[str, Any], field: str, sentence: str
 ) -> None:
-    found = [str(problem) for problem in problems(document(**changes))]
-    assert len(found) == 1
-    assert found[0].startswith(f"{field}{sentence}")
-    assert violations(document(**changes)) == [field]
+    assert_refused_alike(changes, field, sentence)
 
 
 def test_a_negative_prompt_is_refused_where_there_is_no_guidance() -> None:
