@@ -28,7 +28,7 @@ demo: setup  ## train a LoRA on real pictures with two processes and open the re
 
 test: setup  ## the whole test suite; the first time it builds a Kubernetes (ten minutes)
 	-$(BIN)/python tests/support/cluster/main.py build
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 40 --times
 
 test-fast: setup  ## the tests that start no process groups and no servers, without the sweeps (under 3 minutes)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not processes and not sweep"

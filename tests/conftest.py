@@ -12,7 +12,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for processes that tests start
 
-pytest_plugins = ("conformance",)
+pytest_plugins = ("conformance", "suite_times", "waiting_tests")
 
 try:
     import torch
