@@ -1,12 +1,14 @@
 """One writer at a time: a Lease that one replica holds. The others watch, with all they need in memory.
 
-The Lease lasts 15 s and is renewed every 2 s. A leader that could not renew for 10 s stops writing, before anybody else may take
-over; its clock is the monotonic one, so a process that was frozen knows it when it wakes. A request that hangs is given up after
-5 s, so that a leader tries twice at least and knows in time that it has lost the Lease.
+The Lease lasts 15 s by default and is renewed every 2 s. A leader that could not renew for 10 s stops writing, before anybody else
+may take over; its clock is the monotonic one, so a process that was frozen knows it when it wakes. A request that hangs is given up
+after 5 s, so that a leader tries twice at least and knows in time that it has lost the Lease. A Lease of another time has all of
+these in proportion.
 """
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -17,10 +19,9 @@ from atelier_operator.settings import Settings
 
 log = logging.getLogger(__name__)
 
-LEASE_SECONDS = 15
-RENEW_DEADLINE_SECONDS = 10.0
-RENEW_SECONDS = 2.0
-ATTEMPT_SECONDS = 5.0
+OF_THE_LEASE_TO_RENEW_IN = 2 / 3
+OF_THE_LEASE_BETWEEN_RENEWALS = 2 / 15
+OF_THE_LEASE_FOR_AN_ATTEMPT = 1 / 3
 
 LABELS = {"app.kubernetes.io/name": "atelier", "app.kubernetes.io/component": "operator"}
 """By which `atelier install-check` finds the Lease, whatever the release is called."""
@@ -32,6 +33,9 @@ class Leadership:
     def __init__(self, cluster: Cluster, settings: Settings, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._cluster = cluster
         self._settings = settings
+        self._lease_seconds = settings.lease_seconds
+        self._renew_seconds = settings.lease_seconds * OF_THE_LEASE_BETWEEN_RENEWALS
+        self._attempt_seconds = settings.lease_seconds * OF_THE_LEASE_FOR_AN_ATTEMPT
         self._monotonic = monotonic
         self._renewed_at = float("-inf")
         self._seen: tuple[str, float] | None = None
@@ -44,15 +48,16 @@ class Leadership:
         """Try for the Lease for ever; tells when it is gained and lost."""
         leading = False
         while True:
-            await self.attempt(min(ATTEMPT_SECONDS, self._left()) if leading else ATTEMPT_SECONDS)
+            await self.attempt(min(self._attempt_seconds, self._left()) if leading else None)
             if self.holds() != leading:
                 leading = not leading
                 log.info("leader" if leading else "no leader any more", extra={"identity": self._settings.identity})
                 (gained if leading else lost)()
-            await asyncio.sleep(min(RENEW_SECONDS, self._left()) if leading else RENEW_SECONDS)
+            await asyncio.sleep(min(self._renew_seconds, self._left()) if leading else self._renew_seconds)
 
-    async def attempt(self, seconds: float = ATTEMPT_SECONDS) -> None:
-        """Renew the Lease, or take it when it is free, in so many seconds or not at all."""
+    async def attempt(self, seconds: float | None = None) -> None:
+        """Renew the Lease, or take it when it is free, in so many seconds or not at all; None: in those of an attempt."""
+        seconds = self._attempt_seconds if seconds is None else seconds
         started = self._monotonic()
         try:
             async with asyncio.timeout(seconds):
@@ -77,7 +82,7 @@ class Leadership:
 
     def _left(self) -> float:
         """For how many seconds this replica may write without another renewal; none or fewer: it may not."""
-        return self._renewed_at + RENEW_DEADLINE_SECONDS - self._monotonic()
+        return self._renewed_at + self._lease_seconds * OF_THE_LEASE_TO_RENEW_IN - self._monotonic()
 
     async def _take(self, now: datetime) -> bool:
         namespace, name = self._settings.lease_namespace, self._settings.lease_name
@@ -106,13 +111,13 @@ class Leadership:
         version, now = lease["metadata"]["resourceVersion"], self._monotonic()
         if self._seen is None or self._seen[0] != version:
             self._seen = (version, now)
-        return now - self._seen[1] > float((lease.get("spec") or {}).get("leaseDurationSeconds") or LEASE_SECONDS)
+        return now - self._seen[1] > float((lease.get("spec") or {}).get("leaseDurationSeconds") or self._lease_seconds)
 
     def _spec(self, now: datetime, transitions: int, acquired: str | None = None) -> dict[str, Any]:
         text = now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         return {
             "holderIdentity": self._settings.identity,
-            "leaseDurationSeconds": LEASE_SECONDS,
+            "leaseDurationSeconds": math.ceil(self._lease_seconds),
             "acquireTime": acquired or text,
             "renewTime": text,
             "leaseTransitions": transitions,

@@ -213,7 +213,7 @@ def register(registry: kopf.OperatorRegistry, operator: Operator, settings: Sett
     kopf.on.login(registry=registry)(log_in)
 
 
-def configure(settings: kopf.OperatorSettings) -> None:
+def configure(settings: kopf.OperatorSettings, silence_seconds: float) -> None:
     """kopf's settings; each has its reason in docs/decisions/0011-decide-from-what-is-there.md."""
     settings.posting.loggers = False
     settings.posting.level = logging.WARNING
@@ -222,10 +222,11 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
     settings.watching.connect_timeout = 5
-    settings.watching.inactivity_timeout = 70
+    settings.watching.inactivity_timeout = silence_seconds
     settings.watching.chunk_size = 500
     settings.networking.request_timeout = 30
     settings.networking.connect_timeout = 5
+    settings.networking.error_backoffs = (1, 1, 2, 3, *[5] * 10)  # kopf's own grow to 21 s, in which nothing is seen
     settings.peering.standalone = True
 
 
@@ -251,7 +252,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     registry = kopf.OperatorRegistry()
     register(registry, operator, settings)
     kopf_settings = kopf.OperatorSettings()
-    configure(kopf_settings)
+    configure(kopf_settings, settings.silence_seconds)
     kopf_settings.scanning.disabled = bool(settings.namespaces)
     async with servers(settings, operator, metrics):
         await operator.start()

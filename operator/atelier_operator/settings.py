@@ -8,7 +8,8 @@ from dataclasses import dataclass
 class Settings:
     """`namespaces` empty: all of them. `lease_namespace` holds the Lease of the leader; `identity` names this replica in it.
     `metrics_port` 0: any that is free. `webhook_port` 0: no webhook; `webhook_certificates` is the folder with its tls.crt and
-    tls.key."""
+    tls.key. A leader that is gone is followed by another one after `lease_seconds`; a watch that brings nothing for
+    `silence_seconds` is opened again."""
 
     namespaces: tuple[str, ...] = ()
     lease_namespace: str = "default"
@@ -19,6 +20,8 @@ class Settings:
     webhook_certificates: str = "/etc/atelier/webhook"
     resync_seconds: float = 600.0
     progress_seconds: float = 10.0
+    lease_seconds: float = 15.0
+    silence_seconds: float = 70.0
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> "Settings":
@@ -34,6 +37,8 @@ class Settings:
             webhook_certificates=environment.get("ATELIER_WEBHOOK_CERTIFICATES") or cls.webhook_certificates,
             resync_seconds=_number(environment, "ATELIER_RESYNC_SECONDS", cls.resync_seconds),
             progress_seconds=_number(environment, "ATELIER_PROGRESS_SECONDS", cls.progress_seconds),
+            lease_seconds=_number(environment, "ATELIER_LEASE_SECONDS", cls.lease_seconds),
+            silence_seconds=_number(environment, "ATELIER_SILENCE_SECONDS", cls.silence_seconds),
         )
 
 

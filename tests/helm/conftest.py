@@ -17,6 +17,8 @@ from go_build import NoGo
 CHART = Path(__file__).resolve().parents[2] / "helm" / "atelier"
 IMAGE = {"operator": {"image": {"repository": "registry.example.org/atelier-operator"}}}
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the CRDs are long
+
 Values = Mapping[str, Any]
 Object = dict[str, Any]
 
@@ -49,6 +51,7 @@ class Helm:
     def __init__(self, program: Path, values: Path) -> None:
         self._program = program
         self._values = values
+        self._templates: dict[str, subprocess.CompletedProcess[str]] = {}
 
     def template(self, *values: Values, serves: tuple[str, ...] = (), upgrade: bool = False) -> Rendered:
         """Release `atelier` in namespace `atelier-system` of a cluster that serves these APIs besides its own.
@@ -57,7 +60,7 @@ class Helm:
         """
         result = self._template(values, serves, ["--is-upgrade"] if upgrade else [])
         assert result.returncode == 0, result.stderr
-        return Rendered([each for each in yaml.safe_load_all(result.stdout) if each])
+        return Rendered([each for each in yaml.load_all(result.stdout, LOADER) if each])
 
     def refusal(self, *values: Values, serves: tuple[str, ...] = ()) -> str:
         """What helm says of values that it refuses."""
@@ -73,9 +76,13 @@ class Helm:
     def _template(
         self, values: Sequence[Values], serves: tuple[str, ...], more: list[str]
     ) -> subprocess.CompletedProcess[str]:
+        """Rendered once for the same values: a dozen tests look at the chart's defaults."""
         apis = [f"--api-versions={api}" for api in serves]
-        given = ["-f", str(self._write(values)), "--namespace=atelier-system", *apis]
-        return self._run("template", "atelier", str(CHART), *given, *more)
+        given = ["-f", str(self._write(values)), "--namespace=atelier-system", *apis, *more]
+        key = " ".join([self._values.read_text(), *given])
+        if key not in self._templates:
+            self._templates[key] = self._run("template", "atelier", str(CHART), *given)
+        return self._templates[key]
 
     def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([str(self._program), *arguments], capture_output=True, text=True, check=False)

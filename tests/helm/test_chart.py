@@ -53,7 +53,7 @@ def test_crds_can_be_left_out_and_can_go_with_the_release(helm: Helm) -> None:
 def test_the_operator_reads_every_variable_that_it_is_given(helm: Helm) -> None:
     from atelier_operator.settings import Settings
 
-    values = {"operator": {"metricsPort": 9090, "resyncSeconds": 1, "progressSeconds": 2.5}}
+    values = {"operator": {"metricsPort": 9090, "resyncSeconds": 1, "progressSeconds": 2.5, "leaseSeconds": 9}}
     given = helm.template({"webhook": {"port": 8443}}, values).environment()
     assert (given["ATELIER_WEBHOOK_PORT"], given["ATELIER_WEBHOOK_CERTIFICATES"]) == ("8443", "/etc/atelier/webhook")
     given = given | helm.template(NAMESPACED, values).environment()
@@ -66,6 +66,7 @@ def test_the_operator_reads_every_variable_that_it_is_given(helm: Helm) -> None:
         webhook_port=8443,
         resync_seconds=1.0,
         progress_seconds=2.5,
+        lease_seconds=9.0,
     )
     read: set[str] = set()
 

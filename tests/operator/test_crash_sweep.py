@@ -1,6 +1,7 @@
 """The operator is killed at every one of its writes, and the run comes to the same end."""
 
 import asyncio
+from functools import cache
 from typing import Any
 
 import pytest
@@ -92,10 +93,16 @@ def never_back(life: Life) -> None:
         assert old["phase"] not in ("Succeeded", "Failed") or new == old
 
 
+@cache
+def expectation(jobset: bool) -> tuple[Life, list[Object]]:
+    """A life in which nothing happens to the operator, and what it tells."""
+    undisturbed = Life(jobset=jobset, **BLOCKS)
+    return undisturbed, live(undisturbed)
+
+
 def same(life: Life, told: list[Object], jobset: bool) -> None:
     """The life went as the undisturbed one."""
-    undisturbed = Life(jobset=jobset, **BLOCKS)
-    expected = live(undisturbed)
+    undisturbed, expected = expectation(jobset)
     for number, (one, other) in enumerate(zip(told, expected, strict=True)):
         assert one == other, f"after chapter {number}"
     assert left(life) == left(undisturbed) == dict.fromkeys(left(life), 0)

@@ -21,12 +21,15 @@ def test_every_setting_is_read() -> None:
         "ATELIER_WEBHOOK_CERTIFICATES": "/certificates",
         "ATELIER_RESYNC_SECONDS": "60",
         "ATELIER_PROGRESS_SECONDS": "2.5",
+        "ATELIER_LEASE_SECONDS": "9",
+        "ATELIER_SILENCE_SECONDS": "80",
     }
     settings = Settings.of(environment)
     assert settings.namespaces == ("art", "lab")
     assert (settings.lease_namespace, settings.lease_name, settings.identity) == ("system", "lease", "replica-1")
     assert (settings.webhook_port, settings.webhook_certificates) == (9443, "/certificates")
     assert (settings.metrics_port, settings.resync_seconds, settings.progress_seconds) == (9000, 60.0, 2.5)
+    assert (settings.lease_seconds, settings.silence_seconds) == (9.0, 80.0)
 
 
 IDENTITIES = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from chart_release import Rights, chart_operator, install_chart
+from chart_release import IMAGE, Rights, chart_operator, install_chart
 from cluster.api import place
 from cluster.local import Cluster
 from cluster_documents import queues, resource_quota, run_document
@@ -19,6 +19,7 @@ from cluster_fixtures import FAKE_GPUS, FAKE_NODES
 from operator_process import ClusterRun, OperatorProcess, checked, forget_namespace, until
 
 Make = Callable[..., ClusterRun]
+Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,17 @@ def api_url(kind_cluster: Cluster) -> str:
 
 
 @pytest.fixture(scope="module")
+def operator_values() -> Values:
+    """The chart's values of the operator; a module that has others has a fixture of its own."""
+    return {}
+
+
+@pytest.fixture(scope="module")
 def operator(
-    kind_cluster: Cluster, api_url: str, tmp_path_factory: pytest.TempPathFactory
+    kind_cluster: Cluster, api_url: str, operator_values: Values, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[OperatorProcess]:
     """The chart is installed, its operator runs."""
-    install_chart(kind_cluster)
+    install_chart(kind_cluster, {"operator": IMAGE | operator_values})
     with checked(kind_cluster):
         process = chart_operator(kind_cluster, tmp_path_factory.mktemp("operator") / "log", api_url).start()
         yield process

@@ -129,7 +129,18 @@ def documents(draw: st.DrawFn) -> Document:
     return draw(_block(tree(), ""))
 
 
+_STRATEGIES: dict[str, st.SearchStrategy[Any]] = {}
+_ONE_OF_FOUR = st.integers(0, 3)
+
+
 def _value(node: Node, path: str) -> st.SearchStrategy[Any]:
+    """Made once for each field: hypothesis checks a strategy that is new to it, which takes longer than to draw from it."""
+    if path not in _STRATEGIES:
+        _STRATEGIES[path] = _new_value(node, path)
+    return _STRATEGIES[path]
+
+
+def _new_value(node: Node, path: str) -> st.SearchStrategy[Any]:
     if path in FEW:
         return st.sampled_from(FEW[path])
     if path in EXAMPLES:
@@ -165,7 +176,7 @@ def _block(draw: st.DrawFn, node: Node, path: str) -> Document:
         result = {"type": kind} if kind else {}
     for name in names:
         child = node.fields[name]
-        if child.required or draw(st.integers(0, 3)) == 0:
+        if child.required or draw(_ONE_OF_FOUR) == 0:
             below = f"{path}.{name}" if path else name
             alone = _value(child, below)
             result[name] = draw(

@@ -14,7 +14,7 @@ Schema = dict[str, Any]
 
 def violations(document: Any) -> list[str]:
     """Paths of what the CRD refuses; empty when the API server would take the object. CEL runs only on sound structure."""
-    schema = root_schema()
+    schema = _root()
     broken = sorted(_dotted(error.absolute_path) for error in _validator().iter_errors(document))
     if broken or not isinstance(document, dict):
         return broken or [""]
@@ -27,12 +27,13 @@ def refused_updates(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Paths that the rules of the whole object refuse when `new` replaces `old`. Defaults are filled in on both sides."""
     filled = [copy.deepcopy(document) for document in (old, new)]
     for document in filled:
-        fill_defaults(root_schema(), document)
+        fill_defaults(_root(), document)
     before, after = map(_without_null, filled)
+    context = cel.Context({"self": after, "oldSelf": before})
     return [
         rule["fieldPath"].lstrip(".")
-        for rule in root_schema()["x-kubernetes-validations"]
-        if not _program(rule["rule"]).execute({"self": after, "oldSelf": before})
+        for rule in _root()["x-kubernetes-validations"]
+        if not _program(rule["rule"]).execute(context)
     ]
 
 
@@ -52,8 +53,13 @@ def fill_defaults(schema: Schema, value: Any) -> None:
 
 
 @cache
+def _root() -> Schema:
+    return root_schema()
+
+
+@cache
 def _validator() -> Draft4Validator:
-    plain = _plain(root_schema())
+    plain = _plain(_root())
     del plain["properties"]["metadata"]["additionalProperties"]  # the API server checks metadata itself
     return Draft4Validator(plain)
 
@@ -93,12 +99,12 @@ def _unequal(schema: Schema, value: Any, path: str) -> list[str]:
 def _cel(schema: Schema, value: Any, path: str) -> list[str]:
     if value is None:
         return []
+    rules = [rule for rule in schema.get("x-kubernetes-validations", []) if "oldSelf" not in rule["rule"]]
     found = []
-    for rule in schema.get("x-kubernetes-validations", []):
-        if "oldSelf" in rule["rule"]:
-            continue  # runs on updates only
-        if not _program(rule["rule"]).execute({"self": _without_null(value)}):
-            found.append((path + rule.get("fieldPath", "")).lstrip("."))
+    if rules:  # the others run on updates only
+        context = cel.Context({"self": _without_null(value)})
+        refused = (rule for rule in rules if not _program(rule["rule"]).execute(context))
+        found = [(path + rule.get("fieldPath", "")).lstrip(".") for rule in refused]
     if isinstance(value, dict):
         for name, child in schema.get("properties", {}).items():
             if name in value:

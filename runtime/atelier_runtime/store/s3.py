@@ -1,4 +1,4 @@
-"""An S3-compatible store through boto3's classic client, the only place that makes one.
+"""An S3-compatible store through boto's client and classic transfers, the only place that makes one.
 
 What is set, and why:
 
@@ -9,6 +9,7 @@ What is set, and why:
 * the reply of CompleteMultipartUpload can be lost although the object is there: a HEAD answers before anything is repeated.
 """
 
+import functools
 import hashlib
 import math
 import mimetypes
@@ -21,9 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-import boto3
 import botocore.session
 from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
@@ -236,6 +236,8 @@ class S3Store:
     def make_client(self, checksums: Checksums = "when_required") -> "S3Client":
         """A client with credentials read anew. Raises CredentialsError where there are none."""
         session = botocore.session.Session()
+        session.register_component("data_loader", _service_models())
+        session.set_config_variable("region", self.settings.region)
         if self.settings.endpoint is not None:
             # A private store's credentials are never those of an EC2 instance; asking for them costs seconds where there is none.
             session.get_component("credential_provider").remove("iam-role")
@@ -254,14 +256,14 @@ class S3Store:
         try:
             if session.get_credentials() is None:
                 raise no_credentials(self.place)
-            client: S3Client = boto3.Session(botocore_session=session, region_name=self.settings.region).client(
+            made = session.create_client(
                 "s3", endpoint_url=self.settings.endpoint, verify=self.settings.ca_bundle, config=config
             )
         except CLIENT_ERRORS as error:
             raise translate(error, self.place, "CreateClient") from error
         except ValueError as error:  # botocore's answer to an endpoint that is no URL
             raise ConfigError(f"spec.storage.s3.endpoint is {self.settings.endpoint!r}: {error}") from error
-        return client
+        return cast("S3Client", made)
 
     def _call(self, operation: str, work: Callable[["S3Client"], T]) -> T:
         """Run `work` with the client, once more with new credentials where the old ones have expired."""
@@ -335,6 +337,12 @@ class S3Store:
     def _etag(self, key: str) -> str:
         reply = self._head(key)
         return "" if reply is None else reply["ETag"].strip('"')
+
+
+@functools.cache
+def _service_models() -> Any:
+    """What botocore knows of S3 and its endpoints, read once for all clients of a process: six of seven parts of making one."""
+    return botocore.session.Session().get_component("data_loader")
 
 
 def _read(client: "S3Client", bucket: str, key: str) -> tuple[bytes, str | None]:
