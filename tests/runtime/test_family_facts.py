@@ -193,7 +193,7 @@ def test_every_flow_family_and_no_other_has_a_time_embedder() -> None:
 def test_a_second_time_embedder_is_counted_and_by_at_most_20_million_parameters_too_high(name: str) -> None:
     facts, family = TABLE[name], FAMILIES[name]
     assert family.time_embedder is not None
-    for flavour in facts.flavours:
+    for flavour in (each for each in facts.flavours if alike(facts, each)[0] is each):
         embedder = published_denoiser(name, flavour.name).get_submodule(family.time_embedder.module)
         made = run(name, objective__twinFlow={}, hyperparameters__ema={}).spec
         assert 0 <= few_step_parameters(made, facts, flavour.width) - count(embedder) < 20e6

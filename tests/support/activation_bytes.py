@@ -159,7 +159,6 @@ def bytes_per_token(
     a reference of the same size where the family takes one. A family that needs fp32 is measured in it; half of that is what the
     table would say.
     """
-    adapters.install(model, LoraAdapter(rank=16, targets=["attention"]), family)
     facts = family.facts
     low = torch.float32 if facts.needs_fp32 else torch.bfloat16
     if facts.needs_fp32:
@@ -176,9 +175,51 @@ def bytes_per_token(
         text = features() if features else text_features(model, flavour.text_tokens)
         conditions = Conditions(text=text, sizes=torch.empty(1, 6), references=references, shared=shared())
         time = torch.empty(1)
-        total = saved_bytes(model, lambda: family.predict(model, noisy, time, conditions), low)
+
+    def measured(model: nn.Module) -> int:
+        with torch.device("meta"):
+            return saved_bytes(model, lambda: family.predict(model, noisy, time, conditions), low)
+
+    # OmniGen's blocks share some of what they keep, more or less of it from one measurement to the next.
+    lists = [part.attribute for part in family.blocks if similar(model.get_submodule(part.attribute))]
+    lists = [] if family.name == "omnigen" else lists
+    total = bytes_of_similar_blocks(family, model, lists, measured)
     pictures = (1 + len(references)) * facts.latent_tokens(width, height, frames)
     return total * 2 / low.itemsize / flavour.layers / (pictures + flavour.text_tokens)
+
+
+def similar(blocks: nn.Module) -> bool:
+    """Whether there are more than four blocks, and all but the first and the last have weights of the same shapes."""
+    shapes = [[(name, tensor.shape) for name, tensor in block.named_parameters()] for block in blocks.children()]
+    return len(shapes) > 4 and all(each == shapes[1] for each in shapes[2:-1])
+
+
+def bytes_of_similar_blocks(
+    family: Family, model: nn.Module, lists: list[str], measured: Callable[[nn.Module], int]
+) -> int:
+    """What the whole model keeps, of which each of these lists of blocks is measured with two to four of its blocks.
+
+    Each further block must keep as much as the one before it.
+    """
+    whole = {name: list(model.get_submodule(name).children()) for name in lists}
+
+    def take(name: str, blocks: list[nn.Module]) -> None:
+        model.set_submodule(name, nn.ModuleList(blocks))
+
+    for name, blocks in whole.items():
+        take(name, [*blocks[:3], blocks[-1]])
+    adapters.install(model, LoraAdapter(rank=16, targets=["attention"]), family)
+    total = four = measured(model)
+    for name, blocks in whole.items():
+        sizes = [four]
+        for middle in (blocks[1:2], []):
+            take(name, [blocks[0], *middle, blocks[-1]])
+            sizes.append(measured(model))
+        take(name, [*blocks[:3], blocks[-1]])
+        further, before = sizes[0] - sizes[1], sizes[1] - sizes[2]
+        assert further == before, f"the blocks of {name} do not keep the same: {sizes}"
+        total += (len(blocks) - 4) * further
+    return total
 
 
 def copied_without_memory(control: Control, base: nn.Module) -> nn.Module:

@@ -109,6 +109,7 @@ def _git_hash(data: bytes) -> str:
 
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
+    disable_nagle_algorithm = True  # else a reply's body waits 40 ms for its head to be acknowledged
     protocol_version = "HTTP/1.1"
 
     def handle(self) -> None:

@@ -41,6 +41,12 @@ def in_fork(
     return os.waitstatus_to_exitcode(status)
 
 
+def die_in(seconds: float) -> None:
+    """End this process so much later as a kill would: the kernel does it, and no code of ours runs."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+
+
 class KillingStore:
     """A store whose process is killed at the `nth` operation that changes it, before or after the operation."""
 
@@ -71,6 +77,11 @@ def pauses(count: int, low: float, high: float, *, seed: int) -> list[float]:
     print(f"seed of the kills: {seed}")
     draws = random.Random(seed)
     return [draws.uniform(low, high) for _ in range(count)]
+
+
+def spread_pauses(count: int, high: float, *, seed: int) -> list[float]:
+    """A random moment in each of `count` equal parts of the time from 0 to `high`, from a printed seed."""
+    return [part * high / count for part in map(sum, zip(range(count), pauses(count, 0, 1, seed=seed), strict=True))]
 
 
 def acknowledge(path: Path, step: int) -> None:

@@ -111,6 +111,7 @@ def fault_proxy(upstream: str, *, tls: ssl.SSLContext | None = None) -> Iterator
 
 class _Relay(BaseHTTPRequestHandler):
     proxy: FaultProxy
+    disable_nagle_algorithm = True  # else a reply's body waits 40 ms for its head to be acknowledged
     protocol_version = "HTTP/1.1"  # connections are kept, and `Expect: 100-continue` is answered here
 
     def _handle(self) -> None:
