@@ -162,8 +162,11 @@ def test_fsdp2_trains_like_ddp(finished: tuple[LocalRun, str]) -> None:
 def test_a_finished_run_is_not_trained_again_and_can_be_made_longer(finished: tuple[LocalRun, str]) -> None:
     run, _ = finished
     before = history(run)
+    untrained = run.folder / "samples" / "00000000" / "0.png"
+    drawn_at = untrained.stat().st_mtime_ns
     longer = run.changed(hyperparameters={"steps": 14})
     longer.train_in_forks()
+    assert untrained.stat().st_mtime_ns == drawn_at
     after = history(longer)
     assert sorted(after) == list(range(14))
     assert {step: after[step] for step in before} == before
