@@ -28,9 +28,10 @@ LOST_PEER_SECONDS = 30.0
 class Gang:
     """All nodes of one attempt. Use as a context: whatever is left is killed at the end."""
 
-    def __init__(self, run_file: RunFile, *, launch_module: str) -> None:
+    def __init__(self, run_file: RunFile, *, launch_module: str, lost_peer_seconds: float = LOST_PEER_SECONDS) -> None:
         self._run_file = run_file
         self._launch_module = launch_module
+        self._lost_peer_seconds = lost_peer_seconds
         self._scratch = Scratch(Path(run_file.scratch))
         self._nodes = range(run_file.plan.nodes)
         self._asked: set[int] = set()
@@ -85,7 +86,7 @@ class Gang:
         failed = any(result is not None and result.exit_code is not ExitCode.DONE for result in self._known_results())
         if failed and self._first_failure_at is None:
             self._first_failure_at = time.monotonic()
-        if self._first_failure_at is not None and time.monotonic() - self._first_failure_at > LOST_PEER_SECONDS:
+        if self._first_failure_at is not None and time.monotonic() - self._first_failure_at > self._lost_peer_seconds:
             self._stopping = True
         if self._stopping:
             self._ask()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import LocalRun, tiny_run
+from runs import LocalRun, demo_run, tiny_run
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +18,4 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def local_run(base_folder: Path, tmp_path: Path) -> LocalRun:
     """A run in a folder of its own."""
-    for name in ("base", "pictures"):
-        (tmp_path / name).symlink_to(base_folder / name)
-    return tiny_run(tmp_path, name="demo", hyperparameters={"steps": 10})
+    return demo_run(base_folder, tmp_path)

@@ -18,7 +18,7 @@ from atelier_api.exit_codes import ExitCode
 from atelier_api.run_file import RunFile
 from atelier_runtime.observe.progress import read_progress
 from atelier_runtime.observe.scratch import Scratch
-from runs import LocalRun
+from runs import LocalRun, demo_run
 
 pytestmark = pytest.mark.processes
 
@@ -72,11 +72,21 @@ def commands() -> Iterator[list[Command]]:
         command.end()
 
 
-def test_a_run_is_announced_followed_and_its_results_are_named(local_run: LocalRun, commands: list[Command]) -> None:
-    commands.append(command := Command(local_run, "done"))
-    assert command.wait() == 0, command.stderr
-    assert command.stderr == ""
-    text = command.stdout
+@pytest.fixture(scope="module")
+def announced(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LocalRun, str]]:
+    """A run that the command has brought to its end, and what it printed."""
+    run = demo_run(base_folder, tmp_path_factory.mktemp("announced"))
+    command = Command(run, "done")
+    try:
+        assert command.wait() == 0, command.stderr
+        assert command.stderr == ""
+        yield run, command.stdout
+    finally:
+        command.end()
+
+
+def test_a_run_is_announced_followed_and_its_results_are_named(announced: tuple[LocalRun, str]) -> None:
+    local_run, text = announced
     for line in (
         "adapter    LoRA of rank 4, alpha 8, on attention",
         "strategy   DDP, 2 processes on the CPU",
@@ -94,10 +104,9 @@ def test_a_run_is_announced_followed_and_its_results_are_named(local_run: LocalR
 
 
 def test_the_same_file_goes_on_with_the_next_attempt_and_refuses_another_run(
-    local_run: LocalRun, commands: list[Command]
+    announced: tuple[LocalRun, str], commands: list[Command]
 ) -> None:
-    commands.append(first := Command(local_run, "done"))
-    assert first.wait() == 0
+    local_run, _ = announced
     commands.append(changed := Command(local_run, "done", "--set", "adapter.rank=8"))
     assert changed.wait() == ExitCode.CONFIG
     assert changed.stderr.splitlines() == [
@@ -116,14 +125,36 @@ def test_the_same_file_goes_on_with_the_next_attempt_and_refuses_another_run(
     assert (local_run.folder / "exports").exists()
 
 
-def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(local_run: LocalRun, commands: list[Command]) -> None:
-    commands.append(command := Command(local_run, "wait"))
-    command.trained()
-    command.process.send_signal(signal.SIGINT)
-    assert command.wait() == ExitCode.STOPPED
+@pytest.fixture(scope="module")
+def interrupted(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Command, Command]]:
+    """A command that Ctrl-C has stopped while its ranks trained, and a second one of the same run that was started before."""
+    first = Command(demo_run(base_folder, tmp_path_factory.mktemp("interrupted")), "wait")
+    try:
+        first.trained()
+        second = Command(first.run, "done")
+        second.wait()
+        first.process.send_signal(signal.SIGINT)
+        first.wait()
+        yield first, second
+    finally:
+        first.end()
+
+
+def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(interrupted: tuple[Command, Command]) -> None:
+    command, _ = interrupted
+    assert command.process.returncode == ExitCode.STOPPED
     assert "stopping after this step, with a checkpoint; Ctrl-C again kills" in command.stdout
-    assert f"checkpoint at step 10; `atelier run {local_run.path}` goes on from there" in command.stdout
+    assert f"checkpoint at step 10; `atelier run {command.run.path}` goes on from there" in command.stdout
     assert command.stderr == ""
+
+
+def test_a_second_command_of_the_run_is_refused_with_the_first_ones_process(
+    interrupted: tuple[Command, Command],
+) -> None:
+    first, second = interrupted
+    assert second.process.returncode == ExitCode.CONFIG
+    expected = f"error: run demo is being trained by process {first.process.pid} on this machine; wait for it or stop it first\n"
+    assert second.stderr == expected
 
 
 def test_a_second_ctrl_c_kills_and_leaves_nothing_behind(local_run: LocalRun, commands: list[Command]) -> None:
@@ -142,19 +173,6 @@ def test_a_second_ctrl_c_kills_and_leaves_nothing_behind(local_run: LocalRun, co
     assert "killed by the second Ctrl-C" in command.process.stderr.read()  # type: ignore[union-attr]
     _, alive = psutil.wait_procs(below, timeout=30)
     assert not alive
-
-
-def test_a_second_command_of_the_run_is_refused_with_the_first_ones_process(
-    local_run: LocalRun, commands: list[Command]
-) -> None:
-    commands.append(first := Command(local_run, "wait"))
-    first.trained()
-    commands.append(second := Command(local_run, "done"))
-    assert second.wait() == ExitCode.CONFIG
-    expected = f"error: run demo is being trained by process {first.process.pid} on this machine; wait for it or stop it first\n"
-    assert second.stderr == expected
-    first.process.terminate()
-    assert first.wait() == ExitCode.STOPPED
 
 
 def test_a_failed_rank_is_told_with_its_message_and_its_log(local_run: LocalRun, commands: list[Command]) -> None:
@@ -177,7 +195,7 @@ def test_a_users_mistake_seen_by_a_rank_is_one_line(local_run: LocalRun, command
 def test_two_nodes_are_restarted_together(local_run: LocalRun, commands: list[Command]) -> None:
     commands.append(
         command := Command(
-            local_run, "wait,broken;done", "--set", "parallelism.nodes=2", "--set", "parallelism.processesPerNode=1"
+            local_run, "lost,broken;done", "--set", "parallelism.nodes=2", "--set", "parallelism.processesPerNode=1"
         )
     )
     assert command.wait() == 0, command.stderr

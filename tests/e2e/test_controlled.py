@@ -1,4 +1,7 @@
-"""Whole runs of a control network, by the command that users type: a tiny SDXL, quantised, on digits with their negatives."""
+"""Whole runs of a control network, by the command that users type: a tiny SDXL, quantised, on digits with their negatives.
+
+Its resume, and the run it is compared with, are trained by ranks that are forks (see `runs`).
+"""
 
 from pathlib import Path
 from typing import Any
@@ -41,9 +44,9 @@ def test_a_control_network_trains_resumes_draws_and_is_published(tmp_path: Path)
     output = broken.train()
     assert "no conditioning 1, kept 8" in output
     assert "no picture 0008.*" in output
-    broken.changed(hyperparameters={"steps": 4}).train()
+    broken.changed(hyperparameters={"steps": 4}).train_in_forks()
     straight = controlled(tmp_path, "straight")
-    straight.train()
+    straight.train_in_forks()
     assert history(broken) == history(straight)
     one, other = checkpoint_state(broken, 4), checkpoint_state(straight, 4)
     assert one.keys() == other.keys()

@@ -1,4 +1,7 @@
-"""LayerSync by the command that users type: a resume is a straight run, and the report shows its loss."""
+"""LayerSync by the command that users type: a resume is a straight run, and the report shows its loss.
+
+The two halves of the resumed run are trained by ranks that are forks (see `runs`).
+"""
 
 import json
 from pathlib import Path
@@ -33,9 +36,9 @@ def alignment(run: LocalRun) -> list[tuple[int, float]]:
 def test_a_resume_trains_what_a_straight_run_does(tmp_path: Path) -> None:
     straight = synced(tmp_path, "straight")
     straight.train()
-    synced(tmp_path, "resumed", steps=2).train()
+    synced(tmp_path, "resumed", steps=2).train_in_forks()
     resumed = synced(tmp_path, "resumed")
-    resumed.train()
+    resumed.train_in_forks()
     expected, found = checkpoint_state(straight, STEPS), checkpoint_state(resumed, STEPS)
     assert expected.keys() == found.keys()
     assert [key for key, tensor in expected.items() if not tensor.equal(found[key])] == []

@@ -1,4 +1,7 @@
-"""Whole runs on this machine, by the command that users type: two processes, real pictures, a real checkpoint."""
+"""Whole runs on this machine, by the command that users type: two processes, real pictures, a real checkpoint.
+
+What is compared with such a run, and does not try the command itself, is trained by ranks that are forks (see `runs`).
+"""
 
 import hashlib
 import json
@@ -6,15 +9,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
+from atelier_api.exit_codes import ExitCode
 from atelier_api.result import AgentResult
 from atelier_runtime.observe.scratch import Scratch
-from runs import LocalRun, checkpoint_state, history, kill_tree, tiny_run, wait_for, write_run
+from runs import LocalRun, checkpoint_state, history, kill_tree, merged, tiny_run, wait_for, write_run
 
 pytestmark = pytest.mark.processes
 
@@ -106,10 +111,14 @@ def test_the_exported_lora_in_a_new_process_draws_what_the_training_process_drew
         assert not same_pixels(drawn, untrained, tolerance=8)
 
 
+def like(run: LocalRun, name: str) -> LocalRun:
+    """The same run under another name."""
+    return write_run(run.path.parent / f"{name}.yaml", dict(run.document) | {"metadata": {"name": name}})
+
+
 def test_zero3_of_two_processes_and_then_one_process_make_the_same_lora(finished: tuple[LocalRun, str]) -> None:
     ddp, _ = finished
-    document = dict(ddp.document) | {"metadata": {"name": "zero3"}}
-    changing = LocalRun(ddp.path.parent / "zero3.yaml", document)
+    changing = like(ddp, "zero3")
     changing = changing.changed(hyperparameters={"steps": 6}, parallelism={"strategy": "deepspeed-zero3"})
     assert "DeepSpeed ZeRO-3, 2 processes on the CPU" in changing.train()
     manifest = json.loads(max((changing.folder / "manifests").glob("*.json")).read_text())
@@ -117,7 +126,7 @@ def test_zero3_of_two_processes_and_then_one_process_make_the_same_lora(finished
     changing = changing.changed(
         hyperparameters={"steps": 12}, parallelism={"strategy": "single", "processesPerNode": 1}
     )
-    changing.train()
+    changing.train_in_forks()
     assert history(changing) == pytest.approx(history(ddp), rel=1e-4)
     lora = "exports/diffusers/pytorch_lora_weights.safetensors"
     found, expected = load_file(changing.folder / lora), load_file(ddp.folder / lora)
@@ -129,70 +138,96 @@ def test_zero3_of_two_processes_and_then_one_process_make_the_same_lora(finished
         assert same_pixels(changing.folder / sample, ddp.folder / sample, tolerance=1)
 
 
+def test_two_then_one_then_two_processes_train_the_same_samples(finished: tuple[LocalRun, str]) -> None:
+    straight, _ = finished
+    undrawn = {name: block for name, block in straight.document["spec"].items() if name != "validation"}
+    changing = like(LocalRun(straight.path, straight.document | {"spec": undrawn}), "changing")
+    for steps, processes in ((4, 2), (8, 1), (12, 2)):
+        changing = changing.changed(hyperparameters={"steps": steps}, parallelism={"processesPerNode": processes})
+        changing.train_in_forks()
+    assert history(changing) == pytest.approx(history(straight), rel=1e-4)
+
+
+def test_fsdp2_trains_like_ddp(finished: tuple[LocalRun, str]) -> None:
+    ddp, _ = finished
+    sharded = like(ddp, "sharded").changed(
+        hyperparameters={"steps": 4},
+        parallelism={"strategy": "fsdp2"},
+        validation={"prompts": PROMPTS[:1], "steps": 2},
+    )
+    sharded.train_in_forks()
+    assert history(sharded) == pytest.approx({step: history(ddp)[step] for step in range(4)}, rel=1e-4)
+
+
 def test_a_finished_run_is_not_trained_again_and_can_be_made_longer(finished: tuple[LocalRun, str]) -> None:
     run, _ = finished
+    before = history(run)
+    untrained = run.folder / "samples" / "00000000" / "0.png"
+    drawn_at = untrained.stat().st_mtime_ns
     longer = run.changed(hyperparameters={"steps": 14})
-    longer.train()
-    assert sorted(history(longer)) == list(range(14))
+    longer.train_in_forks()
+    assert untrained.stat().st_mtime_ns == drawn_at
+    after = history(longer)
+    assert sorted(after) == list(range(14))
+    assert {step: after[step] for step in before} == before
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dylora", "full"])
-def test_twenty_steps_a_kill_and_twenty_more_equal_forty(adapter: str, tmp_path: Path) -> None:
-    adapters = {
-        "lora": {"type": "lora", "rank": 4, "alpha": 8, "dropout": "0.1"},
-        "dylora": {"type": "dylora", "rank": 4, "rankBlock": 2},
-        "full": {"type": "full"},
+def resumable(folder: Path, name: str, **spec: Any) -> LocalRun:
+    """A run of twelve steps with a checkpoint after six and a moving average."""
+    changes: dict[str, Any] = {
+        "hyperparameters": {"steps": 12, "microBatchSize": 1, "ema": {"decay": "0.9"}},
+        "storage": {"checkpoint": {"everySteps": 6}},
     }
-    broken = tiny_run(
-        tmp_path,
-        name="broken",
-        pictures=16,
-        adapter=adapters[adapter],
-        hyperparameters={
-            "steps": 40,
-            "globalBatchSize": 16,
-            "microBatchSize": 2,
-            "ema": {"decay": "0.9"},
-            "optimizer": {"type": "adamw-bf16" if adapter == "lora" else "adamw"},
-        },
-        parallelism={
-            "processesPerNode": 2 if adapter == "lora" else 1
-        },  # a second process takes half a minute of two cores
-        storage={"checkpoint": {"everySteps": 20}},
-    )
-    process = broken.start()
-    wait_for(broken, lambda _: any((broken.folder / "manifests").glob("00000020-*.json")), process)
-    kill_tree(process)
-    # On a fast machine the last steps may be done before the kill; then the runs get twenty more to differ in.
-    steps = 40 if max(history(broken)) < 39 else 60
-    broken = broken.changed(hyperparameters={"steps": steps})
-    broken.train()
-    document = dict(broken.document) | {"metadata": {"name": "straight"}}
-    straight = write_run(tmp_path / "straight.yaml", document)
-    straight.train()
+    return write_run(folder / f"{name}.yaml", tiny_run(folder, name=name, **merged(changes, spec)).document)
+
+
+def assert_equal_to_the_bit(broken: LocalRun, straight: LocalRun, steps: int) -> None:
+    """Weights, optimizer, averages and history."""
     expected, got = checkpoint_state(straight, steps), checkpoint_state(broken, steps)
     assert expected.keys() == got.keys()
     assert any("ema" in key for key in expected)
     different = [key for key in expected if not expected[key].equal(got[key])]
     assert different == []
     assert history(broken) == history(straight)
+
+
+def test_six_steps_a_kill_and_the_rest_equal_a_straight_run(tmp_path: Path) -> None:
+    spec = {
+        "adapter": {"dropout": "0.1"},
+        "hyperparameters": {"steps": 24, "optimizer": {"type": "adamw-bf16"}},
+    }
+    broken = resumable(tmp_path, "broken", **spec)
+    process = broken.start()
+    wait_for(broken, lambda _: any((broken.folder / "manifests").glob("00000006-*.json")), process)
+    kill_tree(process)
+    kept = max(int(path.name[:8]) for path in (broken.folder / "manifests").iterdir())
+    steps = 24 if kept < 24 else 30  # on a fast machine it may be done before the kill
+    broken = broken.changed(hyperparameters={"steps": steps})
+    broken.train()
+    straight = like(broken, "straight")
+    straight.train_in_forks()
+    assert_equal_to_the_bit(broken, straight, steps)
+
+
+@pytest.mark.parametrize(
+    "adapter", [{"type": "dylora", "rank": 4, "rankBlock": 2}, {"type": "full"}], ids=["dylora", "full"]
+)
+def test_six_steps_and_six_more_equal_twelve(adapter: dict[str, Any], tmp_path: Path) -> None:
+    one = {"adapter": adapter, "parallelism": {"processesPerNode": 1}}
+    broken = resumable(tmp_path, "broken", **one)
+    for steps in (6, 12):
+        broken = broken.changed(hyperparameters={"steps": steps})
+        broken.train_in_forks()
+    straight = like(broken, "straight")
+    straight.train_in_forks()
+    assert_equal_to_the_bit(broken, straight, 12)
+    is_dylora = adapter["type"] == "dylora"
     file = straight.folder / "exports/lycoris/straight.safetensors"
-    assert file.exists() is (adapter == "dylora")
-    assert ("create_lycoris_from_weights" in (straight.folder / "report.html").read_text()) is (adapter == "dylora")
-    if adapter == "dylora":  # both blocks of the second matrices, which start at zero, have been drawn
+    assert file.exists() is is_dylora
+    assert ("create_lycoris_from_weights" in (straight.folder / "report.html").read_text()) is is_dylora
+    if is_dylora:  # both blocks of the second matrices, which start at zero, have been drawn
         ups = {key: tensor for key, tensor in load_file(file).items() if key.endswith("lora_up.weight")}
         assert [key for key, tensor in ups.items() if not all(block.any() for block in tensor.split(2, dim=1))] == []
-
-
-def test_two_then_one_then_two_processes_train_the_same_samples(tmp_path: Path) -> None:
-    straight = tiny_run(tmp_path, name="straight", hyperparameters={"steps": 9})
-    straight.train()
-    document = dict(straight.document) | {"metadata": {"name": "changing"}}
-    changing = LocalRun(tmp_path / "changing.yaml", document)
-    for steps, processes in ((3, 2), (6, 1), (9, 2)):
-        changing = changing.changed(hyperparameters={"steps": steps}, parallelism={"processesPerNode": processes})
-        changing.train()
-    assert history(changing) == pytest.approx(history(straight), rel=1e-4)
 
 
 def test_sigterm_commits_a_checkpoint_and_the_next_run_goes_on_from_it(tmp_path: Path) -> None:
@@ -210,17 +245,8 @@ def test_sigterm_commits_a_checkpoint_and_the_next_run_goes_on_from_it(tmp_path:
     assert max(history(run)) == saved[0] - 1
 
 
-def test_fsdp2_trains_like_ddp(tmp_path: Path) -> None:
-    ddp = tiny_run(tmp_path, name="ddp", hyperparameters={"steps": 4})
-    ddp.train()
-    sharded = LocalRun(tmp_path / "sharded.yaml", dict(ddp.document) | {"metadata": {"name": "sharded"}})
-    sharded = sharded.changed(parallelism={"strategy": "fsdp2"}, validation={"prompts": PROMPTS[:1], "steps": 2})
-    sharded.train()
-    assert history(sharded) == pytest.approx(history(ddp), rel=1e-4)
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_files(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, name="diverged")
+    run = tiny_run(tmp_path, name="diverged", parallelism={"processesPerNode": 1})
     weights = tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     tensors["proj_out.bias"][0] = float("inf")  # as a base that was saved in too small a range of numbers
@@ -234,15 +260,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_files(tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "code", "text"),
     [
-        ({"adapter": {"targets": ["nothing_like_this"]}}, 64, "nothing_like_this"),
-        ({"data": {"sources": [{"uri": "empty"}]}}, 65, "has 0 files to train on"),
+        ({"adapter": {"targets": ["nothing_like_this"]}}, ExitCode.CONFIG, "nothing_like_this"),
+        ({"data": {"sources": [{"uri": "empty"}]}}, ExitCode.DATA, "has 0 files to train on"),
     ],
     ids=["an adapter that matches nothing", "an empty folder"],
 )
-def test_what_only_the_runtime_can_see_is_one_clear_error(
-    changes: dict[str, object], code: int, text: str, tmp_path: Path
+def test_what_only_the_runtime_can_see_is_the_users_to_mend(
+    changes: dict[str, object], code: ExitCode, text: str, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    output = tiny_run(tmp_path, name="bad", parallelism={"processesPerNode": 1}, **changes).train(expect=code)
-    assert text in output
-    assert "Traceback" not in output
+    run = tiny_run(tmp_path, name="bad", parallelism={"processesPerNode": 1}, **changes)
+    failure = run.failure_in_forks()
+    assert failure.exit_code is code
+    assert text in failure.message

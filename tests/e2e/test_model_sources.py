@@ -7,6 +7,9 @@ from pathlib import Path
 import boto3
 import pytest
 
+from atelier_cli.machine import surroundings
+from atelier_cli.prefetching import ensure_model
+from atelier_cli.run_source import load
 from hub_server import Hub, HubRepository, running_hub
 from runs import LocalRun, tiny_run
 from s3_server import BUCKET, S3Server
@@ -30,7 +33,9 @@ def run_elsewhere(folder: Path, name: str, source: str, **spec: object) -> tuple
     return here.changed(model={"source": source}, hyperparameters={"steps": 2, "globalBatchSize": 2}, **spec), elsewhere
 
 
-def test_a_run_trains_a_model_of_the_hub_and_goes_on_without_it(hub: Hub, tmp_path: Path) -> None:
+def test_a_run_trains_a_model_of_the_hub_and_goes_on_without_it(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, elsewhere = run_elsewhere(tmp_path / "run", "from-hub", "hf://owner/tiny")
     hub.repositories["owner/tiny"] = HubRepository(elsewhere)
     environment = {**hub.environment, "HF_HUB_CACHE": str(tmp_path / "cache")}
@@ -38,9 +43,14 @@ def test_a_run_trains_a_model_of_the_hub_and_goes_on_without_it(hub: Hub, tmp_pa
     assert "fetching hf://owner/tiny at " in output
     assert 'DiffusionPipeline.from_pretrained("owner/tiny")' in output
     assert (run.folder / "exports/diffusers/pytorch_lora_weights.safetensors").exists()
+    for name, value in {**environment, "HF_HUB_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
     asked = len(hub.requests)
-    output = run.changed(hyperparameters={"steps": 3}).train(environment={**environment, "HF_HUB_OFFLINE": "1"})
-    assert "fetching" not in output
+    longer = run.changed(hyperparameters={"steps": 3})
+    capsys.readouterr()
+    ensure_model(load(longer.path).spec, surroundings(longer.path), quiet=False)
+    assert capsys.readouterr() == ("", "")
+    longer.train_in_forks()
     assert len(hub.requests) == asked
 
 

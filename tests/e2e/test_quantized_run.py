@@ -1,4 +1,7 @@
-"""A whole run on a quantised base, by the command that users type: two processes that share the base, stopped and resumed."""
+"""A whole run on a quantised base, by the command that users type: two processes that share the base, stopped and resumed.
+
+Its resume, and the run it is compared with, are trained by ranks that are forks (see `runs`).
+"""
 
 from pathlib import Path
 
@@ -24,9 +27,9 @@ def run(folder: Path, name: str, steps: int) -> LocalRun:
 def test_a_run_on_a_quantised_base_resumes_to_the_bit_and_keeps_the_adapter_alone(tmp_path: Path) -> None:
     broken = run(tmp_path, "broken", steps=2)
     broken.train()
-    broken.changed(hyperparameters={"steps": 4}).train()
+    broken.changed(hyperparameters={"steps": 4}).train_in_forks()
     straight = run(tmp_path, "straight", steps=4)
-    straight.train()
+    straight.train_in_forks()
     assert history(broken) == history(straight)
     pictures = [each.folder / "samples" / "00000004" / "0.png" for each in (broken, straight)]
     assert pictures[0].read_bytes() == pictures[1].read_bytes()

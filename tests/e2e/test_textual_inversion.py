@@ -1,4 +1,7 @@
-"""Words learnt by the command that users type: a resume is a straight run, and the stock pipeline loads the files."""
+"""Words learnt by the command that users type: a resume is a straight run, and the stock pipeline loads the files.
+
+The two halves of the resumed run are trained by ranks that are forks (see `runs`).
+"""
 
 from pathlib import Path
 from typing import Any
@@ -55,9 +58,9 @@ def straight(folder: Path) -> LocalRun:
 
 
 def test_a_resume_trains_what_a_straight_run_does(folder: Path, straight: LocalRun) -> None:
-    run_of(folder, "resumed", steps=2).train()
+    run_of(folder, "resumed", steps=2).train_in_forks()
     resumed = run_of(folder, "resumed")
-    resumed.train()
+    resumed.train_in_forks()
     expected, found = checkpoint_state(straight, STEPS), checkpoint_state(resumed, STEPS)
     assert {key for key in expected if key.startswith("/weights/")} == {
         "/weights/unet.textual_inversion.clip_l",

@@ -1,5 +1,6 @@
 """The agent with a real torchrun and ranks that train nothing: exit codes, restarts, stops, what it serves and leaves."""
 
+import contextlib
 import json
 import os
 import signal
@@ -99,14 +100,23 @@ class Node:
         self.process.send_signal(number)
 
 
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[Node]:
+    """A node that leaves no process behind."""
+    started = Node(folder)
+    try:
+        yield started
+    finally:
+        if started.process is not None and started.process.poll() is None:
+            for process in [*psutil.Process(started.process.pid).children(recursive=True), started.process]:
+                process.kill()
+            started.process.wait()
+
+
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
-    started = Node(tmp_path)
-    yield started
-    if started.process is not None and started.process.poll() is None:
-        for process in [*psutil.Process(started.process.pid).children(recursive=True), started.process]:
-            process.kill()
-        started.process.wait()
+    with running(tmp_path) as started:
+        yield started
 
 
 def test_importing_the_agent_imports_no_torch() -> None:
@@ -176,16 +186,74 @@ def test_the_cause_is_not_hidden_by_a_peer_that_lost_it(node: Node) -> None:
     assert (node.result.rank, node.result.step, node.result.message) == (1, 7, "division by zero")
 
 
+@dataclass(frozen=True)
+class Stopped:
+    """What was seen of an agent whose ranks had trained and waited, until a signal stopped it."""
+
+    number: signal.Signals
+    pid: int
+    metrics: str
+    progress: dict[str, Any]
+    second: "subprocess.CompletedProcess[str]"
+    second_message: str
+    exit_code: int
+    result: AgentResult
+    stage: str
+
+
+@pytest.fixture(scope="module", params=[signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    with running(tmp_path_factory.mktemp("stopped")) as node:
+        node.start("wait", processes=2)
+        node.trained()
+        assert node.process is not None
+        base = f"http://127.0.0.1:{node.scratch.port(0).read_text()}"
+
+        def rank_one_counted() -> str | None:
+            text = urllib.request.urlopen(f"{base}/metrics", timeout=10).read().decode()
+            return text if 'rank="1"' in text else None
+
+        metrics = until(rank_one_counted, "the numbers of rank 1")
+        progress = json.loads(urllib.request.urlopen(f"{base}/progress", timeout=10).read())
+        arguments = ["--run-file", str(node.folder / "run-0.json")]
+        arguments += ["--termination-message", str(node.folder / "second")]
+        command = [sys.executable, "-m", "atelier_runtime.agent", *arguments]
+        second = subprocess.run(command, capture_output=True, text=True)
+        node.signal(request.param)
+        exit_code = node.wait()
+        last = read_progress(node.scratch.progress)
+        assert last is not None
+        return Stopped(
+            number=request.param,
+            pid=node.process.pid,
+            metrics=metrics,
+            progress=progress,
+            second=second,
+            second_message=(node.folder / "second").read_text(),
+            exit_code=exit_code,
+            result=node.result,
+            stage=last.stage,
+        )
+
+
 @pytest.mark.processes
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_ends_with_75(node: Node, number: signal.Signals) -> None:
-    node.start("wait", processes=2)
-    node.trained()
-    node.signal(number)
-    assert node.wait() == ExitCode.STOPPED
-    assert node.result.message == f"stopped by {number.name}"
-    assert (node.result.reason, node.result.step, node.result.checkpoint_step) == ("Stopped", 10, 10)
-    assert read_progress(node.scratch.progress).stage == "Stopped"  # type: ignore[union-attr]
+def test_a_stop_ends_with_75(stopped: Stopped) -> None:
+    assert stopped.exit_code == ExitCode.STOPPED
+    assert stopped.result.message == f"stopped by {stopped.number.name}"
+    assert (stopped.result.reason, stopped.result.step, stopped.result.checkpoint_step) == ("Stopped", 10, 10)
+    assert stopped.stage == "Stopped"
+
+
+@pytest.mark.processes
+def test_a_second_agent_of_a_run_is_refused_with_the_first_ones_process(stopped: Stopped) -> None:
+    assert stopped.second.returncode == ExitCode.CONFIG
+    assert f"being trained by process {stopped.pid} on this machine" in stopped.second_message
+
+
+@pytest.mark.processes
+def test_metrics_and_progress_are_served_while_the_ranks_run(stopped: Stopped) -> None:
+    assert 'atelier_train_step{namespace="default",run="demo"} 10.0' in stopped.metrics
+    assert stopped.progress["step"] == 10
 
 
 @pytest.mark.processes
@@ -220,7 +288,7 @@ def test_ranks_that_do_not_stop_are_killed_after_the_grace(node: Node) -> None:
 
 @pytest.mark.processes
 def test_the_deadline_stops_the_run(node: Node) -> None:
-    node.start("wait", schedule={"activeDeadlineSeconds": 20, "terminationGraceSeconds": 60})
+    node.start("wait", schedule={"activeDeadlineSeconds": 6, "terminationGraceSeconds": 60})
     assert node.wait() == ExitCode.STOPPED
     assert node.result.reason == "DeadlineExceeded"
 
@@ -237,32 +305,6 @@ def test_a_stop_ends_the_pause_before_a_restart(node: Node) -> None:
     )
     node.signal(signal.SIGTERM)
     assert node.wait() == ExitCode.STOPPED
-
-
-@pytest.mark.processes
-def test_a_second_agent_of_a_run_is_refused_with_the_first_ones_process(node: Node) -> None:
-    node.start("wait")
-    until(node.scratch.port(0).exists, "the agent")
-    arguments = ["--run-file", str(node.folder / "run-0.json"), "--termination-message", str(node.folder / "second")]
-    ended = subprocess.run([sys.executable, "-m", "atelier_runtime.agent", *arguments], capture_output=True, text=True)
-    assert ended.returncode == ExitCode.CONFIG
-    assert node.process is not None
-    assert f"being trained by process {node.process.pid} on this machine" in (node.folder / "second").read_text()
-
-
-@pytest.mark.processes
-def test_metrics_and_progress_are_served_while_the_ranks_run(node: Node) -> None:
-    node.start("wait", processes=2)
-    node.trained()
-    base = f"http://127.0.0.1:{node.scratch.port(0).read_text()}"
-
-    def rank_one_counted() -> str | None:
-        text = urllib.request.urlopen(f"{base}/metrics", timeout=10).read().decode()
-        return text if 'rank="1"' in text else None
-
-    text = until(rank_one_counted, "the numbers of rank 1")
-    assert 'atelier_train_step{namespace="default",run="demo"} 10.0' in text
-    assert json.loads(urllib.request.urlopen(f"{base}/progress", timeout=10).read())["step"] == 10
 
 
 @pytest.mark.processes

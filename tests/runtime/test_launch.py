@@ -1,11 +1,9 @@
-"""One rank from its RunFile to its exports, for every family: the parts fit together, and nothing in the trainer knows a family."""
+"""One rank from its RunFile to its exports, of several families: the parts fit together, and nothing in the trainer knows a family."""
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,30 +23,24 @@ from atelier_runtime import launch, parallel
 from atelier_runtime.family import Stage
 from atelier_runtime.observe.failure import read_failures
 from atelier_runtime.observe.scratch import Scratch
-from atelier_runtime.reporter import History
 from atelier_runtime.sampling import draw_samples
 from atelier_runtime.train_state import TrainState
 from atelier_runtime.trainer import Trainer
 from family_models import save_tiny
+from finished_runs import assert_finished, assert_lora_trained
 from run_files import run_file
 from runs import write_digits
 from tiny_data import slow_down, tone, write_clip, write_tone
 
 pytestmark = pytest.mark.processes  # the checkpointer starts its writer
 
+# What e2e/test_each_kind.py does not train.
 CASES = [
     ("sd3", "lora", "fp32"),
-    ("flux", "lora", "bf16"),
-    ("sdxl", "lora", "bf16"),
     ("sdxl", "full", "bf16"),
     ("z_image", "full", "fp32"),
-    ("wan", "lora", "bf16"),
-    ("wan22", "lora", "fp32"),
-    ("wan_i2v", "lora", "bf16"),
     ("wan_ti2v", "lora", "bf16"),
-    ("ace_step", "lora", "bf16"),
     ("ace_step_v1", "lora", "bf16"),
-    ("stable_cascade", "lora", "fp32"),
 ]
 
 
@@ -134,36 +126,19 @@ def resolved(folder: Path, tiny: str, adapter: str, precision: str, **spec: Any)
 
 @pytest.mark.parametrize(("tiny", "adapter", "precision"), CASES)
 @pytest.mark.usefixtures("alone")
-def test_a_run_of_every_family_trains_samples_and_exports(
-    tiny: str, adapter: str, precision: str, tmp_path: Path
-) -> None:
+def test_a_run_trains_samples_and_exports(tiny: str, adapter: str, precision: str, tmp_path: Path) -> None:
     plan = resolved(tmp_path, tiny, adapter, precision)
     session = launch.open_session(plan, parallel.start(plan.plan), launch.StopFlag())
     assert launch.train(session)
     root = Path(plan.store_uri)
-    rows = History.from_bytes((root / "logs/history.jsonl").read_bytes(), before_step=8).rows
-    assert [row[0] for row in rows] == list(range(8))
-    assert all(math.isfinite(row[1]) and row[2] > 0 for row in rows)
+    assert_finished(root, 8)
     assert len(list((root / "samples/00000008").iterdir())) == 1
-    assert (root / "report.html").stat().st_size > 5000
     is_sound = tiny.startswith("ace_step")
     assert ((root / "report.html").read_text().count("<audio controls") == 2) == is_sound
     assert (root / f"samples/00000008/0.{'flac' if is_sound else 'webp' if 'wan' in tiny else 'png'}").exists()
-    result = json.loads((root / "result.json").read_text())
-    assert (result["outcome"], result["step"]) == ("Succeeded", 8)
-    for export in result["exports"]:
-        assert sha256((root / export["key"]).read_bytes()).hexdigest() == export["sha256"]
-    files = sorted((root / "exports").rglob("*.safetensors"))
-    assert len(files) == (2 if tiny == "wan22" else 1)
+    [file] = (root / "exports").rglob("*.safetensors")
     if adapter == "lora":
-        for file in files:  # of two experts, too, each one has been trained
-            ups = [
-                tensor
-                for name, tensor in load_file(file).items()
-                if "lora_B" in name or "lora_up" in name or "lora.up" in name
-            ]
-            assert ups
-            assert any(tensor.abs().max() > 0 for tensor in ups)
+        assert_lora_trained(file)
 
 
 @pytest.mark.usefixtures("alone")

@@ -18,10 +18,18 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
+from atelier_api.exit_codes import ExitCode
 from atelier_api.progress import Progress
+from atelier_api.run_file import RunFile
+from atelier_cli.machine import host, surroundings
+from atelier_cli.run_source import load
+from atelier_operator.planner.local import local_machine, resolve_local
+from atelier_runtime.observe.failure import Failure, read_failures
 from atelier_runtime.observe.progress import read_progress
 from atelier_runtime.observe.scratch import Scratch
+from atelier_runtime.store import ObjectMissing, open_store
 from family_models import save_tiny
+from processes import run_ranks
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -88,6 +96,52 @@ class LocalRun:
         assert process.returncode == expect, f"exit code {process.returncode}, expected {expect}:\n{output[-6000:]}"
         return output
 
+    def resolved(self) -> RunFile:
+        """As the command resolves the file, for the attempt after the one that the store knows."""
+        loaded = load(self.path)
+        machine = local_machine(loaded.spec, host())
+        run_file = resolve_local(loaded, machine=machine, around=surroundings(self.path))
+        try:
+            before = open_store(run_file.store_uri, run_file.spec.storage.s3).get_bytes("run.json")
+        except ObjectMissing:
+            return run_file
+        attempt = int(RunFile.model_validate_json(before).attempt.partition(".")[0]) + 1
+        return run_file.model_copy(update={"attempt": f"{attempt}.0"})
+
+    def train_in_forks(self) -> None:
+        """Run to the end with ranks that are forks: for tests in which the command, the agent and torchrun are not what is tried.
+
+        Starting those, and importing torch in each process, takes ten times as long as what a tiny run does.
+        """
+        failures = self._ranks_failures()
+        assert not failures, failures
+
+    def failure_in_forks(self) -> Failure:
+        """Why such ranks fail: what the first of them left for the agent."""
+        return self._ranks_failures()[0]
+
+    def _ranks_failures(self) -> list[Failure]:
+        run_file = self.resolved()
+        path = Path(run_file.scratch) / "run.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        run_file.write(path)
+        try:
+            run_ranks(run_file.plan.processes_per_node, "runs:train_rank", str(path))
+        except AssertionError:
+            failures = read_failures(Scratch(Path(run_file.scratch)).failures(run_file.attempt))
+            if not failures:
+                raise
+            return list(failures)
+        return []
+
+
+def train_rank(run_file: str) -> None:
+    """One rank's `launch`, in a process of `run_ranks`."""
+    from atelier_runtime import launch
+
+    sys.argv = ["launch", "--run-file", run_file]
+    assert launch.main() == ExitCode.DONE
+
 
 def write_run(path: Path, document: dict[str, Any]) -> LocalRun:
     path.write_text(yaml.safe_dump(document, sort_keys=False))
@@ -118,6 +172,13 @@ def tiny_run(folder: Path, family: str = "sd3", *, pictures: int = 8, name: str 
     if "audio" in spec.get("data", {}):
         base["spec"]["data"] = {}  # sounds have no pixels
     return write_run(folder / "run.yaml", merged(base, {"spec": spec}))
+
+
+def demo_run(made: Path, folder: Path) -> LocalRun:
+    """A run of ten steps in `folder`, of the checkpoint and the pictures in `made`."""
+    for name in ("base", "pictures"):
+        (folder / name).symlink_to(made / name)
+    return tiny_run(folder, name="demo", hyperparameters={"steps": 10})
 
 
 def kill_tree(process: "subprocess.Popen[str]") -> None:

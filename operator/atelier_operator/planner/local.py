@@ -13,7 +13,7 @@ from atelier_api.errors import ConfigError, CredentialsError
 from atelier_api.model_files import current_copy, hub_name, hub_snapshot, objects_folder
 from atelier_api.problem import shown
 from atelier_api.rules import picture_places
-from atelier_api.run_file import RunFile
+from atelier_api.run_file import ExecutionPlan, RunFile
 from atelier_api.v1alpha1 import TrainingRun, TrainingRunSpec
 from atelier_api.v1alpha1.data import DataSource
 from atelier_api.v1alpha1.validation import ValidationPrompt
@@ -146,7 +146,7 @@ def resolve_local(run: TrainingRun, *, machine: Machine, around: Surroundings) -
         raise ConfigError(
             f"spec.model.source is {shown(spec.model.source)}, which is not on this machine; fetch it first"
         )
-    execution = plan(run, checkpoint_facts(spec.model, folder), machine)
+    execution = _within_threads(plan(run, checkpoint_facts(spec.model, folder), machine), around.environment)
     remote = spec.storage.uri.startswith("s3://")
     runs = around.cache if remote else around.absolute(spec.storage.uri)
     name = f"{run.metadata.namespace}-{run.metadata.name}"
@@ -159,6 +159,14 @@ def resolve_local(run: TrainingRun, *, machine: Machine, around: Surroundings) -
         ca_bundle=None if spec.storage.s3.ca_bundle is None else str(around.absolute(spec.storage.s3.ca_bundle)),
     )
     return resolve(_with_pictures_here(run, around), execution, paths)
+
+
+def _within_threads(execution: ExecutionPlan, environment: Mapping[str, str]) -> ExecutionPlan:
+    """The plan with no more threads in a process than `OMP_NUM_THREADS` allows: whoever shares a machine says so with it."""
+    allowed = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if not allowed.isdecimal() or not 0 < int(allowed) < execution.threads_per_process:
+        return execution
+    return execution.model_copy(update={"threads_per_process": int(allowed)})
 
 
 def _with_pictures_here(run: TrainingRun, around: Surroundings) -> TrainingRun:

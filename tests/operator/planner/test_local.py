@@ -298,6 +298,14 @@ def test_nodes_on_one_machine_share_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("said", "threads"), [("3", 3), ("2,1", 2), ("16", 8), ("", 8), ("0", 8), ("many", 8)], ids=str
+)
+def test_a_process_has_no_more_threads_than_the_environment_allows(said: str, threads: int, place: Path) -> None:
+    file = resolve_local(local(), machine=cpu(8), around=around(place, OMP_NUM_THREADS=said))
+    assert file.plan.threads_per_process == threads
+
+
+@pytest.mark.parametrize(
     ("host", "parallelism", "sentence"),
     [
         (NONE, {}, "spec.parallelism.gpusPerNode is 1; this machine has no GPUs; 0 trains on the CPU"),
