@@ -16,7 +16,8 @@ from cluster.certificates import Certificates
 from cluster.daemons import Daemons, wait_for
 from cluster.programs import JOBSET_MODULE, KUEUE_MODULE, program, published
 
-# What runs the controllers inside a cluster; here they are processes. Flow control and monitoring are not needed.
+# What runs the controllers inside a cluster, and what they may do there: here they are processes of the administrator. Flow control
+# and monitoring are not needed.
 _LEFT_OUT = {
     "Deployment",
     "Service",
@@ -26,6 +27,11 @@ _LEFT_OUT = {
     "FlowSchema",
     "PriorityLevelConfiguration",
     "ServiceMonitor",
+    "ServiceAccount",
+    "Role",
+    "RoleBinding",
+    "ClusterRole",
+    "ClusterRoleBinding",
 }
 # Kueue publishes webhooks for a dozen kinds whose controllers are switched off here; left in, they would refuse those kinds.
 _KUEUE_WEBHOOKS = re.compile(r"^[mv](job|jobset|clusterqueue|cohort|resourceflavor|workload)\.kb\.io$")
@@ -126,18 +132,28 @@ class Addons:
         return ["unshare", *as_root, "--mount", "--propagation", "private", "sh", "-c", mount, "sh", *self.daemons.tie]
 
     def _apply(self, name: str, module: str, port: int, webhooks: re.Pattern[str]) -> None:
-        kustomize = [*self.kubectl, "kustomize", str(published(module) / "default")]
-        rendered = subprocess.run(kustomize, check=True, capture_output=True).stdout
         bundle = base64.b64encode(self.certificates.authority.read_bytes()).decode()
-        objects = _outside_the_cluster(rendered, f"https://127.0.0.1:{port}", bundle, webhooks)
+        objects = _outside_the_cluster(self._rendered(module), f"https://127.0.0.1:{port}", bundle, webhooks)
         hooks = [hook for each in objects for hook in each.get("webhooks", ())]
         self._webhooks(name).write_text(json.dumps(sorted({hook["clientConfig"]["url"] for hook in hooks})))
-        manifest = self.daemons.state / f"{name}.yaml"
-        with manifest.open("w") as file:
-            yaml.dump_all(objects, file, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper))
+        manifest = self.daemons.state / f"{name}.json"
+        manifest.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}))
         # Server-side: the CRDs are too big for the annotation of a client-side apply.
         apply = [*self.kubectl, "apply", "--server-side", "--force-conflicts", "-f", str(manifest)]
         subprocess.run(apply, check=True, capture_output=True)
+
+    def _rendered(self, module: str) -> list[dict[str, Any]]:
+        """The manifests as kustomize puts them together; kept beside them, since that takes a second each time."""
+        folder = published(module)
+        kept = folder / "rendered.json"
+        if not kept.exists():
+            kustomize = [*self.kubectl, "kustomize", str(folder / "default")]
+            text = subprocess.run(kustomize, check=True, capture_output=True).stdout
+            documents = list(yaml.load_all(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+            unfinished = kept.with_suffix(f".{os.getpid()}")
+            unfinished.write_text(json.dumps(documents))
+            unfinished.rename(kept)
+        return list(json.loads(kept.read_text()))
 
     def _wait_for_crds(self, names: tuple[str, ...]) -> None:
         command = [
@@ -152,10 +168,12 @@ class Addons:
         )
 
 
-def _outside_the_cluster(rendered: bytes, url: str, bundle: str, webhooks: re.Pattern[str]) -> list[dict[str, Any]]:
+def _outside_the_cluster(
+    rendered: list[dict[str, Any]], url: str, bundle: str, webhooks: re.Pattern[str]
+) -> list[dict[str, Any]]:
     """The published objects without the controller's own, each webhook's Service replaced by `url`."""
     kept = []
-    for document in yaml.load_all(rendered, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for document in rendered:
         if document["kind"] in _LEFT_OUT:
             continue
         if document["kind"].endswith("WebhookConfiguration"):

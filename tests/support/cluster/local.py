@@ -71,13 +71,14 @@ class Cluster:
         gpus_per_node: int = fake_nodes.GPUS_PER_NODE,
         name: str | None = None,
         detached: bool = False,
+        node_grace_seconds: int | None = None,
         images_in_memory: bool = True,
         report: Callable[[str], None] = silent,
     ) -> Self:
         """A new cluster that is ready for pods, with `nodes` real nodes (0 to 9) and `kwok` fake ones.
 
-        `report` gets progress lines. A `detached` cluster stays until it is removed. Images of more than 3 GB need the disk
-        (`images_in_memory=False`). Raises ClusterError.
+        `report` gets progress lines. A `detached` cluster stays until it is removed. A node that says nothing is given up after
+        `node_grace_seconds` (Kubernetes: 50). Images of more than 3 GB need the disk (`images_in_memory=False`). Raises ClusterError.
         """
         if not 0 <= nodes <= 9:
             raise ClusterError(f"nodes is {nodes}; a cluster has 0 to 9 real nodes")
@@ -102,7 +103,7 @@ class Cluster:
             raise ClusterError(f"a cluster called {chosen!r} exists already, in {record.state}") from None
         with state.removed_on_error(record):
             cluster = cls(record, report)
-            cluster._start_control_plane(ports)
+            cluster._start_control_plane(ports, node_grace_seconds)
             if jobset:
                 cluster.add_jobset()
             if kueue:
@@ -164,7 +165,7 @@ class Cluster:
         return self._run([str(programs.program("helm", self._report)), *arguments])
 
     def audit(self) -> list[dict[str, Any]]:
-        """Every request that the API server has finished, oldest first; bodies of atelier.dev, JobSets, Jobs, pods and leases."""
+        """Every request that the API server has finished, oldest first; with bodies of writes to what tests look at."""
         return control_plane.read_audit(self.state)
 
     def kubeconfig_of_service_account(self, namespace: str, account: str, url: str = "") -> Path:
@@ -255,7 +256,7 @@ class Cluster:
         """Mend what `disconnect` cut."""
         self._set_link(node, "up")
 
-    def _start_control_plane(self, ports: control_plane.ApiPorts) -> None:
+    def _start_control_plane(self, ports: control_plane.ApiPorts, node_grace_seconds: int | None) -> None:
         self._report("starting the control plane")
         if self._record.nodes:
             network.make_hub(self._record.hub)
@@ -266,7 +267,7 @@ class Cluster:
             address = f"127.0.0.1:{ports.api}"
             self._open_door("api-door", (Network(), address), (self.network, address))
         self._wait_for_api()
-        control_plane.start_controller_manager(self.daemons, self.certificates, ports)
+        control_plane.start_controller_manager(self.daemons, self.certificates, ports, node_grace_seconds)
         control_plane.start_scheduler(self.daemons, self.certificates, ports)
 
     def _start_nodes(self, count: int, gpus: int, images_in_memory: bool) -> None:
