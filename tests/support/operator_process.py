@@ -43,13 +43,7 @@ def install_crds(cluster: Cluster) -> None:
 
 def wait_for_crd(cluster: Cluster, name: str) -> None:
     """Wait until a kind is served. `kubectl wait` fails at once where the CRD has no conditions yet."""
-
-    def established() -> bool:
-        crd = cluster.api.get(f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}") or {}
-        conditions = (crd.get("status") or {}).get("conditions") or ()
-        return any((each["type"], each["status"]) == ("Established", "True") for each in conditions)
-
-    until(established, f"{name} to be served")
+    until(lambda: cluster.api.has_kind(name), f"{name} to be served")
 
 
 @contextlib.contextmanager

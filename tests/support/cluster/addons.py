@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from cluster.api import Api
 from cluster.certificates import Certificates
 from cluster.daemons import Daemons, wait_for
 from cluster.programs import JOBSET_MODULE, KUEUE_MODULE, program, published
@@ -55,9 +56,10 @@ class Addons:
     daemons: Daemons
     certificates: Certificates
     kubectl: list[str]
+    api: Api
 
     def start_jobset(self, ports: AddonPorts) -> None:
-        """Apply JobSet's manifests and start its controller; returns when it is ready."""
+        """Apply JobSet's manifests and start its controller; `wait_until_ready` waits for it."""
         folder = self._certificate_folder("jobset")
         config = {
             "apiVersion": "config.jobset.x-k8s.io/v1alpha1",
@@ -75,7 +77,7 @@ class Addons:
         self._start("jobset", [str(program("jobset")), "--zap-devel=false"], config, ports)
 
     def start_kueue(self, ports: AddonPorts) -> None:
-        """Apply Kueue's manifests and start its controller; returns when it is ready."""
+        """Apply Kueue's manifests and start its controller; `wait_until_ready` waits for it."""
         folder = self._certificate_folder("kueue")
         config = {
             "apiVersion": "config.kueue.x-k8s.io/v1beta1",
@@ -100,7 +102,6 @@ class Addons:
         path.write_text(yaml.safe_dump(config))
         environment = {"KUBECONFIG": str(self.certificates.kubeconfig("admin"))}
         self.daemons.start(name, [*command, f"--config={path}"], environment)
-        self.wait_until_ready(name, ports)
 
     def wait_until_ready(self, name: str, ports: AddonPorts) -> None:
         """Wait until the controller calls itself ready and serves its webhooks: their server listens before it knows them."""
@@ -156,16 +157,7 @@ class Addons:
         return list(json.loads(kept.read_text()))
 
     def _wait_for_crds(self, names: tuple[str, ...]) -> None:
-        command = [
-            *self.kubectl,
-            "wait",
-            "--for=condition=Established",
-            *(f"crd/{name}" for name in names),
-            "--timeout=30s",
-        ]
-        wait_for(
-            f"{', '.join(names)} not established", lambda: subprocess.run(command, capture_output=True).returncode == 0
-        )
+        wait_for(f"{', '.join(names)} not established", lambda: all(self.api.has_kind(name) for name in names))
 
 
 def _outside_the_cluster(
