@@ -87,13 +87,17 @@ class Operator:
             asyncio.create_task(self._look_around()),
         ]
 
-    async def stop(self) -> None:
-        """Stop writing, let go of the Lease."""
+    async def rest(self) -> None:
+        """Stop writing and asking."""
         self.queue.close()
         for task in self._tasks:
             task.cancel()
         await self.queue.stop()
         await self._poller.close()
+
+    async def stop(self) -> None:
+        """Rest, let go of the Lease."""
+        await self.rest()
         with contextlib.suppress(ApiError):
             await self._leadership.release()
         await self._cluster.close()
@@ -213,6 +217,17 @@ def register(registry: kopf.OperatorRegistry, operator: Operator, settings: Sett
     kopf.on.login(registry=registry)(log_in)
 
 
+def register_end(registry: kopf.OperatorRegistry, operator: Operator, stop: asyncio.Event) -> None:
+    """At its end kopf waits five seconds for every task that was made meanwhile: for one of its own too, which waits for `stop`
+    and does not know of the signal that kopf itself has taken. For so long nobody would have the Lease."""
+
+    async def end(**_: Any) -> None:
+        stop.set()
+        await operator.rest()
+
+    kopf.on.cleanup(registry=registry)(end)
+
+
 def configure(settings: kopf.OperatorSettings, silence_seconds: float) -> None:
     """kopf's settings; each has its reason in docs/decisions/0011-decide-from-what-is-there.md."""
     settings.posting.loggers = False
@@ -251,6 +266,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     operator = Operator(settings, cluster, metrics)
     registry = kopf.OperatorRegistry()
     register(registry, operator, settings)
+    register_end(registry, operator, stop)
     kopf_settings = kopf.OperatorSettings()
     configure(kopf_settings, settings.silence_seconds)
     kopf_settings.scanning.disabled = bool(settings.namespaces)

@@ -15,7 +15,7 @@ from chart_release import ACCOUNT, IMAGE, SYSTEM, USER, chart_operator
 from cluster.daemons import ClusterError
 from cluster.local import Cluster
 from cluster_documents import PROFILE, run_document
-from operator_process import ClusterRun, until
+from operator_process import ClusterRun, until, wait_for_crd
 
 pytest_plugins = ("cluster_fixtures",)
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(3600)]
@@ -221,7 +221,7 @@ def install_crds(cluster: Cluster) -> None:
     """As an administrator does for a namespaced release: the command of docs/how-to/install-on-a-cluster.md."""
     for path in sorted((Path(CHART).parents[1] / "crds").glob("*.yaml")):
         cluster.kubectl("apply", "--server-side", "-f", str(path))
-        cluster.kubectl("wait", "--for=condition=Established", f"crd/{path.stem}")
+        wait_for_crd(cluster, path.stem)
 
 
 def test_quotas_need_kueue_and_become_queues_that_are_active(

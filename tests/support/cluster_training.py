@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import StableDiffusion3Pipeline
 
 from cluster.images import BASE_IMAGE
 from cluster.local import Cluster
@@ -119,13 +120,10 @@ class Place:
 
 
 def stock_diffusers_loads(base: Path, weights: Path) -> str:
-    """What a new process with the stock pipeline of SD3 on `base` says of the adapters that it has after it loaded `weights`."""
-    draw = (
-        "import sys; from diffusers import StableDiffusion3Pipeline as P; p = P.from_pretrained(sys.argv[1]); "
-        "p.load_lora_weights(sys.argv[2]); print(p.get_list_adapters())"
-    )
-    command = [sys.executable, "-c", draw, str(base), str(weights.parent)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    """What the stock pipeline of SD3 on `base` says of the adapters that it has after it loaded `weights`."""
+    pipeline: Any = StableDiffusion3Pipeline.from_pretrained(str(base))
+    pipeline.load_lora_weights(str(weights.parent))
+    return str(pipeline.get_list_adapters())
 
 
 def in_store(run: ClusterRun, store: S3Server) -> Path:

@@ -38,7 +38,12 @@ def install_crds(cluster: Cluster) -> None:
     paths = [argument for resource in resources() for argument in ("-f", str(resource.path))]
     cluster.kubectl("apply", "--server-side", *paths)
     for resource in resources():
-        cluster.kubectl("wait", "--for=condition=Established", f"crd/{resource.plural}.atelier.dev")
+        wait_for_crd(cluster, f"{resource.plural}.atelier.dev")
+
+
+def wait_for_crd(cluster: Cluster, name: str) -> None:
+    """Wait until a kind is served. `kubectl wait` fails at once where the CRD has no conditions yet."""
+    until(lambda: cluster.api.has_kind(name), f"{name} to be served")
 
 
 @contextlib.contextmanager

@@ -12,11 +12,13 @@ from typing import Any
 
 import yaml
 
+from cluster.api import Api
 from cluster.certificates import Certificates
 from cluster.daemons import Daemons, wait_for
 from cluster.programs import JOBSET_MODULE, KUEUE_MODULE, program, published
 
-# What runs the controllers inside a cluster; here they are processes. Flow control and monitoring are not needed.
+# What runs the controllers inside a cluster, and what they may do there: here they are processes of the administrator. Flow control
+# and monitoring are not needed.
 _LEFT_OUT = {
     "Deployment",
     "Service",
@@ -26,6 +28,11 @@ _LEFT_OUT = {
     "FlowSchema",
     "PriorityLevelConfiguration",
     "ServiceMonitor",
+    "ServiceAccount",
+    "Role",
+    "RoleBinding",
+    "ClusterRole",
+    "ClusterRoleBinding",
 }
 # Kueue publishes webhooks for a dozen kinds whose controllers are switched off here; left in, they would refuse those kinds.
 _KUEUE_WEBHOOKS = re.compile(r"^[mv](job|jobset|clusterqueue|cohort|resourceflavor|workload)\.kb\.io$")
@@ -49,9 +56,10 @@ class Addons:
     daemons: Daemons
     certificates: Certificates
     kubectl: list[str]
+    api: Api
 
     def start_jobset(self, ports: AddonPorts) -> None:
-        """Apply JobSet's manifests and start its controller; returns when it is ready."""
+        """Apply JobSet's manifests and start its controller; `wait_until_ready` waits for it."""
         folder = self._certificate_folder("jobset")
         config = {
             "apiVersion": "config.jobset.x-k8s.io/v1alpha1",
@@ -69,7 +77,7 @@ class Addons:
         self._start("jobset", [str(program("jobset")), "--zap-devel=false"], config, ports)
 
     def start_kueue(self, ports: AddonPorts) -> None:
-        """Apply Kueue's manifests and start its controller; returns when it is ready."""
+        """Apply Kueue's manifests and start its controller; `wait_until_ready` waits for it."""
         folder = self._certificate_folder("kueue")
         config = {
             "apiVersion": "config.kueue.x-k8s.io/v1beta1",
@@ -94,7 +102,6 @@ class Addons:
         path.write_text(yaml.safe_dump(config))
         environment = {"KUBECONFIG": str(self.certificates.kubeconfig("admin"))}
         self.daemons.start(name, [*command, f"--config={path}"], environment)
-        self.wait_until_ready(name, ports)
 
     def wait_until_ready(self, name: str, ports: AddonPorts) -> None:
         """Wait until the controller calls itself ready and serves its webhooks: their server listens before it knows them."""
@@ -126,36 +133,39 @@ class Addons:
         return ["unshare", *as_root, "--mount", "--propagation", "private", "sh", "-c", mount, "sh", *self.daemons.tie]
 
     def _apply(self, name: str, module: str, port: int, webhooks: re.Pattern[str]) -> None:
-        kustomize = [*self.kubectl, "kustomize", str(published(module) / "default")]
-        rendered = subprocess.run(kustomize, check=True, capture_output=True).stdout
         bundle = base64.b64encode(self.certificates.authority.read_bytes()).decode()
-        objects = _outside_the_cluster(rendered, f"https://127.0.0.1:{port}", bundle, webhooks)
+        objects = _outside_the_cluster(self._rendered(module), f"https://127.0.0.1:{port}", bundle, webhooks)
         hooks = [hook for each in objects for hook in each.get("webhooks", ())]
         self._webhooks(name).write_text(json.dumps(sorted({hook["clientConfig"]["url"] for hook in hooks})))
-        manifest = self.daemons.state / f"{name}.yaml"
-        with manifest.open("w") as file:
-            yaml.dump_all(objects, file, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper))
+        manifest = self.daemons.state / f"{name}.json"
+        manifest.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}))
         # Server-side: the CRDs are too big for the annotation of a client-side apply.
         apply = [*self.kubectl, "apply", "--server-side", "--force-conflicts", "-f", str(manifest)]
         subprocess.run(apply, check=True, capture_output=True)
 
+    def _rendered(self, module: str) -> list[dict[str, Any]]:
+        """The manifests as kustomize puts them together; kept beside them, since that takes a second each time."""
+        folder = published(module)
+        kept = folder / "rendered.json"
+        if not kept.exists():
+            kustomize = [*self.kubectl, "kustomize", str(folder / "default")]
+            text = subprocess.run(kustomize, check=True, capture_output=True).stdout
+            documents = list(yaml.load_all(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+            unfinished = kept.with_suffix(f".{os.getpid()}")
+            unfinished.write_text(json.dumps(documents))
+            unfinished.rename(kept)
+        return list(json.loads(kept.read_text()))
+
     def _wait_for_crds(self, names: tuple[str, ...]) -> None:
-        command = [
-            *self.kubectl,
-            "wait",
-            "--for=condition=Established",
-            *(f"crd/{name}" for name in names),
-            "--timeout=30s",
-        ]
-        wait_for(
-            f"{', '.join(names)} not established", lambda: subprocess.run(command, capture_output=True).returncode == 0
-        )
+        wait_for(f"{', '.join(names)} not established", lambda: all(self.api.has_kind(name) for name in names))
 
 
-def _outside_the_cluster(rendered: bytes, url: str, bundle: str, webhooks: re.Pattern[str]) -> list[dict[str, Any]]:
+def _outside_the_cluster(
+    rendered: list[dict[str, Any]], url: str, bundle: str, webhooks: re.Pattern[str]
+) -> list[dict[str, Any]]:
     """The published objects without the controller's own, each webhook's Service replaced by `url`."""
     kept = []
-    for document in yaml.load_all(rendered, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for document in rendered:
         if document["kind"] in _LEFT_OUT:
             continue
         if document["kind"].endswith("WebhookConfiguration"):

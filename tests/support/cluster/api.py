@@ -53,6 +53,19 @@ class Api:
         found = self.get(place(plural, namespace), **({"labelSelector": selector} if selector else {})) or {}
         return list(found.get("items") or ())
 
+    def is_ready(self) -> bool:
+        """Whether the API server answers, and calls itself ready."""
+        try:
+            return self.get("/readyz") is not None
+        except ClusterError:
+            return False
+
+    def has_kind(self, crd: str) -> bool:
+        """Whether the kind of a CRD is served."""
+        found = self.get(f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd}") or {}
+        conditions = (found.get("status") or {}).get("conditions") or ()
+        return any((each["type"], each["status"]) == ("Established", "True") for each in conditions)
+
     def send(self, verb: str, path: str, body: Mapping[str, Any] | None, content_type: str = MERGE) -> Object:
         """A write: POST, PATCH (a merge by default), DELETE. Raises ClusterError with what the server says."""
         kind = "application/json" if verb in ("POST", "PUT", "DELETE") else content_type

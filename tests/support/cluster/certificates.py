@@ -1,9 +1,15 @@
-"""The cluster's certificates and kubeconfigs, made by the `openssl` program: one authority, one certificate per component."""
+"""The cluster's certificates and kubeconfigs, made by the `openssl` program: one authority, one certificate per component.
+
+A process makes each of them once, for all clusters that it starts: two dozen calls of openssl take as long as etcd and the
+controllers together.
+"""
 
 import base64
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import yaml
 
@@ -40,7 +46,7 @@ class Certificates:
     def make_all(self, addresses: list[str]) -> None:
         """The authority and what the control plane needs; servers are valid for loopback and `addresses`."""
         self.folder.mkdir(parents=True)
-        self._make_authority()
+        self._write("ca", _authority())
         servers = [
             *(f"DNS:{name}" for name in (*_SERVICE_NAMES, "localhost")),
             *(f"IP:{ip}" for ip in ("127.0.0.1", *addresses)),
@@ -53,8 +59,9 @@ class Certificates:
         self.make_client("scheduler", "/CN=system:kube-scheduler")
         self._sign("proxy", "/CN=system:kube-proxy", _CLIENT)
         self.write_kubeconfig(self.kubeconfig("proxy"), self._embedded("proxy"), self.node_api_url)
-        _openssl("genrsa", "-out", str(self.folder / "sa.key"), "2048")
-        _openssl("rsa", "-in", str(self.folder / "sa.key"), "-pubout", "-out", str(self.folder / "sa.pub"))
+        private, public = _account_keys()
+        (self.folder / "sa.key").write_bytes(private)
+        (self.folder / "sa.pub").write_bytes(public)
 
     def make_client(self, name: str, subject: str) -> None:
         """A client certificate and a kubeconfig with it. The subject's O are groups, its CN is the user."""
@@ -85,41 +92,69 @@ class Certificates:
         files = {"client-certificate-data": self.certificate(name), "client-key-data": self.key(name)}
         return {entry: _base64(path) for entry, path in files.items()}
 
-    def _make_authority(self) -> None:
-        self._make_key("ca")
-        usage = [
-            "-addext",
-            "basicConstraints=critical,CA:TRUE",
-            "-addext",
-            "keyUsage=critical,keyCertSign,cRLSign,digitalSignature",
-        ]
-        subject = ["-subj", "/CN=atelier-test-cluster", "-days", _DAYS, "-sha256"]
-        _openssl("req", "-x509", "-new", "-key", str(self.key("ca")), *subject, "-out", str(self.authority), *usage)
-
     def _sign(self, name: str, subject: str, usages: str, names: list[str] | None = None) -> None:
-        self._make_key(name)
-        request, extensions = self.folder / f"{name}.csr", self.folder / f"{name}.ext"
-        lines = ["basicConstraints=CA:FALSE", "keyUsage=digitalSignature,keyEncipherment", f"extendedKeyUsage={usages}"]
-        lines += [f"subjectAltName={','.join(names)}"] if names else []
-        extensions.write_text("\n".join(lines) + "\n")
-        _openssl("req", "-new", "-key", str(self.key(name)), "-subj", subject, "-out", str(request))
+        self._write(name, _signed(subject, usages, tuple(names or ())))
+
+    def _write(self, name: str, pair: "Pair") -> None:
+        for path, content in zip((self.key(name), self.certificate(name)), pair, strict=True):
+            path.touch(mode=0o600)
+            path.write_bytes(content)
+
+
+Pair = tuple[bytes, bytes]
+"""A key, and the certificate of it."""
+
+
+@cache
+def _authority() -> Pair:
+    usage = ("basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign,cRLSign,digitalSignature")
+    extensions = [part for each in usage for part in ("-addext", each)]
+    with TemporaryDirectory() as name:
+        key, certificate = Path(name, "key"), Path(name, "crt")
+        _make_key(key)
+        subject = ["-subj", "/CN=atelier-test-cluster", "-days", _DAYS, "-sha256"]
+        _openssl("req", "-x509", "-new", "-key", str(key), *subject, "-out", str(certificate), *extensions)
+        return key.read_bytes(), certificate.read_bytes()
+
+
+@cache
+def _signed(subject: str, usages: str, names: tuple[str, ...]) -> Pair:
+    lines = ["basicConstraints=CA:FALSE", "keyUsage=digitalSignature,keyEncipherment", f"extendedKeyUsage={usages}"]
+    lines += [f"subjectAltName={','.join(names)}"] if names else []
+    with TemporaryDirectory() as folder:
+        path = {name: Path(folder, name) for name in ("ca.key", "ca.crt", "key", "csr", "ext", "crt")}
+        for name, content in zip(("ca.key", "ca.crt"), _authority(), strict=True):
+            path[name].write_bytes(content)
+        path["ext"].write_text("\n".join(lines) + "\n")
+        _make_key(path["key"])
+        _openssl("req", "-new", "-key", str(path["key"]), "-subj", subject, "-out", str(path["csr"]))
         signer = [
             "-CA",
-            str(self.authority),
+            str(path["ca.crt"]),
             "-CAkey",
-            str(self.key("ca")),
+            str(path["ca.key"]),
             "-CAcreateserial",
             "-days",
             _DAYS,
             "-sha256",
         ]
-        files = ["-in", str(request), "-out", str(self.certificate(name)), "-extfile", str(extensions)]
+        files = ["-in", str(path["csr"]), "-out", str(path["crt"]), "-extfile", str(path["ext"])]
         _openssl("x509", "-req", *files, *signer)
-        request.unlink()
-        extensions.unlink()
+        return path["key"].read_bytes(), path["crt"].read_bytes()
 
-    def _make_key(self, name: str) -> None:
-        _openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(self.key(name)))
+
+@cache
+def _account_keys() -> Pair:
+    """Private and public, of the tokens of service accounts."""
+    with TemporaryDirectory() as folder:
+        private, public = Path(folder, "key"), Path(folder, "pub")
+        _openssl("genrsa", "-out", str(private), "2048")
+        _openssl("rsa", "-in", str(private), "-pubout", "-out", str(public))
+        return private.read_bytes(), public.read_bytes()
+
+
+def _make_key(path: Path) -> None:
+    _openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(path))
 
 
 def _base64(path: Path) -> str:

@@ -12,7 +12,8 @@ from cluster.daemons import Daemons
 from cluster.network import API_SERVICE_ADDRESS, HUB_ADDRESS, POD_RANGE, SERVICE_RANGE
 from cluster.programs import program
 
-# What tests want to read back in full. Everything else is logged without bodies; a Secret's body never.
+# What tests want to read back in full. Everything else is logged without bodies, reads too: a test that waits asks ten times a
+# second. A Secret's body never.
 _AUDIT_POLICY = {
     "apiVersion": "audit.k8s.io/v1",
     "kind": "Policy",
@@ -22,6 +23,7 @@ _AUDIT_POLICY = {
         {"level": "Metadata", "resources": [{"group": "", "resources": ["secrets", "serviceaccounts/token"]}]},
         {
             "level": "RequestResponse",
+            "verbs": ["create", "update", "patch", "delete", "deletecollection"],
             "resources": [
                 {"group": "atelier.dev"},
                 {"group": "jobset.x-k8s.io"},
@@ -94,7 +96,9 @@ def start_api_server(daemons: Daemons, certificates: Certificates, ports: ApiPor
     )
 
 
-def start_controller_manager(daemons: Daemons, certificates: Certificates, ports: ApiPorts) -> None:
+def start_controller_manager(
+    daemons: Daemons, certificates: Certificates, ports: ApiPorts, node_grace_seconds: int | None = None
+) -> None:
     kubeconfig = str(certificates.kubeconfig("controller-manager"))
     flags = {
         "use-service-account-credentials": "true",
@@ -108,6 +112,8 @@ def start_controller_manager(daemons: Daemons, certificates: Certificates, ports
         "flex-volume-plugin-dir": str(daemons.state / "volume-plugins"),  # made at start, by default below /usr
         **_component_flags(kubeconfig, ports.controller_manager),
     }
+    if node_grace_seconds is not None:
+        flags["node-monitor-grace-period"] = f"{node_grace_seconds}s"
     command = [str(program("kube-controller-manager")), *(f"--{name}={value}" for name, value in flags.items())]
     daemons.start("controller-manager", [*command, *_FAST_CLIENT])
 

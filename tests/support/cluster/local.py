@@ -22,7 +22,7 @@ from typing import Any, Self
 import yaml
 
 from cluster import addons, control_plane, debian, fake_nodes, network, programs, real_nodes, state
-from cluster.api import Api
+from cluster.api import Api, place
 from cluster.certificates import Certificates
 from cluster.daemons import ClusterError, Daemons, own_identity, wait_for
 from cluster.network import Network
@@ -71,13 +71,14 @@ class Cluster:
         gpus_per_node: int = fake_nodes.GPUS_PER_NODE,
         name: str | None = None,
         detached: bool = False,
+        node_grace_seconds: int | None = None,
         images_in_memory: bool = True,
         report: Callable[[str], None] = silent,
     ) -> Self:
         """A new cluster that is ready for pods, with `nodes` real nodes (0 to 9) and `kwok` fake ones.
 
-        `report` gets progress lines. A `detached` cluster stays until it is removed. Images of more than 3 GB need the disk
-        (`images_in_memory=False`). Raises ClusterError.
+        `report` gets progress lines. A `detached` cluster stays until it is removed. A node that says nothing is given up after
+        `node_grace_seconds` (Kubernetes: 50). Images of more than 3 GB need the disk (`images_in_memory=False`). Raises ClusterError.
         """
         if not 0 <= nodes <= 9:
             raise ClusterError(f"nodes is {nodes}; a cluster has 0 to 9 real nodes")
@@ -102,15 +103,19 @@ class Cluster:
             raise ClusterError(f"a cluster called {chosen!r} exists already, in {record.state}") from None
         with state.removed_on_error(record):
             cluster = cls(record, report)
-            cluster._start_control_plane(ports)
-            if jobset:
-                cluster.add_jobset()
-            if kueue:
-                cluster.add_kueue()
+            cluster._start_api(ports)
+            engines = [name for name, wanted in (("jobset", jobset), ("kueue", kueue)) if wanted]
+            for name in engines:
+                cluster._start_addon(name)
+            # After the kinds that its garbage collector has to follow: it looks for new ones every thirty seconds only.
+            control_plane.start_controller_manager(cluster.daemons, cluster.certificates, ports, node_grace_seconds)
+            control_plane.start_scheduler(cluster.daemons, cluster.certificates, ports)
             if nodes:
                 cluster._start_nodes(nodes, gpus_per_node, images_in_memory)
             if kwok:
                 cluster.add_fake_nodes(kwok, gpus_per_node)
+            for name in engines:
+                cluster._wait_for_addon(name)
             wait_for("no default service account", lambda: cluster._has_service_account("default"))
         return cluster
 
@@ -155,7 +160,7 @@ class Cluster:
 
     def make_namespace(self, name: str) -> str:
         """A new namespace in which pods can be made; gives its name."""
-        self.kubectl("create", "namespace", name)
+        self.api.send("POST", place("namespaces"), {"metadata": {"name": name}})
         wait_for(f"no default service account in {name}", lambda: self._has_service_account(name))
         return name
 
@@ -164,7 +169,7 @@ class Cluster:
         return self._run([str(programs.program("helm", self._report)), *arguments])
 
     def audit(self) -> list[dict[str, Any]]:
-        """Every request that the API server has finished, oldest first; bodies of atelier.dev, JobSets, Jobs, pods and leases."""
+        """Every request that the API server has finished, oldest first; with bodies of writes to what tests look at."""
         return control_plane.read_audit(self.state)
 
     def kubeconfig_of_service_account(self, namespace: str, account: str, url: str = "") -> Path:
@@ -202,18 +207,17 @@ class Cluster:
         if name == "apiserver":
             self._wait_for_api()
         elif name in ("jobset", "kueue"):
-            ports = json.loads((self.state / f"{name}-ports.json").read_text())
-            self._addons().wait_until_ready(name, addons.AddonPorts(*ports))
+            self._wait_for_addon(name)
 
     def add_jobset(self) -> None:
         """Install JobSet into a cluster that was started without it."""
-        self._report("starting JobSet")
-        self._addons().start_jobset(self._addon_ports("jobset"))
+        self._start_addon("jobset")
+        self._wait_for_addon("jobset")
 
     def add_kueue(self) -> None:
         """Install Kueue into a cluster that was started without it."""
-        self._report("starting Kueue")
-        self._addons().start_kueue(self._addon_ports("kueue"))
+        self._start_addon("kueue")
+        self._wait_for_addon("kueue")
 
     def add_fake_nodes(self, count: int, gpus: int = fake_nodes.GPUS_PER_NODE) -> None:
         """Have `count` fake nodes, Ready; starts kwok when it does not run."""
@@ -255,7 +259,7 @@ class Cluster:
         """Mend what `disconnect` cut."""
         self._set_link(node, "up")
 
-    def _start_control_plane(self, ports: control_plane.ApiPorts) -> None:
+    def _start_api(self, ports: control_plane.ApiPorts) -> None:
         self._report("starting the control plane")
         if self._record.nodes:
             network.make_hub(self._record.hub)
@@ -266,8 +270,6 @@ class Cluster:
             address = f"127.0.0.1:{ports.api}"
             self._open_door("api-door", (Network(), address), (self.network, address))
         self._wait_for_api()
-        control_plane.start_controller_manager(self.daemons, self.certificates, ports)
-        control_plane.start_scheduler(self.daemons, self.certificates, ports)
 
     def _start_nodes(self, count: int, gpus: int, images_in_memory: bool) -> None:
         self._report(f"starting {count} real nodes")
@@ -289,24 +291,27 @@ class Cluster:
         self.daemons.wait_until(name, lambda: listen[0].accepts(port))
 
     def _wait_for_api(self) -> None:
-        def ready() -> bool:
-            command = [*self._kubectl, "get", "--raw=/readyz", "--request-timeout=5s"]
-            return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-        self.daemons.wait_until("apiserver", ready)
+        self.daemons.wait_until("apiserver", self.api.is_ready)
 
     def _has_service_account(self, namespace: str) -> bool:
         """Without it pods are refused; the controller manager makes it some time after the namespace."""
-        command = [*self._kubectl, "get", "serviceaccount", "default", f"--namespace={namespace}"]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        return self.api.get(place("serviceaccounts", namespace, "default")) is not None
+
+    def _start_addon(self, name: str) -> None:
+        self._report(f"starting {'JobSet' if name == 'jobset' else 'Kueue'}")
+        ports = network.free_ports(3)
+        self._addon_ports(name).write_text(json.dumps(ports))
+        starter = self._addons()
+        (starter.start_jobset if name == "jobset" else starter.start_kueue)(addons.AddonPorts(*ports))
+
+    def _wait_for_addon(self, name: str) -> None:
+        self._addons().wait_until_ready(name, addons.AddonPorts(*json.loads(self._addon_ports(name).read_text())))
 
     def _addons(self) -> addons.Addons:
-        return addons.Addons(self.daemons, self.certificates, self._kubectl)
+        return addons.Addons(self.daemons, self.certificates, self._kubectl, self.api)
 
-    def _addon_ports(self, name: str) -> addons.AddonPorts:
-        ports = network.free_ports(3)
-        (self.state / f"{name}-ports.json").write_text(json.dumps(ports))
-        return addons.AddonPorts(*ports)
+    def _addon_ports(self, name: str) -> Path:
+        return self.state / f"{name}-ports.json"
 
     def _set_link(self, node: str, direction: str) -> None:
         if self.network.namespace is None:

@@ -9,25 +9,27 @@ import subprocess
 from pathlib import Path
 
 from cluster.daemons import ClusterError
+from cluster.unpacked import lines_to_use
 
 # By the folder above them, which the machine has; it is seen read-only, with these in it even where the machine lacks them.
 _OWN = {"/var/lib": ("cni", "kubelet"), "/var/log": ("containers",)}
 
 
-def make_namespace(folder: Path, images_in_memory: bool) -> None:
-    """A mount namespace for the node whose folder this is; it stays until it is unmounted."""
+def make_namespace(folder: Path, images: Path, images_in_memory: bool) -> None:
+    """A mount namespace for the node whose folder this is, with unpacked images; it stays until it is unmounted."""
     # A namespace can only be kept on a mount that is not shared with others.
     kept = folder / "mount-namespace"
     kept.mkdir()
     _run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(kept)])
     _run(["mount", "--make-private", str(kept)])
     _file(folder).touch()
-    images = images_folder(folder)
-    images.mkdir()
+    root = images_folder(folder)
+    root.mkdir()
     lines = ["set -e", "mount -t tmpfs tmpfs /run"]
     if images_in_memory:
-        # With the containers' own layers: unpacking and deleting ten thousand files takes longer than all the rest.
-        lines.append(f"mount -t tmpfs -o size=8g tmpfs '{images}'")
+        # With the containers' own layers: unpacking and deleting thousands of files takes longer than all the rest.
+        lines.append(f"mount -t tmpfs -o size=8g tmpfs '{root}'")
+    lines += lines_to_use(images, root)
     for above, names in _OWN.items():
         seen = folder / "seen" / above[1:]
         for name in names:

@@ -71,7 +71,9 @@ class Network:
 
     def serves(self, url: str) -> bool:
         """Whether the server of the https `url`, whoever it is, knows the path: a GET may be refused, but not with 404."""
-        unverified = ssl.create_default_context()
+        unverified = ssl.SSLContext(
+            ssl.PROTOCOL_TLS_CLIENT
+        )  # without the authorities of the machine, which take long to load
         unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
         opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=unverified)

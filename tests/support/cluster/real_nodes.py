@@ -16,6 +16,7 @@ from cluster.daemons import ClusterError, Daemons
 from cluster.images import PAUSE_IMAGE, base_archive, pause_archive
 from cluster.network import Network
 from cluster.programs import program
+from cluster.unpacked import unpacked
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,12 @@ def why_not() -> str | None:
 
 def prepare(report: Callable[[str], None]) -> None:
     """Everything that is made once per machine and not in a Go module: packages and images."""
-    base_archive(debian.runtime_folder(report), report)
-    pause_archive(report)
+    _images(debian.runtime_folder(report), report)
+
+
+def _images(packages: Path, report: Callable[[str], None]) -> Path:
+    """What every node has, unpacked."""
+    return unpacked([pause_archive(report), base_archive(packages, report)], packages, report)
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,8 @@ class RealNodes:
         folder = self.daemons.state / node.name
         folder.mkdir()
         packages = debian.runtime_folder(self.report)
-        mounts.make_namespace(folder, self.images_in_memory)
+        mounts.make_namespace(folder, _images(packages, self.report), self.images_in_memory)
         self._start_containerd(node, folder, packages, namespace)
-        for archive in (pause_archive(self.report), base_archive(packages, self.report)):
-            import_image(folder, packages, archive)
         cgroups.make(node.group)
         self.certificates.make_node(node.name, network.node_address(node.number))
         self._start_kubelet(node, folder, namespace)
