@@ -18,7 +18,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-from atelier_api.exit_codes import ExitCode
 from atelier_api.progress import Progress
 from atelier_api.run_file import RunFile
 from atelier_cli.machine import host, surroundings
@@ -126,21 +125,13 @@ class LocalRun:
         path.parent.mkdir(parents=True, exist_ok=True)
         run_file.write(path)
         try:
-            run_ranks(run_file.plan.processes_per_node, "runs:train_rank", str(path))
+            run_ranks(run_file.plan.processes_per_node, "launched_rank:train", str(path))
         except AssertionError:
             failures = read_failures(Scratch(Path(run_file.scratch)).failures(run_file.attempt))
             if not failures:
                 raise
             return list(failures)
         return []
-
-
-def train_rank(run_file: str) -> None:
-    """One rank's `launch`, in a process of `run_ranks`."""
-    from atelier_runtime import launch
-
-    sys.argv = ["launch", "--run-file", run_file]
-    assert launch.main() == ExitCode.DONE
 
 
 def write_run(path: Path, document: dict[str, Any]) -> LocalRun:
