@@ -38,10 +38,12 @@ from family_cases import Case as FamilyCase
 from family_models import FAMILY_OF
 from run_files import run_file
 
-STEPS = 3
+STEPS = 2
+"""The second starts from what the first left: moments, average, the other expert. A third would show nothing new."""
 GLOBAL_BATCH = 4
 ADAPTERS: dict[str, Any] = {
     "lora": LoraAdapter(rank=4, targets=["all"]),
+    "lora-attention": LoraAdapter(rank=4, targets=["attention"]),
     "full": FullAdapter(type="full"),
     "lokr": LokrAdapter(type="lokr", factor=4, targets=["all"]),
     "boft": BoftAdapter(type="boft", block_size=16, targets=["all"]),

@@ -144,22 +144,23 @@ def test_only_as_many_checkpoints_stay_as_the_run_wants(serving: Serving) -> Non
 
 
 @processes
-def test_memory_stays_flat_over_fifty_saves(serving: Serving) -> None:
+def test_memory_stays_flat_over_twenty_five_saves(serving: Serving) -> None:
     checkpointer = serving.checkpointer
-    state = {"weights": {str(index): torch.randn(1 << 16) for index in range(8)}}  # 2 MiB
+    state = {"weights": {str(index): torch.randn(1 << 16) for index in range(16)}}  # 4 MiB
     sizes: list[tuple[int, int]] = []
     files: list[tuple[int, int]] = []
     writer, own = psutil.Process(checkpointer._process.pid), psutil.Process()
-    for step in serving.steps(50):
+    for step in serving.steps(25):
         checkpointer.save(step, state)
         checkpointer.wait()
-        gc.collect()
+        if len(sizes) in (4, 24):  # it takes a while after all that other tests have imported
+            gc.collect()
         sizes.append((own.memory_info().rss, writer.memory_info().rss))
         files.append((own.num_fds(), writer.num_fds()))
-    assert len(checkpointer.poll()) == 50
-    for before, after in zip(sizes[9], sizes[-1], strict=True):
+    assert len(checkpointer.poll()) == 25
+    for before, after in zip(sizes[4], sizes[-1], strict=True):
         assert after - before < 16 << 20, sizes
-    assert files[9] == files[-1]
+    assert files[4] == files[-1]
 
 
 @processes

@@ -251,6 +251,7 @@ def test_recomputing_activations_changes_neither_loss_nor_gradients(fresh: Case)
     ids=["full", "lora"],
 )
 def test_the_loss_falls_on_four_real_samples(fresh: Case, adapter: Any, rate: float) -> None:
+    """By a fifth and for two steps in a row, within thirty steps."""
     name, denoiser = next(iter(fresh.denoisers.items()))
     stages = fresh.family.stages(fresh.pipeline_config, tuple(fresh.denoisers))
     stage = next(stage for stage in stages if stage.denoiser == name)
@@ -259,15 +260,15 @@ def test_the_loss_falls_on_four_real_samples(fresh: Case, adapter: Any, rate: fl
     noisy, time, target = fresh.noised(fresh.latents(4), levels)
     torch.manual_seed(0)
     adapters.install(denoiser, adapter, fresh.family)
-    optimizer = torch.optim.AdamW(adapters.trainable(denoiser).values(), lr=rate, weight_decay=0.0)
-    losses = []
-    for _ in range(30):
+    optimizer = torch.optim.AdamW(adapters.trainable(denoiser).values(), lr=rate, weight_decay=0.0, fused=True)
+    losses: list[float] = []
+    while len(losses) < 30 and not (losses and max(losses[-2:]) < 0.8 * losses[0]):
         loss = fresh.loss(fresh.family.predict(denoiser, noisy, time, conditions), target, conditions)
         losses.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < 0.8 * losses[0]
+    assert max(losses[-2:]) < 0.8 * losses[0]
 
 
 @pytest.mark.cell("bf16")

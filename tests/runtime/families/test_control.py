@@ -212,14 +212,17 @@ def test_trained_on_four_pictures_the_condition_chooses_among_them(fresh: Contro
         return (prediction - target).square().mean()
 
     fresh.network.train()
-    optimizer = torch.optim.AdamW(adapters.trainable(fresh.network).values(), lr=5e-3, weight_decay=0.0)
-    before = loss(condition).item()
-    for _ in range(45):
-        loss(condition).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    with torch.no_grad():
-        after, exchanged = loss(condition).item(), loss(condition.roll(1, 0)).item()
+    optimizer = torch.optim.AdamW(adapters.trainable(fresh.network).values(), lr=5e-3, weight_decay=0.0, fused=True)
+    before = after = exchanged = loss(condition).item()
+    for _ in range(5):
+        if after < 0.8 * before and after < 0.92 * exchanged:
+            break
+        for _ in range(9):
+            loss(condition).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            after, exchanged = loss(condition).item(), loss(condition.roll(1, 0)).item()
     assert after < 0.8 * before
     assert after < 0.92 * exchanged
 

@@ -48,7 +48,7 @@ def fp32_cases(folder: Path) -> Iterator[Case]:
             )  # computes with the base's weights, which are sharded
             yield replace(case, adapter="dylora", checkpointing=True)  # trains another block in each step
             yield replace(case, adapter="ia3", checkpointing=True)
-            yield replace(case, strengths=(1.5, 0.0, -2.0), accumulation=2)
+            yield replace(case, strengths=(1.5, 0.0, -2.0), accumulation=2, steps=3)
             yield replace(case, adapter="boft", strengths=(1.5, -2.0), checkpointing=True)
             yield replace(case, accumulation=2)
             yield replace(case, adapter="full", accumulation=2)

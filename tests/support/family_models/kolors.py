@@ -26,7 +26,7 @@ def tiny() -> KolorsPipeline:
             )
         ),
         tokenizer=tokenizer,
-        unet=text_time_unet(text_width, width, encoder_hid_dim=width, encoder_hid_dim_type="text_proj"),
+        unet=text_time_unet(text_width, width, depths=(1, 1), encoder_hid_dim=width, encoder_hid_dim_type="text_proj"),
         scheduler=euler_scheduler(beta_end=0.014, num_train_timesteps=1100),
     )
 

@@ -154,7 +154,9 @@ def add_words(tokenizer: Qwen2Tokenizer, template: str) -> None:
     tokenizer.add_tokens(sorted(set(re.findall(r"[A-Za-z]{3,}", template))))
 
 
-def text_time_unet(text_width: int, pooled: int, **config: Any) -> UNet2DConditionModel:
+def text_time_unet(
+    text_width: int, pooled: int, *, depths: tuple[int, int] = (1, 2), **config: Any
+) -> UNet2DConditionModel:
     """The UNet of Stable Diffusion XL. `pooled` is the width of the vector for the whole text."""
     return seeded(
         lambda: UNet2DConditionModel(
@@ -167,7 +169,7 @@ def text_time_unet(text_width: int, pooled: int, **config: Any) -> UNet2DConditi
             layers_per_block=1,
             norm_num_groups=8,
             attention_head_dim=(2, 2),
-            transformer_layers_per_block=(1, 2),
+            transformer_layers_per_block=depths,
             cross_attention_dim=text_width,
             use_linear_projection=True,
             addition_embed_type="text_time",
