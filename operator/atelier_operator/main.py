@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -217,13 +217,19 @@ def register(registry: kopf.OperatorRegistry, operator: Operator, settings: Sett
     kopf.on.login(registry=registry)(log_in)
 
 
-def register_end(registry: kopf.OperatorRegistry, operator: Operator, stop: asyncio.Event) -> None:
-    """At its end kopf waits five seconds for every task that was made meanwhile: for one of its own too, which waits for `stop`
-    and does not know of the signal that kopf itself has taken. For so long nobody would have the Lease."""
+def register_end(
+    registry: kopf.OperatorRegistry,
+    operator: Operator,
+    stop: asyncio.Event,
+    close_servers: Callable[[], Awaitable[None]],
+) -> None:
+    """At its end kopf waits five seconds for every task that was made meanwhile: our own, those of connections to our servers, and
+    one of kopf's, which waits for `stop` and does not know of the signal that kopf has taken. For so long nobody would lead."""
 
     async def end(**_: Any) -> None:
         stop.set()
         await operator.rest()
+        await close_servers()
 
     kopf.on.cleanup(registry=registry)(end)
 
@@ -266,11 +272,12 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     operator = Operator(settings, cluster, metrics)
     registry = kopf.OperatorRegistry()
     register(registry, operator, settings)
-    register_end(registry, operator, stop)
     kopf_settings = kopf.OperatorSettings()
     configure(kopf_settings, settings.silence_seconds)
     kopf_settings.scanning.disabled = bool(settings.namespaces)
-    async with servers(settings, operator, metrics):
+    async with contextlib.AsyncExitStack() as serving:
+        await serving.enter_async_context(servers(settings, operator, metrics))
+        register_end(registry, operator, stop, serving.aclose)
         await operator.start()
         try:
             await kopf.operator(

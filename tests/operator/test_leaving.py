@@ -10,20 +10,23 @@ from atelier_operator.main import register_end
 
 class Resting:
     def __init__(self) -> None:
-        self.rested = False
+        self.done: list[str] = []
 
     async def rest(self) -> None:
-        self.rested = True
+        self.done.append("rested")
+
+    async def close_servers(self) -> None:
+        self.done.append("closed")
 
 
-def test_when_kopf_ends_its_flag_is_set_and_our_tasks_rest() -> None:
+def test_when_kopf_ends_its_flag_is_set_our_tasks_rest_and_our_servers_close() -> None:
     async def end() -> None:
         registry, operator, stop = kopf.OperatorRegistry(), Resting(), asyncio.Event()
-        register_end(registry, operator, stop)  # type: ignore[arg-type]
+        register_end(registry, operator, stop, operator.close_servers)  # type: ignore[arg-type]
         (handler,) = registry._activities.get_all_handlers()
         assert handler.activity is Activity.CLEANUP
         await handler.fn()  # type: ignore[call-arg, misc]
         assert stop.is_set()
-        assert operator.rested
+        assert operator.done == ["rested", "closed"]
 
     asyncio.run(end())

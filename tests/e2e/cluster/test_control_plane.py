@@ -54,8 +54,8 @@ def bare_cluster(start_cluster: Callable[..., Cluster]) -> Iterator[Cluster]:
 
 def test_going_up_and_down_twice_leaves_nothing_behind(start_cluster: Callable[..., Cluster]) -> None:
     before = machine()
-    for _ in range(2):
-        with start_cluster(kwok=2) as cluster:
+    for engines in (True, False):
+        with start_cluster(kwok=2, jobset=engines, kueue=engines) as cluster:
             assert len(cluster.get("nodes")["items"]) == 2
             assert all(cluster.processes().values())
             assert len(traces_of(cluster.name)) > len(cluster.processes())
