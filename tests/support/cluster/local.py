@@ -22,7 +22,7 @@ from typing import Any, Self
 import yaml
 
 from cluster import addons, control_plane, debian, fake_nodes, network, programs, real_nodes, state
-from cluster.api import Api
+from cluster.api import Api, place
 from cluster.certificates import Certificates
 from cluster.daemons import ClusterError, Daemons, own_identity, wait_for
 from cluster.network import Network
@@ -155,7 +155,8 @@ class Cluster:
 
     def make_namespace(self, name: str) -> str:
         """A new namespace in which pods can be made; gives its name."""
-        self.kubectl("create", "namespace", name)
+        namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
+        self.api.send("POST", place("namespaces"), namespace)
         wait_for(f"no default service account in {name}", lambda: self._has_service_account(name))
         return name
 
@@ -297,8 +298,7 @@ class Cluster:
 
     def _has_service_account(self, namespace: str) -> bool:
         """Without it pods are refused; the controller manager makes it some time after the namespace."""
-        command = [*self._kubectl, "get", "serviceaccount", "default", f"--namespace={namespace}"]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        return self.api.get(place("serviceaccounts", namespace, "default")) is not None
 
     def _addons(self) -> addons.Addons:
         return addons.Addons(self.daemons, self.certificates, self._kubectl)
