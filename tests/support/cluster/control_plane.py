@@ -22,6 +22,7 @@ _AUDIT_POLICY = {
         {"level": "Metadata", "resources": [{"group": "", "resources": ["secrets", "serviceaccounts/token"]}]},
         {
             "level": "RequestResponse",
+            "verbs": ["create", "update", "patch", "delete", "deletecollection"],  # tests that wait read without end
             "resources": [
                 {"group": "atelier.dev"},
                 {"group": "jobset.x-k8s.io"},

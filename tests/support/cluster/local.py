@@ -165,7 +165,8 @@ class Cluster:
         return self._run([str(programs.program("helm", self._report)), *arguments])
 
     def audit(self) -> list[dict[str, Any]]:
-        """Every request that the API server has finished, oldest first; bodies of atelier.dev, JobSets, Jobs, pods and leases."""
+        """Every request that the API server has finished, oldest first; with bodies what is written of atelier.dev,
+        JobSets, Jobs, pods and leases."""
         return control_plane.read_audit(self.state)
 
     def kubeconfig_of_service_account(self, namespace: str, account: str, url: str = "") -> Path:
