@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
@@ -244,6 +245,12 @@ async def servers(settings: Settings, operator: Operator, metrics: Metrics) -> A
         yield
 
 
+def end_at_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+
 async def run(settings: Settings, stop: asyncio.Event) -> None:
     """Serve until `stop` is set."""
     metrics = Metrics()
@@ -251,22 +258,36 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     operator = Operator(settings, cluster, metrics)
     registry = kopf.OperatorRegistry()
     register(registry, operator, settings)
+
+    async def hear_signals(**_: Any) -> None:
+        """Again: kopf has put its own handlers in the place of ours when it began."""
+        end_at_signals(stop)
+
+    kopf.on.startup(registry=registry)(hear_signals)
     kopf_settings = kopf.OperatorSettings()
     configure(kopf_settings, settings.silence_seconds)
     kopf_settings.scanning.disabled = bool(settings.namespaces)
     async with servers(settings, operator, metrics):
         await operator.start()
-        try:
-            await kopf.operator(
+        told = asyncio.create_task(stop.wait())
+        watches = asyncio.create_task(
+            kopf.operator(
                 registry=registry,
                 settings=kopf_settings,
                 standalone=True,
                 clusterwide=not settings.namespaces,
                 namespaces=settings.namespaces,
-                stop_flag=stop,
             )
+        )
+        try:
+            await asyncio.wait({told, watches}, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            # Before kopf, which waits 5 s for every task that is not its own: for so long nobody else could take the Lease.
+            told.cancel()
             await operator.stop()
+            watches.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watches
 
 
 def main() -> None:
@@ -279,11 +300,7 @@ def main() -> None:
 
     async def serve() -> None:
         stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        import signal
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
+        end_at_signals(stop)
         await run(settings, stop)
 
     asyncio.run(serve())
