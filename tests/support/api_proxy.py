@@ -51,28 +51,49 @@ class Write:
         return f"{self.verb} {self.resource} {self.name} {self.said}".rstrip() + f" -> {self.code or 'no answer'}"
 
 
+@dataclass(frozen=True)
+class Aim:
+    """Writes at which to kill, so many of them: `meets` is told a write and its number in the life, from 1."""
+
+    meets: Callable[[int, Write], bool]
+    blows: int = 1
+
+    @classmethod
+    def numbered(cls, *numbers: int) -> "Aim":
+        return cls(lambda number, _: number in numbers, len(numbers))
+
+    @classmethod
+    def named(cls, what: tuple[str, ...]) -> "Aim":
+        return cls(lambda _, write: write.what == what)
+
+    @classmethod
+    def nowhere(cls) -> "Aim":
+        return cls(lambda *_: False)
+
+
 @dataclass
 class ApiProxy:
-    """`kubeconfig_of` makes the operator come here. `aim` arms it; it strikes once."""
+    """A kubeconfig with `url` makes the operator come here. `aim` arms it; `struck` are the writes at which it has killed."""
 
     url: str = ""
     writes: list[Write] = field(default_factory=list)
-    struck: Write | None = None
+    struck: list[Write] = field(default_factory=list)
     faults: Faults = field(default_factory=Faults)
     _aimed: Callable[[int, Write], bool] = lambda _, __: False
     _moment: Moment = "before"
     _kill: Callable[[], None] = lambda: None
+    _blows: int = 1
 
-    def aim(self, at: Callable[[int, Write], bool], moment: Moment, kill: Callable[[], None]) -> None:
-        """Forget what was before; call `kill` at the first write of which `at` says so. It is told its number, from 1."""
-        self.writes, self.struck = [], None
-        self._aimed, self._moment, self._kill = at, moment, kill
+    def aim(self, at: "Aim", moment: Moment, kill: Callable[[], None]) -> None:
+        """Forget what was before; call `kill` at the first writes that are aimed at."""
+        self.writes, self.struck = [], []
+        self._aimed, self._blows, self._moment, self._kill = at.meets, at.blows, moment, kill
 
     def number(self, write: Write) -> bool:
         """Count a write; whether it is the one to strike at."""
         self.writes.append(write)
-        if self.struck is None and self._aimed(len(self.writes), write):
-            self.struck = write
+        if len(self.struck) < self._blows and self._aimed(len(self.writes), write):
+            self.struck.append(write)
             return True
         return False
 

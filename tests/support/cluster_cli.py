@@ -1,4 +1,4 @@
-"""`atelier` as a process of its own against a real API server, as a user has it: the client reads KUBECONFIG when it is imported.
+"""`atelier` against a real API server: in the test's own process, since most of a start is imports, or as a user has it.
 
 A test module takes the fixtures with `pytest_plugins = ("cluster_fixtures", "cluster_kinds", "cluster_cli")`: an operator, and a
 place with a file.
@@ -10,11 +10,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
+from kubernetes.config import kube_config
+from typer.testing import CliRunner
 
 from atelier_api.exit_codes import ExitCode
+from atelier_cli.main import app
 from cluster.local import Cluster
 from cluster_documents import run_document
 from fake_pods import end, end_well
@@ -30,11 +34,18 @@ def command(environment: Mapping[str, str], *arguments: str) -> tuple[list[str],
 
 
 def atelier(cluster: Cluster, *arguments: str, answer: str = "") -> Ended:
-    """The command with the administrator's kubeconfig."""
-    return run_with(cluster.environment, *arguments, answer=answer)
+    """The command with the administrator's kubeconfig, in this process."""
+    environment = cluster.environment
+    # The client reads KUBECONFIG when it is imported.
+    with mock.patch.object(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", environment["KUBECONFIG"]):
+        ended = CliRunner().invoke(app, arguments, input=answer, env=environment)
+    if ended.exception is not None and not isinstance(ended.exception, SystemExit):
+        raise ended.exception
+    return Ended(arguments, ended.exit_code, ended.stdout, ended.stderr)
 
 
 def run_with(environment: Mapping[str, str], *arguments: str, answer: str = "") -> Ended:
+    """The command as a process of its own."""
     line, variables = command(environment, *arguments)
     return subprocess.run(line, env=variables, input=answer, capture_output=True, text=True, timeout=120)
 
@@ -63,6 +74,10 @@ class Place:
 
     def atelier(self, *arguments: str, answer: str = "") -> Ended:
         return atelier(self.cluster, *arguments, "-n", self.namespace, answer=answer)
+
+    def started(self, *arguments: str) -> Ended:
+        """The command as a user starts it."""
+        return run_with(self.cluster.environment, *arguments, "-n", self.namespace)
 
     def submit(self, **spec: Any) -> None:
         self.write(**spec)

@@ -1,11 +1,12 @@
 """The kinds of clusters on which a run must live: with all engines, without Kueue, without JobSet and Kueue.
 
-A module takes `pytest_plugins = ("cluster_fixtures", "cluster_kinds")` and, in its `pytestmark`, `as_the_chart_allows`; with
-`on_every_kind` it runs on each kind, else on the full one. A test that makes sense only with an engine says `needs("kueue")`.
+A module takes `pytest_plugins = ("cluster_fixtures", "cluster_kinds")` and, in its `pytestmark`, `as_the_chart_allows`. It runs on the
+full kind, unless it or each of its tests says `on(...)`.
 """
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,32 +41,22 @@ class Engines:
 
 
 FULL = Engines(jobset=True, kueue=True)
-KINDS = {
-    "full": FULL,
-    "without Kueue": Engines(jobset=True, kueue=False),
-    "without JobSet and Kueue": Engines(jobset=False, kueue=False),
-}
-on_every_kind = pytest.mark.parametrize("engines", KINDS.values(), ids=KINDS, indirect=True, scope="module")
-as_the_chart_allows = pytest.mark.usefixtures("engine_is_there", "rights")
+NO_KUEUE = Engines(jobset=True, kueue=False)
+NEITHER = Engines(jobset=False, kueue=False)
+NAMES = {NO_KUEUE: "without Kueue", NEITHER: "without JobSet and Kueue", FULL: "full"}
+as_the_chart_allows = pytest.mark.usefixtures("rights")
 """Not autouse: the fixtures of a plugin are those of every test of the session."""
 
 
-def needs(engine: str) -> pytest.MarkDecorator:
-    """For a test that asks something of an engine: skipped on clusters that do not have it."""
-    return pytest.mark.needs_engine(engine)
+def on(*kinds: Engines) -> pytest.MarkDecorator:
+    """The kinds of cluster that a test runs on: the same for all of its module, or else the full one last, which stays to the end."""
+    return pytest.mark.parametrize("engines", kinds, ids=NAMES.get, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
 def engines(request: pytest.FixtureRequest) -> Engines:
     kind: Engines = getattr(request, "param", FULL)
     return kind
-
-
-@pytest.fixture
-def engine_is_there(request: pytest.FixtureRequest, engines: Engines) -> None:
-    for mark in request.node.iter_markers("needs_engine"):
-        if not getattr(engines, mark.args[0]):
-            pytest.skip(f"asks something of {mark.args[0]}, which this kind of cluster does not have")
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +96,9 @@ def operator(
         process.stop()
 
 
-@pytest.fixture
-def make(operator: OperatorProcess, request: pytest.FixtureRequest) -> Iterator[Make]:
-    """Makes runs in the test's own namespace."""
-    cluster = operator.cluster
-    namespace = f"t{abs(hash(request.node.nodeid)) % 10**8}"
+@contextmanager
+def making(cluster: Cluster, namespace: str) -> Iterator[Make]:
+    """Makes runs in a new namespace."""
     cluster.make_namespace(namespace)
 
     def run(name: str = "run", *, queued: int | None = None, quota: int | None = None, **spec: Any) -> ClusterRun:
@@ -125,6 +114,13 @@ def make(operator: OperatorProcess, request: pytest.FixtureRequest) -> Iterator[
 
     yield run
     forget_namespace(cluster, namespace)
+
+
+@pytest.fixture
+def make(operator: OperatorProcess, request: pytest.FixtureRequest) -> Iterator[Make]:
+    """Makes runs in the test's own namespace."""
+    with making(operator.cluster, f"t{abs(hash(request.node.nodeid)) % 10**8}") as run:
+        yield run
 
 
 @pytest.fixture(scope="module")

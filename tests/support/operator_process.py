@@ -73,8 +73,10 @@ def left_behind(cluster: Cluster) -> list[str]:
 def forget_namespace(cluster: Cluster, namespace: str) -> None:
     """Delete a namespace, its runs first: a namespace waits for its pods, and fake nodes never tell the end of one that is deleted
     while its Job lives. Such pods would keep their GPUs from the tests that follow."""
-    cluster.kubectl("delete", "trainingruns", "--all", f"--namespace={namespace}", "--wait=false")
-    cluster.kubectl("delete", "namespace", namespace, "--ignore-not-found", "--wait=false")
+    where = place("namespaces", name=namespace)
+    if cluster.api.get(where) is not None:
+        cluster.api.send("DELETE", place("trainingruns", namespace), None)
+        cluster.api.send("DELETE", where, None)
 
 
 def _gpus(queue: Object) -> int:

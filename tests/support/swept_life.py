@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from api_proxy import ApiProxy, Moment, Write
+from api_proxy import Aim, ApiProxy, Moment
 from atelier_api.exit_codes import ExitCode
 from chart_release import SYSTEM
 from cluster.local import Cluster
@@ -66,7 +66,7 @@ class Life:
         }
         self.operator = ForkedOperator(environment, folder / f"{namespace}.log")
 
-    def live(self, at: Callable[[int, Write], bool], moment: Moment) -> End:
+    def live(self, at: Aim, moment: Moment) -> End:
         """The whole life. Raises AssertionError with all writes when the run does not come on."""
         self.proxy.aim(at, moment, self.operator.kill)
         self._prepare()
@@ -130,7 +130,7 @@ class Life:
         end = time.monotonic() + PATIENCE_SECONDS
         while not (value := condition()):
             if not self.operator.running():
-                mine = self.proxy.struck is not None and self.operator.starts == 1
+                mine = self.operator.starts == len(self.proxy.struck)
                 assert mine, f"the operator has ended by itself; {self._story()}"
                 self.operator.start()
             assert time.monotonic() < end, f"in vain for {what}; {self._story()}"

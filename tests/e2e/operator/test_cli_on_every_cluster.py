@@ -1,15 +1,15 @@
-"""`atelier status`, `logs`, `stop`, `resume` and `delete` on each kind of cluster: with and without JobSet and Kueue."""
+"""`atelier status`, `logs`, `stop`, `resume` and `delete` with JobSet and without. With Kueue: test_cli_on_a_cluster.py."""
 
 import pytest
 
 from atelier_api.exit_codes import ExitCode
 from cluster_cli import Place, atelier, errors
-from cluster_kinds import Engines, as_the_chart_allows, on_every_kind
+from cluster_kinds import NEITHER, NO_KUEUE, Engines, as_the_chart_allows, on
 from fake_pods import both_pods
 from operator_process import until
 
 pytest_plugins = ("cluster_fixtures", "cluster_kinds", "cluster_cli")
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400), on_every_kind, as_the_chart_allows]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400), on(NO_KUEUE, NEITHER), as_the_chart_allows]
 
 
 # --- status, logs -----------------------------------------------------------------------------------------------------

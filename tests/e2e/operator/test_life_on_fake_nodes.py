@@ -1,5 +1,6 @@
 """The life of runs on real control planes: with JobSet and Kueue, without Kueue, and without both.
 
+What is the same with Kueue as without, because the run has no queue, is not tried with it again.
 The pods' ends are told as a kubelet would tell them. The operator has the rights of the chart's service account: a test fails
 when one of its calls was denied.
 """
@@ -12,14 +13,23 @@ from atelier_api.exit_codes import MEANINGS, ExitCode
 from atelier_operator.names import rendezvous
 from chart_release import ACCOUNT, Rights
 from cluster.api import place
-from cluster_kinds import Engines, Make, as_the_chart_allows, needs, on_every_kind
+from cluster_kinds import FULL, NEITHER, NO_KUEUE, Engines, Make, Values, as_the_chart_allows, on
 from fake_pods import both_pods, end, end_well, result
 from operator_process import ClusterRun, OperatorProcess, until
+from told_together import together
 
-pytest_plugins = ("cluster_fixtures", "cluster_kinds", "cluster_cli")
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400), on_every_kind, as_the_chart_allows]
+pytest_plugins = ("cluster_fixtures", "cluster_kinds", "told_together")
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400), as_the_chart_allows]
 
 
+@pytest.fixture(scope="module")
+def operator_values() -> Values:
+    """One test sits the Lease out."""
+    return {"leaseSeconds": 9}
+
+
+@on(NO_KUEUE, NEITHER, FULL)
+@together
 def test_a_run_goes_from_pending_to_succeeded(make: Make, engines: Engines) -> None:
     run = make()
     run.wait("Preparing", "Starting")
@@ -32,15 +42,21 @@ def test_a_run_goes_from_pending_to_succeeded(make: Make, engines: Engines) -> N
     assert status["observedGeneration"] == run.get()["metadata"]["generation"]
 
 
-@pytest.mark.parametrize("code", [ExitCode.CONFIG, ExitCode.DATA, ExitCode.CREDENTIALS, ExitCode.DIVERGED])
-def test_what_no_restart_cures_fails_the_run_at_once(make: Make, code: ExitCode) -> None:
-    run = make()
-    end(run, code, "because")
-    status = run.wait("Failed", MEANINGS[code].reason)
-    assert "because" in status["message"]
-    assert status["restarts"]["counted"] == 0
+@on(NO_KUEUE, NEITHER)
+@together
+def test_what_no_restart_cures_fails_the_run_at_once(make: Make) -> None:
+    codes = (ExitCode.CONFIG, ExitCode.DATA, ExitCode.CREDENTIALS, ExitCode.DIVERGED)
+    runs = {code: make(MEANINGS[code].reason.lower()) for code in codes}
+    for code, run in runs.items():
+        end(run, code, "because")
+    for code, run in runs.items():
+        status = run.wait("Failed", MEANINGS[code].reason)
+        assert "because" in status["message"]
+        assert status["restarts"]["counted"] == 0
 
 
+@on(NO_KUEUE, NEITHER)
+@together
 def test_a_crash_restarts_the_gang_and_is_counted(make: Make, engines: Engines) -> None:
     """A JobSet starts the gang again itself; of a Job the operator makes another one."""
     run = make()
@@ -54,6 +70,8 @@ def test_a_crash_restarts_the_gang_and_is_counted(make: Make, engines: Engines) 
     assert run.status()["restarts"] == {**status["restarts"], "counted": 1, "uncounted": 0}
 
 
+@on(NO_KUEUE, NEITHER)
+@together
 def test_a_stop_is_not_counted(make: Make) -> None:
     run = make(retry={"maxRestarts": 0})
     before = {pod["metadata"]["uid"] for pod in both_pods(run)}
@@ -64,6 +82,8 @@ def test_a_stop_is_not_counted(make: Make) -> None:
     until(lambda: len(run.pods()) == 2 and not before & {pod["metadata"]["uid"] for pod in run.pods()}, "new pods")
 
 
+@on(NO_KUEUE, NEITHER)
+@together
 def test_restarts_are_used_up(make: Make) -> None:
     run = make(retry={"maxRestarts": 1})
     first = both_pods(run)
@@ -75,6 +95,8 @@ def test_restarts_are_used_up(make: Make) -> None:
     assert "spec.retry.maxRestarts" in status["message"]
 
 
+@on(NO_KUEUE, NEITHER)
+@together
 def test_memory_that_ran_out_makes_another_plan(make: Make) -> None:
     run = make()
     end(run, ExitCode.OUT_OF_MEMORY)
@@ -85,6 +107,8 @@ def test_memory_that_ran_out_makes_another_plan(make: Make) -> None:
     assert status["restarts"]["counted"] == 0
 
 
+@on(NO_KUEUE, NEITHER)
+@together
 def test_a_gpu_fault_makes_an_attempt_elsewhere(make: Make) -> None:
     run = make()
     node = both_pods(run)[0]["spec"]["nodeName"]
@@ -94,6 +118,8 @@ def test_a_gpu_fault_makes_an_attempt_elsewhere(make: Make) -> None:
     assert node not in {pod["spec"]["nodeName"] for pod in both_pods(run)}
 
 
+@on(NO_KUEUE, NEITHER)
+@together
 def test_suspend_stops_and_resume_goes_on(make: Make) -> None:
     run = make()
     both_pods(run)
@@ -108,6 +134,8 @@ def test_suspend_stops_and_resume_goes_on(make: Make) -> None:
     assert status["restarts"] == {"counted": 0, "uncounted": 0}
 
 
+@on(NO_KUEUE, NEITHER)
+@together
 def test_a_deleted_child_is_made_again_and_counted_once(make: Make, engines: Engines) -> None:
     run = make()
     both_pods(run)
@@ -117,6 +145,8 @@ def test_a_deleted_child_is_made_again_and_counted_once(make: Make, engines: Eng
     assert len(both_pods(run)) == 2
 
 
+@on(NO_KUEUE, NEITHER)
+@together
 def test_more_steps_than_were_asked_for_go_on_in_another_attempt(make: Make) -> None:
     run = make()
     pods = both_pods(run)
@@ -128,6 +158,8 @@ def test_more_steps_than_were_asked_for_go_on_in_another_attempt(make: Make) -> 
     run.wait("Succeeded")
 
 
+@on(NO_KUEUE, NEITHER)
+@together
 def test_deleting_a_run_deletes_everything(make: Make) -> None:
     run = make()
     both_pods(run)
@@ -135,12 +167,16 @@ def test_deleting_a_run_deletes_everything(make: Make) -> None:
     until(lambda: run.objects() == [], "everything to go")
 
 
+@on(NO_KUEUE, NEITHER)
+@together
 def test_a_run_that_was_ended_is_deleted_when_its_time_is_over(make: Make) -> None:
     run = make(schedule={"ttlSecondsAfterFinished": 1})
     end_well(run)
     until(lambda: run.cluster.kubectl("get", "trun", "-n", run.namespace, "-o", "name") == "", "the run to go")
 
 
+@on(NO_KUEUE, NEITHER)
+@together
 def test_a_deadline_stops_the_run(make: Make) -> None:
     run = make(schedule={"activeDeadlineSeconds": 2})
     both_pods(run)
@@ -162,6 +198,7 @@ REFUSED = {
 }
 
 
+@on(NO_KUEUE)
 @pytest.mark.parametrize(("spec", "kind", "reason", "words"), REFUSED.values(), ids=REFUSED)
 def test_a_run_that_cannot_work_says_so_and_makes_nothing(
     make: Make, spec: dict[str, Any], kind: str, reason: str, words: str
@@ -173,6 +210,8 @@ def test_a_run_that_cannot_work_says_so_and_makes_nothing(
     assert run.objects() == []
 
 
+@on(NO_KUEUE, NEITHER)
+@together
 def test_node_0_has_the_name_that_the_others_look_for(make: Make, engines: Engines) -> None:
     """A headless Service gives every pod a name, also before it is ready: the JobSet's own, or the operator's for a Job."""
     run = make()
@@ -195,25 +234,31 @@ def test_node_0_has_the_name_that_the_others_look_for(make: Make, engines: Engin
 # --- quotas and queues -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wanted", [2, 3], ids=["fits later", "never fits"])
-def test_a_gang_that_does_not_fit_into_the_resource_quota_makes_no_pod(make: Make, wanted: int) -> None:
-    """Of two gangs that together are too large none may hold half of the quota."""
+@on(NO_KUEUE, NEITHER, FULL)
+@together
+def test_a_gang_that_does_not_fit_into_the_resource_quota_makes_no_pod(make: Make) -> None:
+    """Of two gangs that together are too large none may hold half of the quota; a third one never fits."""
     first = make("first", quota=2)
     both_pods(first)
-    second = make("second", parallelism={"nodes": wanted}, hyperparameters={"globalBatchSize": 12})
-    status = second.wait("Queued", "WaitingForQuota")
-    said = "2, ResourceQuota gpus has 0 of 2 left" if wanted == 2 else "3, ResourceQuota gpus allows 2 at most"
-    assert status["message"] == f"waiting for the whole gang to fit: requests.nvidia.com/gpu: needs {said}"
-    assert second.condition("Admitted")["reason"] == "WaitingForQuota"
-    assert second.objects() == []
+    second = make("second")
+    third = make("third", parallelism={"nodes": 3}, hyperparameters={"globalBatchSize": 12})
+    for run, said in (
+        (second, "2, ResourceQuota gpus has 0 of 2 left"),
+        (third, "3, ResourceQuota gpus allows 2 at most"),
+    ):
+        status = run.wait("Queued", "WaitingForQuota")
+        assert status["message"] == f"waiting for the whole gang to fit: requests.nvidia.com/gpu: needs {said}"
+        assert run.condition("Admitted")["reason"] == "WaitingForQuota"
+        assert run.objects() == []
     end_well(first)
     first.wait("Succeeded")
-    if wanted == 2:
-        assert len(both_pods(second)) == 2
-        until(lambda: second.condition("Admitted")["status"] == "True", "the status to say that it fits")
+    assert len(both_pods(second)) == 2
+    until(lambda: second.condition("Admitted")["status"] == "True", "the status to say that it fits")
+    assert third.objects() == []
 
 
-@needs("kueue")
+@on(FULL)
+@together
 def test_the_second_run_waits_for_quota_and_starts_when_the_first_has_ended(make: Make) -> None:
     first = make("first", queued=2, schedule={"queue": "gpu"})
     both_pods(first)
@@ -227,13 +272,15 @@ def test_the_second_run_waits_for_quota_and_starts_when_the_first_has_ended(make
     until(lambda: second.condition("Admitted")["status"] == "True", "the status to say so")
 
 
-@needs("kueue")
+@on(FULL)
+@together
 def test_a_run_larger_than_the_quota_says_so(make: Make) -> None:
     run = make(queued=1, schedule={"queue": "gpu"})
     run.wait("Queued", "ExceedsMaxQuota")
 
 
-@needs("kueue")
+@on(FULL)
+@together
 def test_a_higher_priority_takes_the_quota_and_gives_it_back(make: Make) -> None:
     low = make("low", queued=2, schedule={"queue": "gpu"})
     low.cluster.apply(
@@ -254,7 +301,8 @@ def test_a_higher_priority_takes_the_quota_and_gives_it_back(make: Make) -> None
     assert low.status()["restarts"]["counted"] == 0
 
 
-@needs("kueue")
+@on(FULL)
+@together
 def test_a_queue_that_is_stopped_or_deleted_is_named(make: Make) -> None:
     """What was running is stopped and goes on when the queue does."""
     run = make(queued=2, schedule={"queue": "gpu"})
@@ -285,6 +333,7 @@ def completed(run: ClusterRun, engines: Engines) -> bool:
     return any(each["type"] in kinds and each["status"] == "True" for each in conditions)
 
 
+@on(NEITHER, FULL)
 def test_the_operator_is_killed_and_back_after_the_run_has_ended(
     operator: OperatorProcess, make: Make, engines: Engines
 ) -> None:
@@ -300,6 +349,7 @@ def test_the_operator_is_killed_and_back_after_the_run_has_ended(
     run.wait("Succeeded")
 
 
+@on(NO_KUEUE, NEITHER)
 def test_a_run_is_deleted_while_the_operator_is_away(operator: OperatorProcess, make: Make) -> None:
     run = make()
     both_pods(run)
@@ -311,6 +361,7 @@ def test_a_run_is_deleted_while_the_operator_is_away(operator: OperatorProcess, 
     both_pods(make("another"))
 
 
+@on(NO_KUEUE)
 def test_a_call_that_is_denied_is_found_in_the_audit_log(operator: OperatorProcess, make: Make, rights: Rights) -> None:
     """The check that every test here ends with: it fails when the role lacks a rule."""
     api, role = operator.cluster.api, f"/apis/rbac.authorization.k8s.io/v1/clusterroles/{ACCOUNT}"
