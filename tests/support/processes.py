@@ -25,6 +25,8 @@ LINES_SHOWN = 40
 GRACE_SECONDS = 5
 """How long the other ranks may go on after one has failed: often they have more to say."""
 
+PRELOADED = ("atelier_runtime.launch", "diffusers.models.transformers", "diffusers.models.autoencoders")
+
 
 def run_ranks(world: int, target: str, *arguments: Any, timeout: float = 300) -> list[Any]:
     """Results of `module:function` called with `arguments` in `world` processes, by rank.
@@ -125,7 +127,8 @@ def _outputs(ranks: Sequence[Rank], folder: Path) -> str:
 
 def _fork_for_each(requests: IO[str], pids: IO[str]) -> None:
     """The nursery: a rank for each line of `requests`, whose pid it answers. Returns when the lines end."""
-    importlib.import_module("atelier_runtime.launch")
+    for module in PRELOADED:
+        importlib.import_module(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     for line in requests:
         pid = os.fork()
