@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -188,9 +189,10 @@ def make_case(name: str) -> Case:
 CASES = tuple(TINY)
 
 
-def photographs(scale: int = 1) -> list[Image.Image]:
+@cache
+def photographs(scale: int = 1) -> tuple[Image.Image, ...]:
     """The two of scikit-learn, 160 x 106 times `scale`."""
-    return [Image.fromarray(image).resize((160 * scale, 106 * scale)) for image in load_sample_images().images]
+    return tuple(Image.fromarray(image).resize((160 * scale, 106 * scale)) for image in load_sample_images().images)
 
 
 def real_clips(count: int, tiny: Tiny) -> Tensor:
