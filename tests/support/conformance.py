@@ -45,11 +45,11 @@ def family_of(callspec: Any) -> str | None:
     from family_models import FAMILY_OF  # the plugin is there for tests without torch as well
 
     for parameter in () if callspec is None else callspec.params.values():
-        value = parameter[0] if isinstance(parameter, tuple) else parameter
+        value = parameter[0] if isinstance(parameter, tuple) and parameter else parameter
         if isinstance(value, FamilyFacts):
             return value.name
-        if isinstance(value, str) and value.split()[0] in {**FAMILY_OF, **dict.fromkeys(NAMES)}:
-            name = value.split()[0]
+        name = value.partition(" ")[0] if isinstance(value, str) else None
+        if name in FAMILY_OF or name in NAMES:
             return FAMILY_OF.get(name, name)
     return None
 
