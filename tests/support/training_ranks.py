@@ -110,6 +110,8 @@ class Case:
     steps: int = STEPS
     strengths: tuple[float, ...] = (1.0,)
     """Of the adapter, in turns: those of a slider's steps."""
+    draws: bool = True
+    """Predict with the average before the last step, as sampling does between two steps."""
 
     @property
     def name(self) -> str:
@@ -125,7 +127,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of a case. `losses` are global means; `drawn` is the prediction with the average put in, before the last step."""
+    """What came of a case. `losses` are global means; `drawn` is the prediction of a case that draws, else empty."""
 
     losses: list[float]
     norms: list[float]
@@ -278,7 +280,7 @@ def train(strategy: str, case: Case) -> Trained:
             layer.register_forward_pre_hook(lambda linear, _: rounded.append(_is_rounded(linear.weight)))
     before = training.weights()
     for step in range(case.steps):
-        if step == case.steps - 1:
+        if case.draws and step == case.steps - 1:
             drawn = training.draw()
         loss, norm = training.step()
         losses.append(loss)

@@ -12,23 +12,19 @@ import torch
 
 from atelier_api.families import NAMES
 from processes import run_ranks
-from strategy_cases import assert_near_training, assert_same_training, distance, prepared
+from strategy_cases import EACH_KIND, assert_near_training, assert_same_training, distance, prepared
 from training_ranks import STEPS, Case, Trained, train_all
 
 pytestmark = pytest.mark.processes
 
 ZERO2, ZERO3 = "deepspeed-zero2", "deepspeed-zero3"
-EACH_KIND = ("sd3", "sd15", "wan", "hidream", "qwen_image", "ace_step")
-"""Tokens, maps, clips, routed experts, layers that are dead by design, sounds.
-
-They are trained on all layers of their blocks, the other families on those of the attention: what DeepSpeed takes for each layer
-grows with the square of how many there are.
-"""
 
 
 def fp32_cases(strategy: str, folder: Path) -> Iterator[Case]:
     for family in NAMES if strategy == ZERO3 else EACH_KIND:
-        case = Case(family, "lora" if family in EACH_KIND else "lora-attention", folder / family)
+        # What DeepSpeed takes for each layer grows with the square of how many there are.
+        adapter = "lora" if family in EACH_KIND else "lora-attention"
+        case = Case(family, adapter, folder / family, draws=family in EACH_KIND)
         yield replace(case, checkpointing=True)
         yield replace(case, adapter="full")
         if family == "sd3":
@@ -91,7 +87,8 @@ def pair(trained: tuple[Results, Results, Results], strategy: str, case: str) ->
 )
 def test_two_processes_train_what_one_does(trained, strategy: str, case: str) -> None:  # type: ignore[no-untyped-def]
     alone, together = pair(trained, strategy, case)
-    assert_same_training(together, alone, drawn=5e-5 if case.startswith("kandinsky5_image full") else 1e-5)
+    assert_same_training(together, alone)
+    assert alone.drawn.numel() or case.partition(" ")[0] not in EACH_KIND
 
 
 @pytest.mark.parametrize(("strategy", "case"), BF16)
