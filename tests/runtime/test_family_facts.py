@@ -21,6 +21,8 @@ from family_models import PUBLISHED, published_denoiser
 from family_models.published_parts import without_memory
 from planned_runs import run
 
+pytestmark = pytest.mark.sweep
+
 FLAVOURS = [
     pytest.param(facts, flavour, id=f"{facts.name} {flavour.name}")
     for facts in TABLE.values()

@@ -16,6 +16,8 @@ from atelier_runtime.adapters import install, trainable
 from atelier_runtime.lycoris_layout import file_tensors
 from lycoris_adapters import OPTIONS, lycoris_adapter, stock_modules
 
+pytestmark = pytest.mark.sweep
+
 FAMILIES = ("sd3", "sdxl", "wan", "sana")
 """Two image transformers, one of them with convolutions, a UNet, and a video transformer."""
 

@@ -22,6 +22,8 @@ from export_runs import PROVENANCE, load_as_reported, trained
 from family_cases import CASES, PROMPTS, Case, make_case, record, sampling_arguments, walk
 from family_models import save_tiny
 
+pytestmark = pytest.mark.sweep
+
 LEVELS = (0.3, 0.9)
 
 
