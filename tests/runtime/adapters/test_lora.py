@@ -14,6 +14,8 @@ from atelier_api.v1alpha1.adapter import LoraAdapter
 from atelier_runtime.adapters import install, trainable
 from atelier_runtime.families import FAMILIES
 
+pytestmark = pytest.mark.sweep
+
 TARGET = r"blocks\.0\.attn1\.to_q"
 
 

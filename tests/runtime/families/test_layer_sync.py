@@ -18,7 +18,7 @@ from atelier_runtime.techniques.layer_sync import LayerSync
 from atelier_runtime.techniques.picture_blocks import PictureBlock, counted_tokens, picture_blocks, picture_tokens
 from family_cases import CASES, PROMPTS, Case, make_case
 
-pytestmark = pytest.mark.cell("layersync")
+pytestmark = [pytest.mark.cell("layersync"), pytest.mark.sweep]
 
 LEVELS = (0.3, 0.9)
 WEIGHT = 0.2

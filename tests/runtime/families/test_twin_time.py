@@ -16,7 +16,7 @@ from atelier_runtime.few_steps import FewSteps, Times, few_step_sampling
 from family_cases import CASES, PROMPTS, Case, make_case
 from family_models import FAMILY_OF
 
-pytestmark = pytest.mark.cell("twinflow")
+pytestmark = [pytest.mark.cell("twinflow"), pytest.mark.sweep]
 
 STARTS = torch.tensor([0.9, 0.4])
 ENDS = torch.tensor([0.25, 0.1])
