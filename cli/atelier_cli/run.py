@@ -31,7 +31,7 @@ def run(
     ] = None,
     context: Annotated[str | None, typer.Option("--context", help="On a cluster: context of the kubeconfig.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
-    launch_module: Annotated[str, typer.Option(hidden=True)] = "atelier_runtime.launch",
+    launch_module: Annotated[str, typer.Option(hidden=True)] = "atelier_runtime.rank",
 ) -> None:
     """Train. Run the same file again to go on; Ctrl-C stops with a checkpoint, twice kills (on a cluster it only leaves)."""
     from atelier_api.errors import ConfigError

@@ -235,7 +235,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument(
         "--port", type=int, default=0, help="port of /metrics and /progress; 0: a free one, on the loopback address"
     )
-    parser.add_argument("--launch-module", default="atelier_runtime.launch", help="module that every rank runs")
+    parser.add_argument("--launch-module", default="atelier_runtime.rank", help="module that every rank runs")
     parser.add_argument(
         "--termination-message", type=Path, default=None, help="file for the terminal facts; default: the kubelet's"
     )

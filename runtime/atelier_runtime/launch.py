@@ -1,7 +1,4 @@
-"""Entry point of one rank: prepare, train, sample, publish. Started by torchrun, which the agent starts.
-
-python -m torch.distributed.run … -m atelier_runtime.launch --run-file run.json
-"""
+"""One rank's run: prepare, train, sample, publish. `rank` is its entry point."""
 
 import argparse
 import logging
@@ -22,7 +19,7 @@ from atelier_api.exit_codes import ExitCode
 from atelier_api.log import setup_logging
 from atelier_api.run_file import RunFile
 from atelier_runtime import components, parallel
-from atelier_runtime.checkpoint import Checkpointer, resume
+from atelier_runtime.checkpoint import Checkpointer, WriterProcess, resume
 from atelier_runtime.data import build_dataset
 from atelier_runtime.denoisers import Denoisers, check_networks
 from atelier_runtime.families import get_family
@@ -84,6 +81,7 @@ class Session:
     run_file: RunFile
     family: Family
     distributed: Distributed
+    writer: WriterProcess
     store: Store
     metrics: TrainMetrics
     reporter: Reporter
@@ -93,21 +91,21 @@ class Session:
 
 def main() -> int:
     """Run one rank; the exit code is the agent's to classify, with the failure file."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="atelier_runtime.rank", description=__doc__)
     parser.add_argument("--run-file", type=Path, required=True)
     run_file = RunFile.read(parser.parse_args().run_file)
     stop = StopFlag()
     rank = int(os.environ.get("RANK", "0"))
-    setup_logging(rank=rank)
-    quiet_libraries()
-    choose_attention()
-    choose_adapters()
-    if run_file.plan.threads_per_process:
-        torch.set_num_threads(run_file.plan.threads_per_process)
     session: Session | None = None
     try:
-        distributed = parallel.start(run_file.plan)
-        session = open_session(run_file, distributed, stop)
+        writer = WriterProcess(Path(run_file.scratch))
+        setup_logging(rank=rank)
+        quiet_libraries()
+        choose_attention()
+        choose_adapters()
+        if run_file.plan.threads_per_process:
+            torch.set_num_threads(run_file.plan.threads_per_process)
+        session = open_session(run_file, parallel.start(run_file.plan), writer, stop)
         finished = train(session)
         parallel.stop()
     except StopRequested:
@@ -139,13 +137,14 @@ def quiet_libraries() -> None:
         library.disable_progress_bar()
 
 
-def open_session(run_file: RunFile, distributed: Distributed, stop: StopFlag) -> Session:
+def open_session(run_file: RunFile, distributed: Distributed, writer: WriterProcess, stop: StopFlag) -> Session:
     """Open the store and everything that reports."""
     metrics = TrainMetrics.from_environment(distributed.rank, os.environ)
     store = open_store(run_file.store_uri, run_file.spec.storage.s3, observer=metrics)
     progress = ProgressWriter(Scratch(Path(run_file.scratch)).progress if distributed.rank == 0 else None)
     reporter = Reporter(run_file, store, progress, metrics)
-    return Session(run_file, get_family(run_file.spec.model.family), distributed, store, metrics, reporter, stop)
+    family = get_family(run_file.spec.model.family)
+    return Session(run_file, family, distributed, writer, store, metrics, reporter, stop)
 
 
 def train(session: Session) -> bool:
@@ -208,7 +207,12 @@ def prepare(session: Session) -> Parts:
             "it must be at least the steps already trained"
         )
     checkpointer = Checkpointer(
-        run_file, distributed, session.store, staging_folder(run_file), dataset_hash=dataset.hash
+        run_file,
+        distributed,
+        session.store,
+        staging_folder(run_file),
+        writer=session.writer,
+        dataset_hash=dataset.hash,
     )
     return Parts(
         run_file,
@@ -253,7 +257,3 @@ def finish(session: Session, parts: Parts) -> None:
         session.reporter.published([file.report for file in exports])
     session.reporter.stage("Succeeded", "", done=parts.state.step, total=parts.state.step)
     torch.distributed.barrier()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,7 @@ import torch
 from atelier_api.run_file import ExecutionPlan, RunFile, RunIdentity
 from atelier_api.v1alpha1 import TrainingRunSpec
 from atelier_runtime import parallel
-from atelier_runtime.checkpoint import Checkpointer
+from atelier_runtime.checkpoint import Checkpointer, WriterProcess
 from atelier_runtime.data import build_dataset
 from atelier_runtime.denoisers import Denoisers
 from atelier_runtime.families import get_family
@@ -132,6 +132,7 @@ def bench_run(folder: Path, *, batch_size: int, steps: int) -> BenchRun:
     """The parts as `launch.prepare` makes them. The caller closes the checkpointer."""
     write_digits(folder / "pictures", PICTURES)
     run_file = bench_run_file(folder, batch_size=batch_size, steps=steps)
+    writer = WriterProcess(folder)
     distributed, family, clock = one_process(), get_family("sd3"), LoopClock()
     store = open_store(run_file.store_uri, run_file.spec.storage.s3)
     metrics = TrainMetrics(0, clock=clock)
@@ -141,6 +142,8 @@ def bench_run(folder: Path, *, batch_size: int, steps: int) -> BenchRun:
     denoisers = Denoisers.load(run_file, family, distributed)
     objective = build_run_objective(run_file, family)
     state = build_state(denoisers, run_file.spec.hyperparameters, run_file.plan, distributed)
-    checkpointer = Checkpointer(run_file, distributed, store, staging_folder(run_file), dataset_hash=dataset.hash)
+    checkpointer = Checkpointer(
+        run_file, distributed, store, staging_folder(run_file), writer=writer, dataset_hash=dataset.hash
+    )
     parts = Parts(run_file, family, distributed, denoisers, objective, dataset, state, checkpointer, metrics, reporter)
     return BenchRun(parts, reporter, clock)

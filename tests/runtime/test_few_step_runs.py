@@ -23,8 +23,9 @@ from atelier_runtime.few_steps import few_step_pipeline
 from family_models import save_tiny
 from run_files import run_file
 from runs import write_digits
+from sessions import opened
 
-pytestmark = pytest.mark.processes  # the checkpointer starts its writer
+pytestmark = pytest.mark.processes  # a session has a writer
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +60,7 @@ def ended(plan: RunFile, folder: Path, steps: list[int]) -> Path:
         document["hyperparameters"]["steps"] = last
         document["storage"]["uri"] = str(folder)
         part = plan.model_copy(update={"spec": TrainingRunSpec.model_validate(document), "attempt": f"{last}.0"})
-        assert launch.train(launch.open_session(part, parallel.start(part.plan), launch.StopFlag()))
+        assert launch.train(opened(part))
         parallel.stop()
     return Path(part.store_uri)
 

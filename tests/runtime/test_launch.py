@@ -30,9 +30,10 @@ from family_models import save_tiny
 from finished_runs import assert_finished, assert_lora_trained
 from run_files import run_file
 from runs import write_digits
+from sessions import opened
 from tiny_data import slow_down, tone, write_clip, write_tone
 
-pytestmark = pytest.mark.processes  # the checkpointer starts its writer
+pytestmark = pytest.mark.processes  # a session has a writer
 
 # What e2e/test_each_kind.py does not train.
 CASES = [
@@ -128,7 +129,7 @@ def resolved(folder: Path, tiny: str, adapter: str, precision: str, **spec: Any)
 @pytest.mark.usefixtures("alone")
 def test_a_run_trains_samples_and_exports(tiny: str, adapter: str, precision: str, tmp_path: Path) -> None:
     plan = resolved(tmp_path, tiny, adapter, precision)
-    session = launch.open_session(plan, parallel.start(plan.plan), launch.StopFlag())
+    session = opened(plan)
     assert launch.train(session)
     root = Path(plan.store_uri)
     assert_finished(root, 8)
@@ -154,7 +155,7 @@ def test_a_run_with_tiles_caches_trains_and_draws_through_them(tmp_path: Path, m
     spec = file.spec.model_copy(update={"data": data, "validation": validation})
     tiles = {"tiled_encoding": True, "tiled_samples": True}
     file = file.model_copy(update={"spec": spec, "plan": file.plan.model_copy(update=tiles)})
-    session = launch.open_session(file, parallel.start(file.plan), launch.StopFlag())
+    session = opened(file)
     assert launch.train(session)
     assert (max(widths[Encoder]), max(widths[Decoder])) == (512, 64)
     root = Path(file.store_uri)
@@ -196,7 +197,7 @@ def trained_by_flow(plan: RunFile, folder: Path, steps: list[int]) -> dict[str, 
         document["validation"] = {}
         changes = {"spec": type(plan.spec).model_validate(document), "attempt": f"{last}.0"}
         part = plan.model_copy(update=changes)
-        assert launch.train(launch.open_session(part, parallel.start(part.plan), launch.StopFlag()))
+        assert launch.train(opened(part))
         parallel.stop()
         assert list(Path(part.store_uri, "manifests").glob(f"{last:08d}-*"))
     [file] = folder.rglob("exports/**/*.safetensors")
@@ -208,7 +209,7 @@ def test_prompts_that_the_checkpoint_cannot_draw_are_refused_before_anything_is_
     plan = resolved(tmp_path, "stable_cascade", "lora", "fp32")
     index = tmp_path / "base" / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"decoder": [None, None]}))
-    session = launch.open_session(plan, parallel.start(plan.plan), launch.StopFlag())
+    session = opened(plan)
     with pytest.raises(
         ConfigError, match=r"spec\.validation\.prompts are to be drawn, and the checkpoint .* has no decoder"
     ):
@@ -231,7 +232,7 @@ def test_the_record_of_a_failure_names_its_step_and_the_samples_of_a_loss_that_i
 @pytest.mark.usefixtures("alone")
 def test_three_pictures_and_a_batch_of_four_train_every_picture_once_an_epoch(tmp_path: Path) -> None:
     plan = resolved(tmp_path, "sd3", "lora", "fp32")
-    session = launch.open_session(plan, parallel.start(plan.plan), launch.StopFlag())
+    session = opened(plan)
     parts = launch.prepare(session)
     parts.checkpointer.close()
     batch = parts.dataset.order.batch(5)
@@ -244,7 +245,7 @@ def test_three_pictures_and_a_batch_of_four_train_every_picture_once_an_epoch(tm
 def test_the_loss_of_a_technique_is_beside_the_objectives_which_is_as_without(tmp_path: Path) -> None:
     techniques = {"layerSync": {"studentBlock": 0, "teacherBlock": 1}}
     plan = resolved(tmp_path, "wan_ti2v", "lora", "bf16", techniques=techniques)
-    parts = launch.prepare(launch.open_session(plan, parallel.start(plan.plan), launch.StopFlag()))
+    parts = launch.prepare(opened(plan))
     parts.checkpointer.close()
     batch = parts.dataset.load(parts.dataset.order.batch(0).slots, step=0, epoch=0)
     given = (parts.denoisers.wrapped["transformer"], batch, 0, Stage("transformer"))
@@ -262,14 +263,14 @@ def test_the_loss_of_a_technique_is_beside_the_objectives_which_is_as_without(tm
 def test_a_block_that_the_checkpoint_lacks_is_refused_when_training_starts(tmp_path: Path) -> None:
     plan = resolved(tmp_path, "sd3", "lora", "fp32", techniques={"layerSync": {"studentBlock": 0, "teacherBlock": 9}})
     with pytest.raises(ConfigError, match=r"spec\.techniques\.layerSync\.teacherBlock is 9; must be at most 2"):
-        launch.prepare(launch.open_session(plan, parallel.start(plan.plan), launch.StopFlag()))
+        launch.prepare(opened(plan))
 
 
 @pytest.mark.usefixtures("alone")
 def test_the_loss_of_a_run_does_not_count_on_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a clip that is drawn from its first frame, whatever is predicted for that frame."""
     plan = resolved(tmp_path, "wan_ti2v", "lora", "fp32")
-    parts = launch.prepare(launch.open_session(plan, parallel.start(plan.plan), launch.StopFlag()))
+    parts = launch.prepare(opened(plan))
     parts.checkpointer.close()
     trainer, order, predict = Trainer(parts, lambda: False), parts.dataset.order, parts.family.predict
     batch = parts.dataset.load(order.batch(0).slots, step=0, epoch=0)
@@ -293,7 +294,7 @@ def test_a_step_draws_latents_of_its_own_and_is_the_same_whatever_was_drawn_befo
     still = plan.plan.model_copy(update={"learning_rate": 0.0})
     dropping = plan.spec.model_copy(update={"adapter": plan.spec.adapter.model_copy(update={"dropout": 0.5})})
     plan = plan.model_copy(update={"plan": still, "spec": dropping})
-    parts = launch.prepare(launch.open_session(plan, parallel.start(plan.plan), launch.StopFlag()))
+    parts = launch.prepare(opened(plan))
     parts.checkpointer.close()
     trainer, prepare = Trainer(parts, lambda: False), parts.objective.prepare
     clean: list[torch.Tensor] = []

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from atelier_api.run_file import RunFile
-from atelier_runtime.checkpoint import Checkpointer, resume
+from atelier_runtime.checkpoint import Checkpointer, WriterProcess, resume
 from atelier_runtime.store import open_store
 from checkpoint_runs import OneRank
 
@@ -23,6 +23,12 @@ def ranks() -> OneRank:
     """This rank's place; starts the process group."""
     dist.init_process_group("gloo")
     return OneRank(dist.get_rank(), dist.get_rank(), dist.get_world_size())
+
+
+def ranks_with_writers(staging: Path) -> tuple[OneRank, WriterProcess]:
+    """This rank's place and its writer, forked before there is anything else."""
+    writer = WriterProcess(staging.parent)
+    return ranks(), writer
 
 
 def sharded_state(*, seed: int) -> dict[str, Any]:
@@ -59,8 +65,10 @@ def whole(state: Any) -> Any:
 
 def save_twice(run_file: RunFile, staging: Path) -> list[Any]:
     """Save states of seeds 10 and 20 at those steps, and give them whole."""
-    place = ranks()
-    checkpointer = Checkpointer(run_file, place, open_store(run_file.store_uri, run_file.spec.storage.s3), staging)
+    place, writer = ranks_with_writers(staging)
+    checkpointer = Checkpointer(
+        run_file, place, open_store(run_file.store_uri, run_file.spec.storage.s3), staging, writer=writer
+    )
     saved = [_save(checkpointer, step, sharded_state(seed=step)) for step in (10, 20)]
     checkpointer.close()
     return saved
@@ -68,13 +76,13 @@ def save_twice(run_file: RunFile, staging: Path) -> list[Any]:
 
 def change(run_file: RunFile, staging: Path) -> tuple[Any, Any, Any]:
     """Resume, add 1 to the weights, save as step 30. Gives the resume point and both states whole."""
-    place = ranks()
+    place, writer = ranks_with_writers(staging)
     store = open_store(run_file.store_uri, run_file.spec.storage.s3)
     state = sharded_state(seed=999)
     point = resume(run_file, place, store, state, staging)
     seen = whole(state)
     changed = state | {"step": 30, "weights": {name: value + 1 for name, value in state["weights"].items()}}
-    checkpointer = Checkpointer(run_file, place, store, staging)
+    checkpointer = Checkpointer(run_file, place, store, staging, writer=writer)
     saved = _save(checkpointer, 30, changed)
     checkpointer.close()
     return point, seen, saved
@@ -123,9 +131,9 @@ def _resume(run_file: RunFile, staging: Path, place: OneRank, *, damaged: str | 
 
 def save_in_disorder(run_file: RunFile, staging: Path) -> list[int]:
     """Thirty saves without waiting, with pauses of its own on each rank; gives the steps that this rank saw committed."""
-    place = ranks()
+    place, writer = ranks_with_writers(staging)
     store = open_store(run_file.store_uri, run_file.spec.storage.s3)
-    checkpointer = Checkpointer(run_file, place, store, staging)
+    checkpointer = Checkpointer(run_file, place, store, staging, writer=writer)
     draws = random.Random(place.rank)
     committed: list[int] = []
     weight = torch.zeros(100)
@@ -143,9 +151,9 @@ def save_in_disorder(run_file: RunFile, staging: Path) -> list[int]:
 
 def lose_a_writer(run_file: RunFile, staging: Path) -> str:
     """Rank 1's writer is killed; gives what each rank is told at its next saves."""
-    place = ranks()
+    place, writer = ranks_with_writers(staging)
     store = open_store(run_file.store_uri, run_file.spec.storage.s3)
-    checkpointer = Checkpointer(run_file, place, store, staging)
+    checkpointer = Checkpointer(run_file, place, store, staging, writer=writer)
     checkpointer.save(1, {"weight": torch.ones(3)})
     checkpointer.wait()
     if place.rank == 1:
@@ -161,10 +169,10 @@ def lose_a_writer(run_file: RunFile, staging: Path) -> str:
 
 def without_credentials(run_file: RunFile, staging: Path) -> str:
     """Only rank 0 asks the store; gives the error that each rank raises."""
-    place = ranks()
+    place, writer = ranks_with_writers(staging)
     store = open_store(run_file.store_uri, run_file.spec.storage.s3)
     try:
-        Checkpointer(run_file, place, store, staging)
+        Checkpointer(run_file, place, store, staging, writer=writer)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -7,6 +7,6 @@ from atelier_runtime import launch
 
 
 def train(run_file: str) -> None:
-    """What `python -m atelier_runtime.launch --run-file …` does. It ends the process when the rank fails."""
+    """What `python -m atelier_runtime.rank --run-file …` does. It ends the process when the rank fails."""
     sys.argv = ["launch", "--run-file", run_file]
     assert launch.main() == ExitCode.DONE

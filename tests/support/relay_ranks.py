@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atelier_api.run_file import RunFile
 from atelier_runtime import parallel
-from atelier_runtime.checkpoint import Checkpointer, resume
+from atelier_runtime.checkpoint import Checkpointer, WriterProcess, resume
 from atelier_runtime.store import open_store
 from training_ranks import Case, Training, plan_of
 
@@ -48,13 +48,14 @@ def relays(
     world: int, relay: Relay, alone: Sequence[str] = (), case: Case | None = None
 ) -> tuple[list[Leg], dict[str, tuple[list[Leg], list[Leg]]]]:
     """The legs of a relay; and for each strategy of `alone` those of three steps with breaks, kept in memory, and without."""
+    writer = WriterProcess(relay.staging.parent)
     distributed = parallel.start(plan_of(relay.strategies[0], world, relay.case))
     try:
         after_itself = {}
         for strategy in alone:
             assert case is not None
             after_itself[strategy] = (_in_memory([strategy] * 3, case), _straight(strategy, case, 3))
-        return _through_the_store(relay, distributed), after_itself
+        return _through_the_store(relay, distributed, writer), after_itself
     finally:
         parallel.stop()
 
@@ -77,10 +78,10 @@ def _in_memory(strategies: Sequence[str], case: Case) -> list[Leg]:
     return legs
 
 
-def _through_the_store(relay: Relay, distributed: parallel.Distributed) -> list[Leg]:
+def _through_the_store(relay: Relay, distributed: parallel.Distributed, writer: WriterProcess) -> list[Leg]:
     run_file, staging = relay.run_file, relay.staging
     store = open_store(run_file.store_uri, run_file.spec.storage.s3)
-    checkpointer = Checkpointer(run_file, distributed, store, staging)
+    checkpointer = Checkpointer(run_file, distributed, store, staging, writer=writer)
     legs = []
     with ExitStack() as stack:
         stack.callback(checkpointer.close)

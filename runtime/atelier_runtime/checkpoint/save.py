@@ -8,14 +8,13 @@ import logging
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from atelier_api.errors import RunError
@@ -25,7 +24,6 @@ from atelier_runtime.checkpoint.attempts import claim_attempt
 from atelier_runtime.checkpoint.messages import (
     Idle,
     LogLine,
-    Pipe,
     Save,
     SaveOutcome,
     SnapshotFree,
@@ -36,12 +34,12 @@ from atelier_runtime.checkpoint.messages import (
     WriterSettings,
 )
 from atelier_runtime.checkpoint.ranks import Group, Ranks
-from atelier_runtime.checkpoint.snapshot import SharedMemory, SnapshotTaker
+from atelier_runtime.checkpoint.snapshot import SnapshotTaker
+from atelier_runtime.checkpoint.writer_process import SLOTS, WriterProcess
 from atelier_runtime.store import Capabilities, Store, StoreObserver, probe
 
 log = logging.getLogger(__name__)
 
-_SLOTS = 2
 _CLOSE_SECONDS = 30.0
 
 
@@ -64,10 +62,11 @@ class Checkpointer:
         store: Store,
         staging: Path,
         *,
+        writer: WriterProcess,
         dataset_hash: str | None = None,
         observer: StoreObserver | None = None,
     ) -> None:
-        """Claim an attempt, probe the store and start the writer process. Collective; the first save waits for nothing here.
+        """Claim an attempt, probe the store and tell `writer`, which serves this object alone, what it writes. Collective.
 
         Raises CredentialsError or StoreError on all ranks where the store cannot be used. `observer` counts the writer's
         requests.
@@ -91,8 +90,8 @@ class Checkpointer:
             group.close()
         self.attempt = start.attempt
         staging.mkdir(parents=True, exist_ok=True)
-        self._takers = [SnapshotTaker(SharedMemory.create(staging)) for _ in range(_SLOTS)]
-        self._pipe, self._process = _start_writer([taker.memory for taker in self._takers])
+        self._takers = [SnapshotTaker(memory) for memory in writer.memories]
+        self._pipe, self._process = writer.pipe, writer.process
         self._pipe.send(
             WriterSettings(
                 run_file=run_file,
@@ -123,7 +122,7 @@ class Checkpointer:
             log.info("checkpoint dropped for a newer one", extra={"step": self._waiting.step, "newer": step})
             slot = self._waiting.slot
         else:
-            slot = next(slot for slot in range(_SLOTS) if slot != self._slot_being_read)
+            slot = next(slot for slot in range(SLOTS) if slot != self._slot_being_read)
         self._waiting = Save(step, slot, self._takers[slot].take(state), started)
         self._start_waiting()
 
@@ -153,7 +152,7 @@ class Checkpointer:
         self._pipe.close()
         try:
             self._process.wait(5)
-        except subprocess.TimeoutExpired:
+        except psutil.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         for taker in self._takers:
@@ -230,18 +229,3 @@ def _address_of(host: str) -> str:
     """The IP address of `host`, as this node sees it. A writer that starts late may not ask for it any more: names of pods are
     gone from the cluster's DNS as soon as their run is being stopped, while they still have to commit their last checkpoint."""
     return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-
-
-def _start_writer(memories: Sequence[SharedMemory]) -> tuple[Pipe, "subprocess.Popen[bytes]"]:
-    pipe, theirs = Pipe.pair()
-    descriptors = [theirs, *(memory.descriptor for memory in memories)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "atelier_runtime.checkpoint.writer", *map(str, descriptors)],
-        stdin=subprocess.DEVNULL,
-        pass_fds=descriptors,
-        env=environment,
-        start_new_session=True,  # torchrun signals whole groups, and a writer that is still importing does not ignore it yet
-    )
-    os.close(theirs)
-    return pipe, process

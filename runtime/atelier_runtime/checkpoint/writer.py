@@ -1,8 +1,8 @@
 """The process beside each rank that writes checkpoints: everything after the snapshot, so that training never waits for it.
 
-Started as `python -m atelier_runtime.checkpoint.writer <pipe> <memory> <memory>` (inherited file descriptors). The writers of all
-ranks form a gloo group of their own. They agree on the save to write, write it with torch.distributed.checkpoint into local
-staging, hash and upload each its own files; then rank 0 commits the manifest and removes what is superfluous.
+Forked from the trainer by `writer_process`. The writers of all ranks form a gloo group of their own. They agree on the save to
+write, write it with torch.distributed.checkpoint into local staging, hash and upload each its own files; then rank 0 commits the
+manifest and removes what is superfluous.
 
 The process is niced, ignores SIGTERM and SIGINT (they are for the trainer, which ends it) and dies with its trainer.
 """
@@ -11,7 +11,6 @@ import logging
 import os
 import queue
 import signal
-import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -88,7 +87,7 @@ class Writer:
         group = _join(settings)
         store = _open(settings, self._pipe)
         saver = Saver(settings, group, store)
-        _yield_to_training()
+        os.nice(_NICE)  # which on Linux lowers the disk priority as well; not before all writers have met
         saver.describe_base()
         while True:
             save = self._agree(group, self._saves.get())
@@ -114,46 +113,34 @@ class Writer:
                 save = self._saves.get()
 
 
-def main() -> None:
-    """Entry point of the process."""
+def serve(pipe: Pipe, memories: Sequence[SharedMemory], trainer: int) -> None:
+    """All that the process does; it does not return unless it has failed. `trainer` is the process id of its parent."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    descriptors = [int(argument) for argument in sys.argv[1:]]
-    pipe = Pipe.inherited(descriptors[0])
-    saves: queue.Queue[Save] = queue.Queue()
-    settings = pipe.receive()
-    assert isinstance(settings, WriterSettings)
-    threading.Thread(target=_listen, args=(pipe, saves, os.getppid()), daemon=True).start()
-    handler = _PipeLog(pipe)
-    logging.getLogger().addHandler(handler)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
+    logging.getLogger().handlers = [_PipeLog(pipe)]
     logging.getLogger("atelier_runtime").setLevel(logging.INFO)
+    messages: queue.Queue[Any] = queue.Queue()
+    threading.Thread(target=_listen, args=(pipe, messages, trainer), daemon=True).start()
+    settings = messages.get()
+    assert isinstance(settings, WriterSettings)
     try:
-        Writer(pipe, [SharedMemory(descriptor) for descriptor in descriptors[1:]], saves).run(settings)
+        Writer(pipe, memories, messages).run(settings)
     except Exception as error:
-        try:
-            pipe.send(WriterFailed(portable(error)))
-        finally:
-            os._exit(1)
+        pipe.send(WriterFailed(portable(error)))
 
 
-def _listen(pipe: Pipe, saves: "queue.Queue[Save]", parent: int) -> None:
-    """Take in saves. Ends the process when the trainer closes its end, or is gone while others still hold that end open."""
+def _listen(pipe: Pipe, messages: "queue.Queue[Any]", trainer: int) -> None:
+    """Take in messages. Ends the process when the trainer closes its end, or is gone while others still hold that end open."""
     while True:
         try:
             if pipe.waiting(_PARENT_CHECK_SECONDS):
-                message = pipe.receive()
-                assert isinstance(message, Save)
-                saves.put(message)
-            elif os.getppid() != parent:
+                messages.put(pipe.receive())
+            elif os.getppid() != trainer:
                 os._exit(0)
         except (EOFError, OSError):
             os._exit(0)
-
-
-def _yield_to_training() -> None:
-    """Take CPU and disk only when training does not want them. Not before the imports: the first save waits for those."""
-    os.nice(_NICE)  # which on Linux lowers the disk priority as well
-    torch.set_num_threads(1)
 
 
 def _join(settings: WriterSettings) -> Group:
@@ -176,7 +163,3 @@ def _open(settings: WriterSettings, pipe: Pipe) -> Store:
         assert isinstance(store, S3Store)
         store.conditional_writes, store.compare_etag = settings.conditional_writes, settings.compare_etag
     return store
-
-
-if __name__ == "__main__":
-    main()

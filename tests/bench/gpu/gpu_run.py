@@ -16,7 +16,7 @@ from atelier_api.run_file import RunFile
 from atelier_operator.planner import Machine, Paths, plan, resolve, table_facts
 from atelier_operator.planner.memory import Choice, Prediction, predict
 from atelier_runtime import adapters, parallel
-from atelier_runtime.checkpoint import Checkpointer
+from atelier_runtime.checkpoint import Checkpointer, WriterProcess
 from atelier_runtime.data import Dataset, MicroBatch
 from atelier_runtime.data.order import SampleOrder, Slot
 from atelier_runtime.denoisers import Denoisers
@@ -161,7 +161,10 @@ def build(
     metrics = TrainMetrics(0)
     reporter = Reporter(file, store, ProgressWriter(folder / "progress.json"), metrics)
     state = build_state(denoisers, file.spec.hyperparameters, file.plan, distributed)
-    checkpointer = Checkpointer(file, distributed, store, staging_folder(file), dataset_hash=dataset.hash)
+    writer = WriterProcess(folder)  # with a GPU already, unlike a run's: the writer touches none
+    checkpointer = Checkpointer(
+        file, distributed, store, staging_folder(file), writer=writer, dataset_hash=dataset.hash
+    )
     objective = build_run_objective(file, family)
     samples = cast(Dataset, dataset)
     return Parts(file, family, distributed, denoisers, objective, samples, state, checkpointer, metrics, reporter)

@@ -206,7 +206,7 @@ def test_a_killed_rank_restarts_the_gang_and_the_run_goes_on_from_its_checkpoint
         "import os, signal, pathlib\n"
         "for each in pathlib.Path('/proc').glob('[0-9]*/cmdline'):\n"
         "    words = each.read_bytes().split(b'\\0')\n"
-        "    if b'atelier_runtime.launch' in words and b'atelier_runtime.torchrun' not in words:\n"
+        "    if b'atelier_runtime.rank' in words and b'atelier_runtime.torchrun' not in words:\n"
         "        os.kill(int(each.parent.name), signal.SIGKILL)\n"
     )
     victim = run.pods()[1]["metadata"]["name"]

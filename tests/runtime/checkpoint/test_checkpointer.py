@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from atelier_api.errors import CredentialsError, StoreError
-from atelier_runtime.checkpoint import Checkpointer
+from atelier_runtime.checkpoint import Checkpointer, WriterProcess
 from atelier_runtime.checkpoint.messages import Save, Superseded
 from atelier_runtime.checkpoint.ranks import Group
 from atelier_runtime.checkpoint.save import rendezvous
@@ -37,7 +37,8 @@ processes = pytest.mark.processes
 
 
 def open_checkpointer(run: TinyRun, **settings: Any) -> Checkpointer:
-    return Checkpointer(run.run_file, OneRank(), run.store, run.staging, **settings)
+    writer = WriterProcess(run.staging.parent)
+    return Checkpointer(run.run_file, OneRank(), run.store, run.staging, writer=writer, **settings)
 
 
 @dataclass
@@ -225,6 +226,26 @@ def test_the_writer_dies_with_its_trainer(run: TinyRun, tmp_path: Path) -> None:
     killer.join()
     wait_until_gone(writer)
     assert run.resumed().step == 1
+
+
+@processes
+def test_a_writer_that_has_nothing_to_write_ends_with_its_trainer(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    code = in_fork(lambda: acknowledge(note, WriterProcess(tmp_path).process.pid), kill_after=None)
+    assert code == 0
+    (writer,) = acknowledged(note)
+    wait_until_gone(writer)
+
+
+@processes
+def test_a_writer_has_a_name_and_a_session_of_its_own(tmp_path: Path) -> None:
+    writer = WriterProcess(tmp_path)
+    while (name := writer.process.name()) != "atelier-writer":
+        assert name == psutil.Process().name()  # it has just been forked
+        time.sleep(0.01)
+    assert os.getsid(writer.process.pid) == writer.process.pid
+    writer.pipe.close()
+    assert writer.process.wait(60) == 0
 
 
 @processes
