@@ -11,6 +11,7 @@ it must not keep the copies until the end of the pass, which would be those of t
 DeepSpeed's own checkpoints are tied to the number of ranks; ours are made of whole tensors, which this module gathers and deals out.
 """
 
+import importlib
 import logging
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -207,6 +208,7 @@ def _library(device: torch.device) -> Any:
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
+    _import_without_compiler("deepspeed.runtime.zero.muon.original_muon")
     # Else each hook of each module asks several times whether somebody records ranges.
     deepspeed.utils.nvtx.enable_nvtx = False
     if device.type == "cpu":
@@ -214,6 +216,21 @@ def _library(device: torch.device) -> Any:
         # Else it compiles collectives of its own for processes of one machine, which takes a compiler and half a minute.
         deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
+
+
+def _import_without_compiler(name: str) -> None:
+    """Import a module of DeepSpeed whose functions are not compiled.
+
+    It imports those of an optimizer to say that ours is another one, and torch's compiler with them, which takes seconds.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_later = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module(name)
+    finally:
+        compiler.compile = compile_later
 
 
 def _config(
