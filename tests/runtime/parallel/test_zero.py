@@ -31,20 +31,21 @@ def fp32_cases(strategy: str, folder: Path) -> Iterator[Case]:
             # by the order that the first has shown. The full rank above takes two.
             yield replace(case, adapter="lora-attention", checkpointing=True, steps=1)
         if family == "sd3":
-            yield replace(case, adapter="lokr", checkpointing=True)
-            yield replace(case, adapter="boft")  # computes with the base's weights, which are sharded
             yield replace(case, adapter="full", accumulation=2)
             yield replace(case, adapter="dylora", checkpointing=True)  # trains another block in each step
+            yield replace(case, strengths=(1.5, 0.0, -2.0), checkpointing=True, steps=3)
+        if family == "sd3" and strategy == ZERO3:  # these are about layers that are taken apart
+            yield replace(case, adapter="lokr", checkpointing=True)
+            yield replace(case, adapter="boft")  # computes with the base's weights, which are sharded
             yield replace(case, adapter="ia3", checkpointing=True)
             yield replace(case, adapter="full", checkpointing=True, layer_sync=(0, 2))
-            yield replace(case, strengths=(1.5, 0.0, -2.0), checkpointing=True, steps=3)
     # A call for each sample, with hooks inside of what the engine hears of once.
-    yield Case("hunyuan_video15", "lora", folder / "hunyuan_video15", checkpointing=True, layer_sync=(0, 1))
-    yield Case("wan22", "lora", folder / "wan22")  # two experts, trained in turn
+    yield Case("hunyuan_video15", "lora-attention", folder / "hunyuan_video15", checkpointing=True, layer_sync=(0, 1))
+    yield Case("wan22", "lora-attention", folder / "wan22")  # two experts, trained in turn
 
 
 def without_end(folder: Path) -> Case:
-    return Case("sd3", "lora", folder / "sd3", weight=float("inf"))
+    return Case("sd3", "lora-attention", folder / "sd3", weight=float("inf"))
 
 
 def bf16_cases(folder: Path) -> Iterator[Case]:
