@@ -1,10 +1,12 @@
 """Several ranks of one function in processes of their own, as torchrun would start them.
 
 The ranks meet at a store that the calling process holds, so there is no port to guess and no race for it. They are forked from a
-process that has imported the runtime already: imports are six seconds of each rank, more than most of what is tried takes.
+process that has imported the runtime and their module already: imports are six seconds of each rank, more than most of what is tried
+takes.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -131,9 +133,13 @@ def _fork_for_each(requests: IO[str], pids: IO[str]) -> None:
         importlib.import_module(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     for line in requests:
+        target, folder, environment = json.loads(line)
+        with contextlib.suppress(Exception):  # which the rank will show
+            importlib.import_module(target.partition(":")[0])
+        gc.freeze()  # else a rank's collections walk through all that was ever imported, and copy it by that
         pid = os.fork()
         if pid == 0:
-            _live(*json.loads(line))
+            _live(target, folder, environment)
         print(pid, file=pids, flush=True)
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from family_cases import make_case
-from family_models import save_tiny
 from training_ranks import Case, Trained, samples_of
 
 EACH_KIND = ("sd3", "sd15", "wan", "hidream", "qwen_image", "ace_step")
@@ -21,8 +20,9 @@ def prepared(cases: Sequence[Case]) -> list[Case]:
     """The cases with samples of their families; writes the tiny checkpoints into their folders."""
     ready = []
     for tiny, folder in dict.fromkeys((case.tiny, case.folder) for case in cases):
-        save_tiny(tiny, folder)
-        samples = samples_of(make_case(tiny), CAPTIONS)
+        made = make_case(tiny)
+        made.pipe.save_pretrained(folder)
+        samples = samples_of(made, CAPTIONS)
         ready += [replace(case, samples=samples) for case in cases if case.tiny == tiny]
     return ready
 

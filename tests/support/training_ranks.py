@@ -33,6 +33,7 @@ from atelier_runtime.parallel.wrap import blocks_of
 from atelier_runtime.run_network import RunNetwork
 from atelier_runtime.techniques import Pass, build_techniques
 from atelier_runtime.trainer import ADAPTER_SLOT, build_run_objective, build_state, sample_generator
+from atelier_runtime.zero_state import ZeroState
 from control_cases import conditions_of
 from family_cases import Case as FamilyCase
 from family_models import FAMILY_OF
@@ -239,6 +240,10 @@ class Training:
 
     def averages(self) -> dict[str, Tensor]:
         """Whole moving averages by full name. Collective."""
+        if isinstance(self.state, ZeroState):  # with the rest of its state, it would gather four times as much
+            assert self.state._ema is not None
+            parts = self.state._ema.state_dict()["averages"]
+            return {name: owner.whole(held, parts[name]).clone() for name, held, owner in self.state._owned()}
         return {name: _whole(average) for name, average in self.state.tensors()["ema"]["averages"].items()}
 
     def _losses(self, denoiser: nn.Module, stage: Stage, slots: range) -> Tensor:

@@ -11,8 +11,10 @@ it must not keep the copies until the end of the pass, which would be those of t
 DeepSpeed's own checkpoints are tied to the number of ranks; ours are made of whole tensors, which this module gathers and deals out.
 """
 
+import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -166,6 +168,9 @@ def partition(
         listed = LOWER_PRECISION if stage == 3 and whole_model else ()
         config["torch_autocast"] = autocast | {"lower_precision_safe_modules": list(listed)}
     if stage == 3:
+        for module in denoiser.modules():
+            # DeepSpeed asks again and again, and it takes torch long to say that a module has no such attribute.
+            deepspeed.utils.set_z3_leaf_module(module, False)
         _drop_copies(denoiser)
         deepspeed.zero.Init(module=denoiser, config_dict_or_path=config)
         for buffer in denoiser.buffers():
@@ -206,7 +211,11 @@ def _library(device: torch.device) -> Any:
     import deepspeed
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.runtime.zero import partitioned_param_coordinator
 
+    _import_without_compiler("deepspeed.runtime.zero.muon.original_muon")
+    # Before it gives back what a module has gathered, it asks all modules of the next two blocks what they hold.
+    partitioned_param_coordinator.iter_params = _parameters_of
     # Else each hook of each module asks several times whether somebody records ranges.
     deepspeed.utils.nvtx.enable_nvtx = False
     if device.type == "cpu":
@@ -214,6 +223,28 @@ def _library(device: torch.device) -> Any:
         # Else it compiles collectives of its own for processes of one machine, which takes a compiler and half a minute.
         deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
+
+
+def _import_without_compiler(name: str) -> None:
+    """Import a module of DeepSpeed whose functions are not compiled.
+
+    It imports those of an optimizer to say that ours is another one, and torch's compiler with them, which takes seconds.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_later = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module(name)
+    finally:
+        compiler.compile = compile_later
+
+
+def _parameters_of(module: nn.Module, recurse: bool = False) -> Iterator[Parameter]:
+    """What DeepSpeed's `iter_params` gives, without making names: the module's parameters, and those of others that it reads."""
+    own = module.parameters() if recurse else (held for held in module._parameters.values() if held is not None)
+    external: Iterable[tuple[int, Parameter]] = module.ds_external_parameters()  # type: ignore[operator]
+    return chain(own, (parameter for _, parameter in external))
 
 
 def _config(

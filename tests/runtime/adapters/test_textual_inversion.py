@@ -173,7 +173,7 @@ def test_it_finds_the_words_that_drew_a_prediction(base: Path) -> None:
         wanted = learning.predict(learning.encode("q b"))
     optimizer = torch.optim.AdamW(trainable(learning.unet).values(), lr=0.01, weight_decay=0.0)
     losses = []
-    for _ in range(120):
+    for _ in range(60):
         optimizer.zero_grad()
         loss = (learning.predict(learning.encode("<fox> b")) - wanted).square().mean()
         loss.backward()

@@ -21,7 +21,6 @@ def cases(folder: Path) -> Iterator[Case]:
     case = Case("sd3", "lora", folder / "sd3", few_steps=True)
     yield replace(case, checkpointing=True)
     yield replace(case, accumulation=2)
-    yield replace(case, adapter="full")
     yield replace(case, adapter="full", checkpointing=True, layer_sync=(0, 2))
     yield replace(case, quantization="int8")
 

@@ -23,7 +23,7 @@ Legs = tuple[list[Leg], list[Leg]]
 def legs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Legs]:
     """With breaks and without: each strategy of DeepSpeed after itself, and `CHANGING` with one process at the end."""
     folder = tmp_path_factory.mktemp("relay")
-    case, experts = prepared([Case("sd3", "full", folder / "sd3"), Case("wan22", "lora", folder / "wan22")])
+    case, experts = prepared([Case("sd3", "full", folder / "sd3"), Case("wan22", "lora-attention", folder / "wan22")])
     run = TinyRun.make(folder)
     changing = Relay(CHANGING, case, run.run_file, run.staging)
     before, after_itself = run_ranks(2, "relay_ranks:relays", 2, changing, DEEPSPEED, experts)[0]
