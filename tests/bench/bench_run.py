@@ -121,19 +121,20 @@ def bench_run_file(folder: Path, *, batch_size: int = 1, steps: int = 1) -> RunF
     )
 
 
-def one_process() -> parallel.Distributed:
-    """This process, which may be asked several times."""
+def one_process(folder: Path) -> tuple[parallel.Distributed, WriterProcess]:
+    """This process, and a writer of its own: one that is forked must not find a group, so that of an earlier call ends."""
     if torch.distributed.is_initialized():
-        return parallel.Distributed(0, 0, 1, torch.device("cpu"))
-    return parallel.start(plan(1))
+        parallel.stop()
+    writer = WriterProcess(folder)
+    return parallel.start(plan(1)), writer
 
 
 def bench_run(folder: Path, *, batch_size: int, steps: int) -> BenchRun:
     """The parts as `launch.prepare` makes them. The caller closes the checkpointer."""
     write_digits(folder / "pictures", PICTURES)
     run_file = bench_run_file(folder, batch_size=batch_size, steps=steps)
-    writer = WriterProcess(folder)
-    distributed, family, clock = one_process(), get_family("sd3"), LoopClock()
+    distributed, writer = one_process(folder)
+    family, clock = get_family("sd3"), LoopClock()
     store = open_store(run_file.store_uri, run_file.spec.storage.s3)
     metrics = TrainMetrics(0, clock=clock)
     progress = ProgressWriter(folder / "progress.json", clock=clock)

@@ -24,7 +24,7 @@ from pairs import Columns, Findings, Ratio, Row, Turns, at_most, ratio
 from peer_loop import BareLoop
 from torch import Tensor
 
-from atelier_runtime.checkpoint import Checkpointer, WriterProcess
+from atelier_runtime.checkpoint import Checkpointer
 from atelier_runtime.store import open_store
 
 TENSOR_BYTES = 4 << 20
@@ -51,8 +51,8 @@ class OurSave:
     def __init__(self, folder: Path) -> None:
         run_file = bench_run_file(folder)
         store = open_store(run_file.store_uri, run_file.spec.storage.s3)
-        writer = WriterProcess(folder)
-        self._checkpointer = Checkpointer(run_file, one_process(), store, folder / "staging", writer=writer)
+        distributed, writer = one_process(folder)
+        self._checkpointer = Checkpointer(run_file, distributed, store, folder / "staging", writer=writer)
         self._step = 0
 
     def save(self, state: State) -> None:

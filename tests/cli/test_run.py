@@ -24,6 +24,7 @@ pytestmark = pytest.mark.processes
 
 PATIENCE_SECONDS = 240.0
 OPTIONS = ("--launch-module", "fake_launch", "--set", "retry.backoffSeconds=0")
+ONE_RANK = ("--set", "parallelism.processesPerNode=1")
 
 
 class Command:
@@ -114,11 +115,11 @@ def test_the_same_file_goes_on_with_the_next_attempt_and_refuses_another_run(
         "error: run demo has been trained with other settings; change them back, give the run another metadata.name, "
         "or start anew with --fresh",
     ]
-    commands.append(second := Command(local_run, "done", "--set", "hyperparameters.steps=12"))
+    commands.append(second := Command(local_run, "done", *ONE_RANK, "--set", "hyperparameters.steps=12"))
     assert second.wait() == 0
     assert "(goes on from what is there)" in second.stdout
     assert RunFile.read(local_run.folder / "run.json").attempt == "2.0"
-    commands.append(fresh := Command(local_run, "done", "--fresh", "--quiet", "--set", "adapter.rank=8"))
+    commands.append(fresh := Command(local_run, "done", *ONE_RANK, "--fresh", "--quiet", "--set", "adapter.rank=8"))
     assert fresh.wait() == 0
     assert (fresh.stdout, fresh.stderr) == ("", "")
     assert [path.name for path in (local_run.folder / "manifests").iterdir()] == ["00000010-3.0.json"]
@@ -184,20 +185,8 @@ def test_a_failed_rank_is_told_with_its_message_and_its_log(local_run: LocalRun,
     assert lines[-1].startswith("error: rank 1: division by zero (step 7); this is a bug of atelier")
 
 
-def test_a_users_mistake_seen_by_a_rank_is_one_line(local_run: LocalRun, commands: list[Command]) -> None:
-    commands.append(command := Command(local_run, "config"))
-    assert command.wait() == ExitCode.CONFIG
-    assert re.fullmatch(
-        r"error: rank [01]: spec.adapter.targets is \['foo'\]; no module of the denoiser matches\n", command.stderr
-    )
-
-
 def test_two_nodes_are_restarted_together(local_run: LocalRun, commands: list[Command]) -> None:
-    commands.append(
-        command := Command(
-            local_run, "lost,broken;done", "--set", "parallelism.nodes=2", "--set", "parallelism.processesPerNode=1"
-        )
-    )
+    commands.append(command := Command(local_run, "lost,broken;done", "--set", "parallelism.nodes=2", *ONE_RANK))
     assert command.wait() == 0, command.stderr
     assert "restarting all nodes in 0 s, 3 restarts left: division by zero" in command.stdout
     attempts = sorted(path.name for path in (local_run.scratch / "attempts").iterdir())

@@ -1,7 +1,4 @@
-"""Whole runs of a control network, by the command that users type: a tiny SDXL, quantised, on digits with their negatives.
-
-Its resume, and the run it is compared with, are trained by ranks that are forks (see `runs`).
-"""
+"""Whole runs of a control network: a tiny SDXL, quantised, on digits with their negatives. Ranks are forks (see `runs`)."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +7,7 @@ import pytest
 from diffusers import ControlNetModel
 from PIL import Image, ImageOps
 
+from atelier_api.exit_codes import ExitCode
 from runs import LocalRun, checkpoint_state, history, tiny_run, write_digits, write_run
 
 pytestmark = pytest.mark.processes
@@ -41,9 +39,10 @@ def test_a_control_network_trains_resumes_draws_and_is_published(tmp_path: Path)
     ]
     shorter = {"steps": 2, "learningRate": "1e-2"}
     broken = controlled(tmp_path, "broken", hyperparameters=shorter, validation={"prompts": prompts, "steps": 2})
-    output = broken.train()
-    assert "no conditioning 1, kept 8" in output
-    assert "no picture 0008.*" in output
+    broken.train_in_forks()
+    told = broken.told_of_data()
+    assert "no conditioning 1, kept 8" in told
+    assert "no picture 0008.*" in told
     broken.changed(hyperparameters={"steps": 4}).train_in_forks()
     straight = controlled(tmp_path, "straight")
     straight.train_in_forks()
@@ -68,8 +67,9 @@ def test_a_control_network_trains_resumes_draws_and_is_published(tmp_path: Path)
 def test_a_prompt_whose_condition_is_no_picture_stops_the_run_before_anything_is_encoded(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     prompts = [{"text": "a handwritten three", "conditioning": "text.png", "conditioningScale": "1"}]
-    output = controlled(tmp_path, "bad", validation={"prompts": prompts, "steps": 2}).train(expect=64)
-    assert "spec.validation.prompts[0].conditioning is" in output
-    assert "no picture of a known format" in output
-    assert "encoding" not in output
-    assert "Traceback" not in output
+    bad = controlled(tmp_path, "bad", validation={"prompts": prompts, "steps": 2})
+    failure = bad.failure_in_forks()
+    assert failure.exit_code is ExitCode.CONFIG
+    assert "spec.validation.prompts[0].conditioning is" in failure.message
+    assert "no picture of a known format" in failure.message
+    assert not list(Path(bad.resolved().cache_uri).rglob("*.index"))

@@ -1,7 +1,4 @@
-"""LayerSync by the command that users type: a resume is a straight run, and the report shows its loss.
-
-The two halves of the resumed run are trained by ranks that are forks (see `runs`).
-"""
+"""Whole runs with LayerSync: a resume is a straight run, and the report shows its loss. Ranks are forks (see `runs`)."""
 
 import json
 from pathlib import Path
@@ -35,7 +32,7 @@ def alignment(run: LocalRun) -> list[tuple[int, float]]:
 
 def test_a_resume_trains_what_a_straight_run_does(tmp_path: Path) -> None:
     straight = synced(tmp_path, "straight")
-    straight.train()
+    straight.train_in_forks()
     synced(tmp_path, "resumed", steps=2).train_in_forks()
     resumed = synced(tmp_path, "resumed")
     resumed.train_in_forks()

@@ -6,8 +6,7 @@ What is compared with such a run, and does not try the command itself, is traine
 import hashlib
 import json
 import re
-import subprocess
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from atelier_api.exit_codes import ExitCode
 from atelier_api.result import AgentResult
 from atelier_runtime.observe.scratch import Scratch
+from forked_script import run_script
 from runs import LocalRun, checkpoint_state, history, kill_tree, merged, tiny_run, wait_for, write_run
 
 pytestmark = pytest.mark.processes
@@ -102,7 +102,8 @@ def test_the_exported_lora_in_a_new_process_draws_what_the_training_process_drew
     run, _ = finished
     base = run.path.parent / "base"
     lora = run.folder / "exports" / "diffusers"
-    subprocess.run([sys.executable, "-c", DRAW, str(base), str(lora), str(tmp_path), json.dumps(PROMPTS)], check=True)
+    (tmp_path / "draw.py").write_text(DRAW)
+    assert run_script(tmp_path / "draw.py", str(base), str(lora), str(tmp_path), json.dumps(PROMPTS)) == ""
     for index in range(len(PROMPTS)):
         drawn = run.folder / "samples" / "00000012" / f"{index}.png"
         untrained = run.folder / "samples" / "00000000" / f"{index}.png"
@@ -116,47 +117,25 @@ def like(run: LocalRun, name: str) -> LocalRun:
     return write_run(run.path.parent / f"{name}.yaml", dict(run.document) | {"metadata": {"name": name}})
 
 
-def test_zero3_of_two_processes_and_then_one_process_make_the_same_lora(finished: tuple[LocalRun, str]) -> None:
+def test_two_then_one_then_two_processes_train_the_same_samples(finished: tuple[LocalRun, str]) -> None:
+    """Whatever the strategy: by ZeRO-3 and FSDP2 they make the LoRA that DDP makes of the same run."""
     ddp, _ = finished
-    changing = like(ddp, "zero3")
-    changing = changing.changed(hyperparameters={"steps": 6}, parallelism={"strategy": "deepspeed-zero3"})
-    assert "DeepSpeed ZeRO-3, 2 processes on the CPU" in changing.train()
-    manifest = json.loads(max((changing.folder / "manifests").glob("*.json")).read_text())
-    assert (manifest["strategy"], manifest["worldSize"]) == ("deepspeed-zero3", 2)
-    changing = changing.changed(
-        hyperparameters={"steps": 12}, parallelism={"strategy": "single", "processesPerNode": 1}
-    )
-    changing.train_in_forks()
+    changing = like(ddp, "changing")
+    for steps, strategy, processes in ((6, "deepspeed-zero3", 2), (8, "single", 1), (12, "fsdp2", 2)):
+        parallelism = {"strategy": strategy, "processesPerNode": processes}
+        changing = changing.changed(hyperparameters={"steps": steps}, parallelism=parallelism)
+        changing.train_in_forks()
+        manifest = json.loads(max((changing.folder / "manifests").glob("*.json")).read_text())
+        assert (manifest["step"], manifest["strategy"], manifest["worldSize"]) == (steps, strategy, processes)
     assert history(changing) == pytest.approx(history(ddp), rel=1e-4)
     lora = "exports/diffusers/pytorch_lora_weights.safetensors"
     found, expected = load_file(changing.folder / lora), load_file(ddp.folder / lora)
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-5)
-    for prompt in range(len(PROMPTS)):
-        sample = f"samples/00000006/{prompt}.png"
+    for step in ("00000006", "00000012"):
+        sample = f"samples/{step}/0.png"
         assert same_pixels(changing.folder / sample, ddp.folder / sample, tolerance=1)
-
-
-def test_two_then_one_then_two_processes_train_the_same_samples(finished: tuple[LocalRun, str]) -> None:
-    straight, _ = finished
-    undrawn = {name: block for name, block in straight.document["spec"].items() if name != "validation"}
-    changing = like(LocalRun(straight.path, straight.document | {"spec": undrawn}), "changing")
-    for steps, processes in ((4, 2), (8, 1), (12, 2)):
-        changing = changing.changed(hyperparameters={"steps": steps}, parallelism={"processesPerNode": processes})
-        changing.train_in_forks()
-    assert history(changing) == pytest.approx(history(straight), rel=1e-4)
-
-
-def test_fsdp2_trains_like_ddp(finished: tuple[LocalRun, str]) -> None:
-    ddp, _ = finished
-    sharded = like(ddp, "sharded").changed(
-        hyperparameters={"steps": 4},
-        parallelism={"strategy": "fsdp2"},
-        validation={"prompts": PROMPTS[:1], "steps": 2},
-    )
-    sharded.train_in_forks()
-    assert history(sharded) == pytest.approx({step: history(ddp)[step] for step in range(4)}, rel=1e-4)
 
 
 def test_a_finished_run_is_not_trained_again_and_can_be_made_longer(finished: tuple[LocalRun, str]) -> None:
@@ -164,7 +143,7 @@ def test_a_finished_run_is_not_trained_again_and_can_be_made_longer(finished: tu
     before = history(run)
     untrained = run.folder / "samples" / "00000000" / "0.png"
     drawn_at = untrained.stat().st_mtime_ns
-    longer = run.changed(hyperparameters={"steps": 14})
+    longer = run.changed(hyperparameters={"steps": 14}, parallelism={"processesPerNode": 1})
     longer.train_in_forks()
     assert untrained.stat().st_mtime_ns == drawn_at
     after = history(longer)
@@ -191,19 +170,51 @@ def assert_equal_to_the_bit(broken: LocalRun, straight: LocalRun, steps: int) ->
     assert history(broken) == history(straight)
 
 
-def test_six_steps_a_kill_and_the_rest_equal_a_straight_run(tmp_path: Path) -> None:
-    spec = {
-        "adapter": {"dropout": "0.1"},
-        "hyperparameters": {"steps": 24, "optimizer": {"type": "adamw-bf16"}},
-    }
-    broken = resumable(tmp_path, "broken", **spec)
-    process = broken.start()
-    wait_for(broken, lambda _: any((broken.folder / "manifests").glob("00000006-*.json")), process)
+@dataclass(frozen=True)
+class Interrupted:
+    """A run without power after `killed_after` steps, gone on with and stopped by SIGTERM; what the second command said."""
+
+    run: LocalRun
+    killed_after: int
+    exit_code: int
+    output: str
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+    spec = {"adapter": {"dropout": "0.1"}, "hyperparameters": {"steps": 4000, "optimizer": {"type": "adamw-bf16"}}}
+    run = resumable(tmp_path_factory.mktemp("interrupted"), "broken", **spec)
+    process = run.start()
+    wait_for(run, lambda _: any((run.folder / "manifests").glob("00000006-*.json")), process)
     kill_tree(process)
-    kept = max(int(path.name[:8]) for path in (broken.folder / "manifests").iterdir())
-    steps = 24 if kept < 24 else 30  # on a fast machine it may be done before the kill
-    broken = broken.changed(hyperparameters={"steps": steps})
-    broken.train()
+    kept = saved_steps(run)[-1]
+    Scratch(run.scratch).progress.unlink()  # of the killed attempt
+    run = run.changed(storage={"checkpoint": {"everySteps": 1000}})
+    process = run.start()
+    wait_for(run, lambda progress: progress.step >= kept + 3, process)
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    return Interrupted(run, kept, process.returncode, output)
+
+
+def saved_steps(run: LocalRun) -> list[int]:
+    return sorted(int(path.name[:8]) for path in (run.folder / "manifests").glob("*.json"))
+
+
+def test_sigterm_commits_a_checkpoint_and_the_next_run_goes_on_from_it(interrupted: Interrupted) -> None:
+    run = interrupted.run
+    assert interrupted.exit_code == ExitCode.STOPPED, interrupted.output[-3000:]
+    assert "goes on from what is there" in interrupted.output
+    saved = saved_steps(run)
+    assert len([step for step in saved if step > interrupted.killed_after]) == 1
+    assert saved[-1] >= interrupted.killed_after + 3
+    assert sorted(history(run)) == list(range(saved[-1]))
+
+
+def test_six_steps_a_kill_and_the_rest_equal_a_straight_run(interrupted: Interrupted) -> None:
+    steps = saved_steps(interrupted.run)[-1] + 3
+    broken = interrupted.run.changed(hyperparameters={"steps": steps})
+    broken.train_in_forks()
     straight = like(broken, "straight")
     straight.train_in_forks()
     assert_equal_to_the_bit(broken, straight, steps)
@@ -230,30 +241,16 @@ def test_six_steps_and_six_more_equal_twelve(adapter: dict[str, Any], tmp_path: 
         assert [key for key, tensor in ups.items() if not all(block.any() for block in tensor.split(2, dim=1))] == []
 
 
-def test_sigterm_commits_a_checkpoint_and_the_next_run_goes_on_from_it(tmp_path: Path) -> None:
-    run = tiny_run(
-        tmp_path, name="stopped", hyperparameters={"steps": 4000}, storage={"checkpoint": {"everySteps": 1000}}
-    )
-    process = run.start()
-    wait_for(run, lambda progress: progress.step >= 3, process)
-    process.terminate()
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, output[-3000:]
-    saved = [int(path.name[:8]) for path in (run.folder / "manifests").glob("*.json")]
-    assert len(saved) == 1
-    assert saved[0] >= 3
-    assert max(history(run)) == saved[0] - 1
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_files(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, name="diverged", parallelism={"processesPerNode": 1})
     weights = tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     tensors["proj_out.bias"][0] = float("inf")  # as a base that was saved in too small a range of numbers
     save_file(tensors, weights, metadata={"format": "pt"})
-    output = run.train(expect=81)
-    assert "must be finite" in output
-    assert re.search(r"\d{4}\.png", output)
+    failure = run.failure_in_forks()
+    assert failure.exit_code is ExitCode.DIVERGED
+    assert "must be finite" in failure.message
+    assert re.search(r"\d{4}\.png", failure.message)
     assert not list((run.folder / "manifests").glob("*.json"))
 
 

@@ -1,7 +1,4 @@
-"""Whole runs on pairs, by the command that users type: a tiny Kontext checkpoint, real digits, each with its negative as reference.
-
-The runs that such a run is compared with are trained by ranks that are forks (see `runs`).
-"""
+"""Whole runs on pairs: a tiny Kontext checkpoint, real digits, each with its negative as reference. Ranks are forks (see `runs`)."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageOps
 
+from atelier_api.exit_codes import ExitCode
 from runs import LocalRun, history, tiny_run, write_digits, write_run
 
 pytestmark = pytest.mark.processes
@@ -34,9 +32,10 @@ def test_a_run_on_pairs_trains_resumes_draws_and_publishes(tmp_path: Path) -> No
         for place, kind in (("originals", "jpg"), ("blank", "png"))
     ]
     broken = pairs(tmp_path, "broken", hyperparameters={"steps": 2}, validation={"prompts": prompts, "steps": 2})
-    output = broken.train()
-    assert "no reference 1, kept 8" in output
-    assert "no picture 0008.*" in output
+    broken.train_in_forks()
+    told = broken.told_of_data()
+    assert "no reference 1, kept 8" in told
+    assert "no picture 0008.*" in told
     broken.changed(hyperparameters={"steps": 4}).train_in_forks()
     straight = pairs(tmp_path, "straight")
     straight.train_in_forks()
@@ -57,8 +56,8 @@ def test_a_prompt_whose_reference_is_no_picture_stops_the_run_before_anything_is
     (tmp_path / "text.png").write_text("no picture")
     prompts = [{"text": "a handwritten three", "references": ["text.png"]}]
     bad = pairs(tmp_path, "bad", parallelism={"processesPerNode": 1}, validation={"prompts": prompts, "steps": 2})
-    output = bad.train(expect=64)
-    assert "spec.validation.prompts[0].references[0] is" in output
-    assert "no picture of a known format" in output
-    assert "encoding" not in output
-    assert "Traceback" not in output
+    failure = bad.failure_in_forks()
+    assert failure.exit_code is ExitCode.CONFIG
+    assert "spec.validation.prompts[0].references[0] is" in failure.message
+    assert "no picture of a known format" in failure.message
+    assert not list(Path(bad.resolved().cache_uri).rglob("*.index"))

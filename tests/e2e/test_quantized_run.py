@@ -1,7 +1,4 @@
-"""A whole run on a quantised base, by the command that users type: two processes that share the base, stopped and resumed.
-
-Its resume, and the run it is compared with, are trained by ranks that are forks (see `runs`).
-"""
+"""A whole run on a quantised base: two processes that share the base, stopped and resumed. Ranks are forks (see `runs`)."""
 
 from pathlib import Path
 
@@ -26,7 +23,7 @@ def run(folder: Path, name: str, steps: int) -> LocalRun:
 
 def test_a_run_on_a_quantised_base_resumes_to_the_bit_and_keeps_the_adapter_alone(tmp_path: Path) -> None:
     broken = run(tmp_path, "broken", steps=2)
-    broken.train()
+    broken.train_in_forks()
     broken.changed(hyperparameters={"steps": 4}).train_in_forks()
     straight = run(tmp_path, "straight", steps=4)
     straight.train_in_forks()

@@ -1,6 +1,6 @@
-"""Whole runs whose store is a real S3 server, in plain HTTP and over TLS with a private authority.
+"""Whole runs whose store is a real S3 server, in plain HTTP and over TLS with a private authority. Ranks are forks (see `runs`).
 
-Over TLS two processes run by the command that users type; in plain HTTP one that is a fork (see `runs`).
+By the command that users type, a run with such a store is trained in test_model_sources.py.
 """
 
 from pathlib import Path
@@ -38,10 +38,7 @@ def test_a_run_in_s3_leaves_everything_there_and_resumes_from_it(
     for name, value in {**server.environment, "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
     run = s3_run(tmp_path, server, f"in-{scheme}", processes=1 if scheme == "http" else 2)
-    if scheme == "http":
-        run.train_in_forks()
-    else:
-        run.train()
+    run.train_in_forks()
     root = f"in-{scheme}-local"
     assert [path.name[:8] for path in stored(server, f"{root}/manifests/*.json")][-1] == "00000004"
     assert stored(server, f"{root}/exports/diffusers/pytorch_lora_weights.safetensors")

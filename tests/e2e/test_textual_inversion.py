@@ -1,7 +1,4 @@
-"""Words learnt by the command that users type: a resume is a straight run, and the stock pipeline loads the files.
-
-The two halves of the resumed run are trained by ranks that are forks (see `runs`).
-"""
+"""Words learnt in whole runs: a resume is a straight run, and the stock pipeline loads the files. Ranks are forks (see `runs`)."""
 
 from pathlib import Path
 from typing import Any
@@ -53,7 +50,7 @@ def run_of(folder: Path, name: str, steps: int = STEPS) -> LocalRun:
 @pytest.fixture(scope="module")
 def straight(folder: Path) -> LocalRun:
     run = run_of(folder, "straight")
-    run.train()
+    run.train_in_forks()
     return run
 
 

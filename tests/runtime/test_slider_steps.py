@@ -13,14 +13,16 @@ from torch import Tensor
 from atelier_api.run_file import RunFile
 from atelier_runtime import launch, parallel
 from atelier_runtime.adapters import at_strength
+from atelier_runtime.checkpoint import WriterProcess
 from atelier_runtime.reporter import History
 from atelier_runtime.sampling import draw_samples
 from atelier_runtime.trainer import Parts, Trainer, build_state
 from family_models import save_tiny
 from run_files import run_file
 from runs import write_digits
+from sessions import opened
 
-pytestmark = pytest.mark.processes  # the checkpointer starts its writer
+pytestmark = pytest.mark.processes  # a session has a writer
 
 ENDS = {"more": "1", "less": "-2", "plain": "0"}
 DRAWN_AT: list[dict[str, str]] = [{}, *({"adapterStrength": strength} for strength in ("1", "0", "-1", "2"))]
@@ -47,7 +49,7 @@ def rank(folder: Path) -> Iterator[parallel.Distributed]:
 @pytest.fixture(scope="module", params=[False], ids=["kept"])
 def prepared(folder: Path, rank: parallel.Distributed, request: pytest.FixtureRequest) -> Parts:
     plan = slider_run(folder, f"recompute {request.param}", recompute=request.param)
-    parts = launch.prepare(launch.open_session(plan, rank, launch.StopFlag()))
+    parts = launch.prepare(launch.open_session(plan, rank, WriterProcess(Path(plan.scratch)), launch.StopFlag()))
     parts.checkpointer.close()
     return parts
 
@@ -202,21 +204,22 @@ def test_prompts_are_drawn_each_at_its_own_strength(trainer: Trainer) -> None:
     assert set(drawn()) == {at_0}  # a new adapter changes nothing at any strength, and at 0 none does
 
 
-def test_a_run_that_goes_on_has_the_steps_and_the_weights_of_one_that_was_never_stopped(
-    folder: Path, rank: parallel.Distributed
-) -> None:
+@pytest.mark.usefixtures("rank")
+def test_a_run_that_goes_on_has_the_steps_and_the_weights_of_one_that_was_never_stopped(folder: Path) -> None:
     """Stopped behind a neutral step, which leaves nothing in the optimizer."""
-    straight = trained(slider_run(folder, "straight", steps=5), rank)
-    trained(slider_run(folder, "broken", steps=3), rank)
-    resumed = trained(slider_run(folder, "broken", steps=5), rank)
+    straight = trained(slider_run(folder, "straight", steps=5))
+    trained(slider_run(folder, "broken", steps=3))
+    resumed = trained(slider_run(folder, "broken", steps=5))
     assert history(resumed) == history(straight)
     one, other = (flattened(parts.state.tensors()) for parts in (resumed, straight))
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def trained(plan: RunFile, rank: parallel.Distributed) -> Parts:
-    parts = launch.prepare(launch.open_session(plan, rank, launch.StopFlag()))
+def trained(plan: RunFile) -> Parts:
+    """By a session with a writer, which must find no group when it is forked."""
+    parallel.stop()
+    parts = launch.prepare(opened(plan))
     try:
         parts.reporter.training(parts.state.step)
         assert Trainer(parts, lambda: False).run(lambda _: None)

@@ -1,4 +1,4 @@
-"""Whole runs for tests: a folder with a tiny base checkpoint, real pictures and a YAML, trained by the real command."""
+"""Whole runs for tests: a folder with a tiny base checkpoint, real pictures and a YAML, trained by the real command or by forks."""
 
 import contextlib
 import json
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 
 from atelier_api.progress import Progress
 from atelier_api.run_file import RunFile
+from atelier_cli.follow import funnel_lines
 from atelier_cli.machine import host, surroundings
 from atelier_cli.run_source import load
 from atelier_operator.planner.local import local_machine, resolve_local
@@ -118,6 +119,13 @@ class LocalRun:
     def failure_in_forks(self) -> Failure:
         """Why such ranks fail: what the first of them left for the agent."""
         return self._ranks_failures()[0]
+
+    def told_of_data(self) -> str:
+        """What the command prints of the files that such ranks found and left out."""
+        progress = read_progress(Scratch(self.scratch).progress)
+        assert progress is not None
+        assert progress.funnel is not None
+        return "\n".join(funnel_lines(progress.funnel))
 
     def _ranks_failures(self) -> list[Failure]:
         run_file = self.resolved()

@@ -146,6 +146,9 @@ def build(
     work: Workload, file: RunFile, folder: Path, distributed: parallel.Distributed, *, compiled: bool = False
 ) -> Parts:
     """The parts as `launch.prepare` makes them from a checkpoint and a data set. The caller closes the checkpointer."""
+    parallel.stop()  # a writer must find no group when it is forked
+    writer = WriterProcess(folder)  # there may be a GPU already, unlike in a run: the writer touches none
+    parallel.start(file.plan)
     family = get_family(work.family)
     model = random_denoiser(work, distributed.device)
     dataset = EncodedSamples(work, file, model, distributed.device)
@@ -161,7 +164,6 @@ def build(
     metrics = TrainMetrics(0)
     reporter = Reporter(file, store, ProgressWriter(folder / "progress.json"), metrics)
     state = build_state(denoisers, file.spec.hyperparameters, file.plan, distributed)
-    writer = WriterProcess(folder)  # with a GPU already, unlike a run's: the writer touches none
     checkpointer = Checkpointer(
         file, distributed, store, staging_folder(file), writer=writer, dataset_hash=dataset.hash
     )
