@@ -1,5 +1,6 @@
 """Settings of the whole suite: one thread per process, no network, no chatter of the libraries, the long files first."""
 
+import gc
 import os
 import sys
 
@@ -11,6 +12,8 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for processes that tests start
+
+gc.disable()  # until the tests are collected: the libraries and the tests are no garbage
 
 pytest_plugins = ("conformance", "suite_times", "waiting_tests")
 
@@ -25,6 +28,13 @@ else:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes goes first: a file of it that is left for the end keeps one worker busy and the other idle."""
     items.sort(key=lambda item: not {"processes", "sweep"} & {mark.name for mark in item.iter_markers()})
+
+
+def pytest_collection_finish() -> None:
+    """Looks for garbage among what tests make: a look through all libraries takes half a second, and there were hundreds."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

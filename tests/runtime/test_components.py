@@ -19,8 +19,9 @@ from atelier_api.errors import ConfigError
 from atelier_api.families import NAMES
 from atelier_runtime import components
 from atelier_runtime.families import get_family
-from family_cases import CASES, make_case
+from family_cases import CASES
 from family_models import FAMILY_OF, save_tiny
+from shared_cases import shared_case
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_a_saved_checkpoint_comes_back_in_parts_that_sample_alike(name: str, tmp_path: Path) -> None:
-    case = make_case(name)
+    case = shared_case(name)
     save_tiny(name, tmp_path)
     family = get_family(FAMILY_OF[name])
     names = components.denoiser_names(family, tmp_path)

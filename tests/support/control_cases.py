@@ -14,14 +14,15 @@ from atelier_runtime.data.buckets import place_whole
 from atelier_runtime.data.image import fit
 from atelier_runtime.families import FAMILIES
 from atelier_runtime.family import Conditions, SampleRequest
-from family_cases import CASES, Case, make_case, photographs
+from family_cases import CASES, Case, photographs
 from family_models import FAMILY_OF
+from shared_cases import SharedCase, shared_case
 
 CONTROLLED = [name for name in CASES if FAMILIES[FAMILY_OF[name]].control is not None]
 
 
 @dataclass(frozen=True)
-class ControlledCase(Case):
+class ControlledCase(SharedCase):
     """A tiny pipeline that samples with a control network. Its denoiser is called together with that."""
 
     network: nn.Module
@@ -86,7 +87,7 @@ def conditioning_picture(number: int, width: int, height: int) -> Image.Image:
 
 def controlled_case(name: str, *, trained: bool) -> ControlledCase:
     """A control network at its start, or with weights that training might have made, in the pipeline that samples with one."""
-    case = make_case(name)
+    case = shared_case(name)
     for module in case.denoisers.values():
         module.requires_grad_(False)
     network = control_network(case, trained=trained)

@@ -9,6 +9,7 @@ from atelier_runtime.adapters.report import AdapterReport, report
 from atelier_runtime.adapters.targets import resolve_targets
 from atelier_runtime.family import Family
 from atelier_runtime.module_names import count_by_pattern, matching_expression
+from atelier_runtime.quantization import unpacked_once
 
 ADAPTER_NAME = "default"
 
@@ -21,7 +22,8 @@ def install_lora(denoiser: nn.Module, adapter: LoraAdapter, family: Family, *, d
     """
     modules = resolve_targets(denoiser, adapter.targets, family)
     # By peft itself, since not every class of diffusers has the method for it.
-    inject_adapter_in_model(lora_config(adapter, matching_expression(modules)), denoiser, adapter_name=ADAPTER_NAME)
+    with unpacked_once():
+        inject_adapter_in_model(lora_config(adapter, matching_expression(modules)), denoiser, adapter_name=ADAPTER_NAME)
     for name, parameter in denoiser.named_parameters():
         trained = f".{ADAPTER_NAME}." in f"{name}."
         parameter.requires_grad_(trained)

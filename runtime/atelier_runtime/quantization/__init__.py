@@ -7,10 +7,10 @@ from atelier_api.errors import ConfigError
 from atelier_api.quantizations import Quantization
 from atelier_runtime.family import Family
 from atelier_runtime.quantization.formats import FORMATS
-from atelier_runtime.quantization.layer import QuantizedLinear
+from atelier_runtime.quantization.layer import QuantizedLinear, unpacked_once
 from atelier_runtime.quantization.layers import parameter_sizes, quantized_layers
 
-__all__ = ["FORMATS", "QuantizedLinear", "parameter_sizes", "quantize", "quantized_layers"]
+__all__ = ["FORMATS", "QuantizedLinear", "parameter_sizes", "quantize", "quantized_layers", "unpacked_once"]
 
 
 def quantize(

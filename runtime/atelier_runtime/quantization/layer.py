@@ -5,8 +5,9 @@ The libraries have layers of their own. Three things that training needs are not
 for any linear layer, and the packed weight is plain bytes, which FSDP2 shards and gathers like any other parameter.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class QuantizedLinear(nn.Linear):
     passes them by.
     """
 
+    _kept: ClassVar[dict["QuantizedLinear", Tensor] | None] = None
+
     def __init__(self, layer: Any, form: Format, device: torch.device) -> None:
         nn.Module.__init__(self)
         weight: Tensor = layer.weight
@@ -39,7 +42,13 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return self.unpacked(self._packed())
+        kept = QuantizedLinear._kept
+        if kept is None:
+            return self.unpacked(self._packed())
+        if self not in kept:
+            kept.clear()  # before the next one is unpacked: there is memory for one
+            kept[self] = self.unpacked(self._packed())
+        return kept[self]
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = _FrozenLinear.apply(x, self, *self._packed())  # type: ignore[no-untyped-call]
@@ -52,6 +61,19 @@ class QuantizedLinear(nn.Linear):
 
     def _packed(self) -> list[Tensor]:
         return [getattr(self, PREFIX + name) for name in self._dtypes]
+
+
+@contextmanager
+def unpacked_once() -> Iterator[None]:
+    """Inside, the weight of the layer that was asked last is kept, and no packed weight may change.
+
+    peft asks a layer twenty times for its weight, for the most part whether it has one, before a LoRA is on it.
+    """
+    QuantizedLinear._kept = {}
+    try:
+        yield
+    finally:
+        QuantizedLinear._kept = None
 
 
 class _FrozenLinear(torch.autograd.Function):

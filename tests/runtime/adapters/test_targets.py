@@ -1,5 +1,7 @@
 """Targets against real denoisers: presets, expressions, dead layers and typos."""
 
+from functools import cache
+
 import pytest
 from torch import nn
 
@@ -9,6 +11,7 @@ from atelier_runtime.families import FAMILIES, get_family
 from family_models import tiny_pipeline
 
 
+@cache
 def denoiser(name: str) -> nn.Module:
     model: nn.Module = getattr(tiny_pipeline(name), get_family(name).denoisers[0])
     return model

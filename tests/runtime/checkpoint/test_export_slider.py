@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from atelier_runtime.adapters import at_strength
 from atelier_runtime.checkpoint.export import export_lora
 from export_runs import PROVENANCE, trained
-from family_cases import PROMPTS, Case, make_case
+from family_cases import PROMPTS, Case
+from shared_cases import shared_case
 
 WEIGHTS = (-1.0, 1.0, 0.0, 2.5)
 SOURCES = {"sources": [{"uri": "more", "sliderStrength": "1"}, {"uri": "less", "sliderStrength": "-1"}]}
@@ -30,7 +31,7 @@ def predicted(case: Case, denoiser: nn.Module) -> Tensor:
 def test_a_slider_has_the_weights_of_the_stock_pipeline(
     name: str, options: dict[str, Any], layout: str, tmp_path: Path
 ) -> None:
-    case = make_case(name)
+    case = shared_case(name)
     adapter = {"type": "lora", "rank": 4, "slider": True, "targets": ["all"], **options}
     data = {**SOURCES, "resolution": 32}
     result = trained(name, tmp_path, adapter, publish={"formats": [layout]}, data=data)
@@ -39,7 +40,7 @@ def test_a_slider_has_the_weights_of_the_stock_pipeline(
         with safe_open(file.path, "pt") as opened:
             told = opened.metadata()
         assert (told["atelier.slider"], told["atelier.slider_strengths"]) == ("True", "-1, 1")
-    pipe = make_case(name).pipe
+    pipe = shared_case(name).pipe
     for file, component in zip(files, result.denoisers, strict=True):
         second = {"load_into_transformer_2": True} if component == "transformer_2" else {}
         pipe.load_lora_weights(str(file.path.parent), weight_name=file.path.name, adapter_name=component, **second)

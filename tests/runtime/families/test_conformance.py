@@ -19,8 +19,9 @@ from atelier_runtime import adapters, components
 from atelier_runtime.checkpoint.export import export_lora
 from atelier_runtime.family import Blocks, Conditions
 from export_runs import PROVENANCE, load_as_reported, trained
-from family_cases import CASES, PROMPTS, Case, make_case, record, sampling_arguments, walk
+from family_cases import CASES, PROMPTS, Case, record, sampling_arguments, walk
 from family_models import save_tiny
+from shared_cases import shared_case
 
 pytestmark = pytest.mark.sweep
 
@@ -30,12 +31,12 @@ LEVELS = (0.3, 0.9)
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     """Shared by the tests that change no weight."""
-    return make_case(request.param)
+    return shared_case(request.param)
 
 
 @pytest.fixture(params=CASES)
 def fresh(request: pytest.FixtureRequest) -> Case:
-    return make_case(request.param)
+    return shared_case(request.param)
 
 
 def predicted(
@@ -294,13 +295,13 @@ def test_a_bf16_forward_pass_is_close_to_fp32(case: Case, tmp_path: Path) -> Non
 @torch.no_grad()
 def test_the_program_of_the_report_loads_an_exported_lora_into_the_stock_pipeline(name: str, tmp_path: Path) -> None:
     """With an alpha that is not the rank, which a loader that drops the metadata gets wrong."""
-    case, base = make_case(name), save_tiny(name, tmp_path / f"base-{name}")
+    case, base = shared_case(name), save_tiny(name, tmp_path / f"base-{name}")
     model = {"family": case.family.name, "source": str(base)}
     publish = {"formats": ["diffusers"]}
     lora = {"type": "lora", "rank": 4, "alpha": 9, "targets": ["all"]}
     result = trained(name, tmp_path, lora, model=model, publish=publish)
     files = export_lora(result.weights, result.file, case.family, tmp_path / "exports", provenance=PROVENANCE)
-    pipe = make_case(name).pipe
+    pipe = shared_case(name).pipe
     load_as_reported(result, files, tmp_path, pipe)
     conditions = case.conditions(PROMPTS)
     for component, denoiser in result.denoisers.items():

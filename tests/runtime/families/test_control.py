@@ -13,7 +13,8 @@ from atelier_api.families import NAMES
 from atelier_runtime import adapters
 from atelier_runtime.families import FAMILIES
 from control_cases import CONTROLLED, ControlledCase, condition_of, control_network, controlled_case
-from family_cases import PROMPTS, make_case, record, sampling_arguments, walk
+from family_cases import PROMPTS, record, sampling_arguments, walk
+from shared_cases import shared_case
 
 LEVELS = (0.3, 0.9)
 STEP = 1e-2
@@ -75,7 +76,7 @@ def test_the_network_is_a_copy_of_the_base_and_leaves_its_config_alone(fresh: Co
     base = fresh.base.state_dict()
     network = {named_as_in_the_base(name): weight for name, weight in fresh.network.state_dict().items()}
     assert network.keys() & base.keys()
-    untouched = next(iter(make_case(fresh.name).denoisers.values()))
+    untouched = next(iter(shared_case(fresh.name).denoisers.values()))
     assert dict(fresh.base.config) == dict(untouched.config)  # type: ignore[arg-type]
     assert {name.split(".")[0] for name in network.keys() - base.keys()} <= NEW
     assert all(torch.equal(network[name], base[name]) for name in network.keys() & base.keys())
@@ -167,7 +168,7 @@ def test_the_scale_of_a_prompt_is_how_much_of_the_network_counts(case: Controlle
     for scale in (0.0, 0.5, 1.0):
         request = replace(case.request(case.tiny.guidance_off, steps=2), condition_scale=scale)
         drawn[scale] = case.pipe(**case.family.sampling_arguments(case.pipe, request), output_type="pt")[0]
-    base = make_case(case.name)
+    base = shared_case(case.name)
     plain = base.family.sampling_arguments(base.pipe, base.request(case.tiny.guidance_off, steps=2))
     torch.testing.assert_close(drawn[0.0], base.pipe(**plain, output_type="pt")[0], atol=1e-5, rtol=1e-5)
     assert (drawn[1.0] - drawn[0.5]).abs().max() > 1e-3

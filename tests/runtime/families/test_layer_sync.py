@@ -16,7 +16,8 @@ from atelier_runtime.family import Conditions, latent_tokens
 from atelier_runtime.techniques import Pass
 from atelier_runtime.techniques.layer_sync import LayerSync
 from atelier_runtime.techniques.picture_blocks import PictureBlock, counted_tokens, picture_blocks, picture_tokens
-from family_cases import CASES, PROMPTS, Case, make_case
+from family_cases import CASES, PROMPTS, Case
+from shared_cases import shared_case
 
 pytestmark = [pytest.mark.cell("layersync"), pytest.mark.sweep]
 
@@ -29,7 +30,7 @@ CONVOLVED = ("sana", "sdxl", "kolors", "sd15", "sd21", "stable_cascade", "ace_st
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     """All weights train; no test changes one."""
-    case = make_case(request.param)
+    case = shared_case(request.param)
     for denoiser in case.denoisers.values():
         adapters.install(denoiser, FullAdapter(type="full"), case.family)
     return case
@@ -160,7 +161,7 @@ def test_where_attention_mixes_nothing_a_patch_of_the_latents_is_in_the_token_of
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["ace_step", "ace_step_v1"])
 def test_a_sound_that_is_shorter_than_its_bucket_has_the_loss_that_it_has_alone(name: str) -> None:
-    case = make_case(name)
+    case = shared_case(name)
     [denoiser] = case.denoisers.values()
     clean, sync = case.latents(2), layer_sync(case, denoiser)
     noisy, time, _ = case.noised(clean, LEVELS)

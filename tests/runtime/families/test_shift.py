@@ -13,7 +13,8 @@ from atelier_api.v1alpha1.objective import Diff2Flow, Objective, Timesteps
 from atelier_runtime.family import Stage
 from atelier_runtime.objectives import Prepared, build_objective
 from atelier_runtime.objectives.bridge import flow_sigma
-from family_cases import CASES, PROMPTS, Case, make_case
+from family_cases import CASES, PROMPTS, Case
+from shared_cases import shared_case
 
 pytestmark = pytest.mark.cell("shift")
 
@@ -23,7 +24,7 @@ SHIFT = 2.0
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
-    case = make_case(request.param)
+    case = shared_case(request.param)
     if case.family.facts.noise_schedule == "cosine":
         pytest.skip("its time is drawn uniformly from a cosine, which no shift moves")
     return case

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from atelier_api.v1alpha1.adapter import LokrAdapter, LoraAdapter
 from atelier_runtime import adapters
-from family_cases import CASES, PROMPTS, make_case
+from family_cases import CASES, PROMPTS
+from shared_cases import shared_case
 
 LEVELS = (0.3, 0.9)
 SLIDERS: tuple[tuple[Any, str], ...] = (
@@ -22,7 +23,7 @@ SLIDERS: tuple[tuple[Any, str], ...] = (
 @pytest.mark.cell("slider")
 @pytest.mark.parametrize("name", CASES)
 def test_an_adapter_at_strength_minus_k_is_one_of_that_scale_and_at_0_it_is_the_base(name: str) -> None:
-    case = make_case(name)
+    case = shared_case(name)
     conditions = case.conditions(PROMPTS)
 
     def predicted(denoiser: nn.Module) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from atelier_runtime.families import FAMILIES
 from atelier_runtime.family import TimeEmbedder
 from atelier_runtime.few_steps import FewSteps, Times, few_step_sampling
-from family_cases import CASES, PROMPTS, Case, make_case
+from family_cases import CASES, PROMPTS, Case
 from family_models import FAMILY_OF
+from shared_cases import shared_case
 
 pytestmark = [pytest.mark.cell("twinflow"), pytest.mark.sweep]
 
@@ -30,7 +31,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     family = FAMILIES[FAMILY_OF[request.param]]
     if family.facts.objective == "diffusion":
         pytest.skip("its network predicts no velocity")
-    made = make_case(request.param)
+    made = shared_case(request.param)
     if len(made.denoisers) > 1:
         pytest.skip("its checkpoint has two networks, and is refused")
     return made

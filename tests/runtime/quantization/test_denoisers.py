@@ -28,7 +28,7 @@ from atelier_api.v1alpha1.adapter import (
 )
 from atelier_runtime.adapters import install, trainable
 from atelier_runtime.family import Conditions
-from family_cases import CASES, PROMPTS, Case, make_case
+from family_cases import CASES, PROMPTS, Case
 from family_models import FAMILY_OF
 from quantized import (
     EVERY_PAIR,
@@ -41,6 +41,7 @@ from quantized import (
     quantized_names,
     unpacked,
 )
+from shared_cases import shared_case
 
 LORA = LoraAdapter(rank=4, targets=["all"])
 OTHERS: dict[str, Adapter] = {
@@ -101,7 +102,7 @@ def made_ready(name: str, kind: Quantization) -> Ready:
 
 @lru_cache(maxsize=1)  # the kinds of a family come one after another
 def tiny_case(name: str) -> Case:
-    return make_case(name)
+    return shared_case(name)
 
 
 def parameters(model: nn.Module, without: set[str]) -> dict[str, Tensor]:

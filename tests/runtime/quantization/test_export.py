@@ -13,8 +13,9 @@ from atelier_api.v1alpha1.adapter import LoraAdapter
 from atelier_runtime.adapters import install, trainable
 from atelier_runtime.checkpoint.export import export_lora
 from export_runs import PROVENANCE, load_as_reported, trained
-from family_cases import PROMPTS, make_case
+from family_cases import PROMPTS
 from quantized import EVERY_PAIR, distance
+from shared_cases import shared_case
 from stock_loader import draw
 
 LORA = {"type": "lora", "rank": 4, "alpha": 9, "targets": ["all"]}
@@ -37,7 +38,7 @@ def test_on_the_whole_base_the_saved_lora_predicts_what_its_weights_do_there(
 ) -> None:
     """And on the packed base that they were trained on nearly the same: what packing changes is less than what they do."""
     name, kind = pair
-    case, pipe = make_case(name), make_case(name).pipe
+    case, pipe = shared_case(name), shared_case(name).pipe
     model = {"family": case.family.name, "source": "hf://someone/base", "quantization": kind}
     result = trained(name, folder, LORA, model=model, publish={"formats": ["diffusers"]})
     root = folder / f"{name}-{kind}-lora"

@@ -1,6 +1,7 @@
 """A quantised layer multiplies as a plain one with the same weights does, and keeps no more than its packed weight."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atelier_api.quantizations import QUANTIZATIONS, Quantization, packed_bytes
+from atelier_api.v1alpha1.adapter import LoraAdapter
+from atelier_runtime import adapters
+from atelier_runtime.families import get_family
 from atelier_runtime.quantization import FORMATS, QuantizedLinear
 from quantized import CPU
 
@@ -84,3 +88,20 @@ def test_packing_a_weight_twice_gives_the_same_bits(kind: Quantization) -> None:
     assert {name: p.tolist() for name, p in first.named_parameters()} == {
         name: p.tolist() for name, p in second.named_parameters()
     }
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_putting_a_lora_on_it_unpacks_it_once(dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = nn.ModuleDict({name: pair("nf4")[1] for name in ("first", "second")})
+    asked: list[Any] = []
+
+    def unpacked(layer: QuantizedLinear, packed: Sequence[Tensor]) -> Tensor:
+        asked.append(layer)
+        return unpack(layer, packed)
+
+    unpack = QuantizedLinear.unpacked
+    monkeypatch.setattr(QuantizedLinear, "unpacked", unpacked)
+    quantised = list(layers.values())
+    adapters.install(layers, LoraAdapter(rank=4, targets=["first", "second"], dora=dora), get_family("flux"))
+    assert asked == quantised
+    assert quantised[0].weight is not quantised[0].weight  # kept no longer

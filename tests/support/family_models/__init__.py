@@ -4,8 +4,10 @@ Tiny pipelines are stock diffusers and transformers classes with random weights,
 so two calls give the same pipeline. Resolution 32 or 64 px is meant: the autoencoders reduce by 8.
 """
 
+from functools import cache
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -35,8 +37,20 @@ def tiny_pipeline(name: str) -> Any:
 
 def save_tiny(name: str, folder: Path) -> Path:
     """Writes the tiny checkpoint, laid out as a hub repository; gives the folder."""
-    tiny_pipeline(name).save_pretrained(folder)
+    for path, content in _saved(name).items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
     return folder
+
+
+@cache
+def _saved(name: str) -> dict[Path, bytes]:
+    """The files of the tiny checkpoint, by their place in its folder."""
+    with TemporaryDirectory() as made:
+        tiny_pipeline(name).save_pretrained(made)
+        folder = Path(made)
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def published_denoiser(family: str, flavour: str) -> nn.Module:
