@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import psutil  # type: ignore[import-untyped]
+import torch
 
 from atelier_runtime.checkpoint import writer
 from atelier_runtime.checkpoint.messages import Pipe
@@ -28,8 +29,11 @@ class WriterProcess:
     def __init__(self, folder: Path) -> None:
         """Fork it. `folder` holds the snapshots where the system has no memory that is shared without a name.
 
-        Raises OSError where the system has no process or memory left.
+        Raises OSError where the system has no process or memory left, RuntimeError where there is a process group already: the
+        fork would take its sockets along, and could not join the one of the writers.
         """
+        if torch.distributed.is_initialized():
+            raise RuntimeError("the checkpoint writer is forked before the process group is started")
         self.memories = tuple(SharedMemory.create(folder) for _ in range(SLOTS))
         self.pipe, theirs = Pipe.pair()
         trainer = os.getpid()

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from atelier_api.errors import CredentialsError, StoreError
+from atelier_runtime import parallel
 from atelier_runtime.checkpoint import Checkpointer, WriterProcess
 from atelier_runtime.checkpoint.messages import Save, Superseded
 from atelier_runtime.checkpoint.ranks import Group
@@ -246,6 +247,15 @@ def test_a_writer_has_a_name_and_a_session_of_its_own(tmp_path: Path) -> None:
     assert os.getsid(writer.process.pid) == writer.process.pid
     writer.pipe.close()
     assert writer.process.wait(60) == 0
+
+
+def test_a_writer_is_not_forked_beside_a_process_group(run: TinyRun, tmp_path: Path) -> None:
+    parallel.start(run.run_file.plan)
+    try:
+        with pytest.raises(RuntimeError, match="forked before the process group"):
+            WriterProcess(tmp_path)
+    finally:
+        parallel.stop()
 
 
 @processes
