@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import chart_release
+from atelier_api.crdgen import resources
 from chart_release import ACCOUNT, IMAGE, SYSTEM, USER, chart_operator
 from cluster.daemons import ClusterError
 from cluster.local import Cluster
@@ -65,7 +66,7 @@ def test_quotas_need_kueue_and_become_queues_that_are_active(cluster_to_fill: Cl
 
 def activity(cluster: Cluster) -> list[str]:
     """Status of the condition Active of every queue."""
-    queues = cluster.get("clusterqueues")["items"] + cluster.get("localqueues", "--all-namespaces")["items"]
+    queues = cluster.api.items("clusterqueues") + cluster.api.items("localqueues")
     conditions = (each for queue in queues for each in (queue.get("status") or {}).get("conditions", ()))
     return [each["status"] for each in conditions if each["type"] == "Active"]
 
@@ -131,7 +132,7 @@ def live_a_life(cluster: Cluster, namespace: str, reference: Values) -> None:
 
 
 def names(cluster: Cluster, namespace: str) -> set[str]:
-    return {each["metadata"]["name"] for each in cluster.get("trainingruns", f"--namespace={namespace}")["items"]}
+    return {each["metadata"]["name"] for each in cluster.api.items("trainingruns", namespace)}
 
 
 def install_crds(cluster: Cluster) -> None:
@@ -142,8 +143,8 @@ def install_crds(cluster: Cluster) -> None:
 
 
 def crds(cluster: Cluster) -> list[str]:
-    names = (each["metadata"]["name"] for each in cluster.get("crd")["items"])
-    return [name for name in names if name.endswith(".atelier.dev")]
+    place = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    return [name for each in resources() if cluster.api.get(f"{place}/{(name := f'{each.plural}.atelier.dev')}")]
 
 
 def image_of_default(cluster: Cluster) -> str:

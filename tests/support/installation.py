@@ -15,6 +15,7 @@ import pytest
 
 from atelier_operator.names import FIELD_MANAGER
 from chart_release import ACCOUNT, CHART, SYSTEM
+from cluster.api import place
 from cluster.buildah import BuiltImage
 from cluster.daemons import ClusterError
 from cluster.local import Cluster
@@ -56,18 +57,19 @@ class Installation:
 
     def story(self) -> str:
         """What happened to the replicas, for whoever reads of a failure."""
-        place = f"--namespace={SYSTEM}"
-        logs = self.cluster.kubectl("logs", place, f"deployment/{ACCOUNT}", "--tail=40", "--ignore-errors")
-        return self.cluster.kubectl("get", "pods,events", place, "-o", "wide") + logs
+        where = f"--namespace={SYSTEM}"
+        logs = self.cluster.kubectl("logs", where, f"deployment/{ACCOUNT}", "--tail=40", "--ignore-errors")
+        return self.cluster.kubectl("get", "pods,events", where, "-o", "wide") + logs
 
     def replicas(self) -> list[Object]:
         """The operator's pods that are not on their way out."""
-        pods = self.cluster.get("pods", f"--namespace={SYSTEM}", "-l", "app.kubernetes.io/component=operator")["items"]
+        pods = self.cluster.api.items("pods", SYSTEM, "app.kubernetes.io/component=operator")
         return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
     def leader(self) -> str:
         """The pod that holds the Lease; nothing while nobody does."""
-        return str(self.cluster.get("lease", ACCOUNT, f"--namespace={SYSTEM}")["spec"].get("holderIdentity") or "")
+        lease = self.cluster.api.get(place("leases", SYSTEM, ACCOUNT)) or {"spec": {}}
+        return str(lease["spec"].get("holderIdentity") or "")
 
     def tried(self, namespace: str) -> int:
         """The operator's writes below a namespace, those that were refused among them."""
@@ -97,8 +99,7 @@ def installation(
         cluster.import_image(operator_image.archive)
         cluster.make_namespace(SYSTEM)
         cluster.kubectl("label", "namespace", SYSTEM, "pod-security.kubernetes.io/enforce=restricted")
-        place = Place.make(cluster, TEAM, store, base)
-        made = Installation(place, tmp_path_factory.mktemp("values"), values)
+        made = Installation(Place.make(cluster, TEAM, store, base), tmp_path_factory.mktemp("values"), values)
         made.helm("install", team_cpu="500m")
         with checked(cluster):
             yield made
