@@ -26,8 +26,11 @@ from cluster_training import (
     Place,
     assert_a_lora_of_all_steps,
     committed,
+    committed_below,
     default_profile,
     history,
+    history_below,
+    in_store,
     profile,
     stock_diffusers_loads,
     training,
@@ -103,9 +106,12 @@ def with_a_profile(place: Place, other: Object, name: str, **spec: Any) -> Clust
 @pytest.fixture(scope="module")
 def lasting(installation: Installation) -> ClusterRun:
     """A run that has waited for its team's quota until an upgrade raised it to room for this one, and trains until the last test."""
-    many = {"steps": 100_000}
     run = installation.place.run(
-        "lasting", schedule={"queue": "gpu"}, hyperparameters=many, storage={"checkpoint": {"everySteps": 5}}
+        "lasting",
+        # A namespace waits for half of the grace before it looks again whether its pods have gone.
+        schedule={"queue": "gpu", "terminationGraceSeconds": 30},
+        hyperparameters={"steps": 100_000},
+        storage={"checkpoint": {"everySteps": 5}},
     )
     run.wait("Queued", seconds=SECONDS)
     installation.helm("upgrade", team_cpu="1")
@@ -161,17 +167,6 @@ def test_a_killed_rank_restarts_the_gang_and_the_run_goes_on_from_its_checkpoint
     goes_on(run, store, committed(run, store)[-1])
 
 
-def test_stop_and_resume_lose_no_step(run: ClusterRun, store: S3Server) -> None:
-    before = run.status()
-    run.patch({"schedule": {"suspend": True}})
-    run.wait("Suspended", "Requested", seconds=SECONDS)
-    until(lambda: run.objects("pods") == [], "the pods to go", SECONDS)
-    left_at = committed(run, store)[-1]
-    assert max(history(run, store)) == left_at - 1
-    run.patch({"schedule": {"suspend": False}})
-    assert goes_on(run, store, left_at)["attempt"] == before["attempt"] + 1
-
-
 def test_a_drained_node_gives_its_part_of_the_gang_away(run: ClusterRun, store: S3Server) -> None:
     """To a drain the pod of rank 0 is what it is to somebody who deletes it."""
     before, pods = run.status(), run.pods()
@@ -196,8 +191,9 @@ def test_a_drained_node_gives_its_part_of_the_gang_away(run: ClusterRun, store: 
 def test_preemption_commits_a_checkpoint_and_the_run_goes_on_from_that_step(
     installation: Installation, run: ClusterRun, store: S3Server
 ) -> None:
-    """The run of the higher priority has to have the room, and not to train: no node has its image."""
-    counted = run.status()["restarts"]["counted"]
+    """The run of the higher priority has to have the room, and not to train: no node has its image. The other one is stopped while
+    it waits for room, and resumed when there is some."""
+    before = run.status()
     schedule, one = {"queue": "gpu", "priority": "high"}, {"nodes": 1}
     high = with_a_profile(installation.place, NOBODY_HAS, "high", schedule=schedule, parallelism=one)
     run.wait("Suspended", "Preempted", seconds=SECONDS)
@@ -205,8 +201,12 @@ def test_preemption_commits_a_checkpoint_and_the_run_goes_on_from_that_step(
     until(lambda: run.objects("pods") == [], "the pods to go", SECONDS)
     left_at = committed(run, store)[-1]
     assert max(history(run, store)) == left_at - 1, "steps after the last checkpoint were lost"
+    run.patch({"schedule": {"suspend": True}})
+    run.wait("Suspended", "Requested", seconds=SECONDS)
     high.delete()
-    assert goes_on(run, store, left_at)["restarts"]["counted"] == counted
+    run.patch({"schedule": {"suspend": False}})
+    status = goes_on(run, store, left_at)
+    assert (status["attempt"], status["restarts"]["counted"]) == (before["attempt"] + 1, before["restarts"]["counted"])
 
 
 def goes_on(run: ClusterRun, store: S3Server, step: int) -> dict[str, Any]:
@@ -217,10 +217,12 @@ def goes_on(run: ClusterRun, store: S3Server, step: int) -> dict[str, Any]:
     return dict(status)
 
 
-def test_deleting_a_namespace_deletes_everything(installation: Installation, lasting: ClusterRun) -> None:
-    """Of a run that trains. Nothing holds it up, and the operator does not go on trying there."""
-    assert len(lasting.pods()) == 2
-    lasting.cluster.kubectl("delete", "namespace", TEAM, f"--timeout={SECONDS:.0f}s")
+def test_deleting_a_namespace_deletes_everything(installation: Installation, run: ClusterRun, store: S3Server) -> None:
+    """Of a run that trains, whose pods commit a last checkpoint. Nothing holds it up, and the operator does not go on trying there."""
+    assert len(run.pods()) == 2
+    left = in_store(run, store)
+    run.cluster.kubectl("delete", "namespace", TEAM, f"--timeout={SECONDS:.0f}s")
+    assert max(history_below(left)) == committed_below(left)[-1] - 1, "steps after the last checkpoint were lost"
     asked = installation.tried(TEAM)
     assert asked
     time.sleep(5)
