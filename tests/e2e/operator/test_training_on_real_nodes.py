@@ -276,7 +276,7 @@ def test_uninstalling_leaves_the_crds_the_runs_and_what_they_train(demo: Demo, s
 def test_the_operator_may_be_away_while_a_run_ends(demo: Demo) -> None:
     status = demo.run.wait("Succeeded", seconds=SECONDS)
     assert (status["attempt"], status["restarts"]["counted"]) == (1, 0)
-    assert status["progress"]["percent"] == 100
+    assert [status["progress"][name] for name in ("step", "totalSteps", "percent")] == [20, 20, 100]
 
 
 def test_a_run_trains_on_two_nodes_and_leaves_a_lora_that_stock_diffusers_loads(demo: Demo, store: S3Server) -> None:
