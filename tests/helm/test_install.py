@@ -1,4 +1,7 @@
-"""The chart in a real API server: installed, upgraded, uninstalled, and the operator with no more rights than the chart gives it."""
+"""The chart in a real API server: installed, upgraded, uninstalled, and the operator with no more rights than the chart gives it.
+
+One release goes through the tests in their order, since kinds that come and go keep an API server busy.
+"""
 
 import json
 import re
@@ -11,6 +14,7 @@ import pytest
 import yaml
 
 import chart_release
+from atelier_api.crdgen import resources
 from chart_release import ACCOUNT, IMAGE, SYSTEM, USER, chart_operator
 from cluster.daemons import ClusterError
 from cluster.local import Cluster
@@ -21,7 +25,6 @@ pytest_plugins = ("cluster_fixtures",)
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(3600)]
 
 CHART = str(chart_release.CHART)
-WITHOUT_CRDS = {"crds": {"install": False}}  # for tests of other parts: kinds that come and go keep an API server busy
 BRIEF = {"timeoutSeconds": 1}  # nobody answers at the Service's address: this cluster has no pods
 
 Values = Mapping[str, Any]
@@ -48,7 +51,7 @@ def test_quotas_need_kueue_and_become_queues_that_are_active(cluster_to_fill: Cl
     teams = [{"name": name, "namespaces": [name], "gpus": [{"flavor": "h100", "quota": 4}]} for name in ("art", "film")]
     quotas = {"engine": "kueue", "flavors": [{"name": "h100", "nodeLabels": {"gpu": "h"}}], "teams": teams}
     values = tmp_path / "values.json"
-    values.write_text(json.dumps({"operator": IMAGE, "quotas": quotas} | WITHOUT_CRDS))
+    values.write_text(json.dumps({"operator": IMAGE, "quotas": quotas, "crds": {"install": False}}))
     install = ("install", "atelier", CHART, "-f", str(values), f"--namespace={SYSTEM}", "--create-namespace")
     for team in teams:
         cluster.make_namespace(str(team["name"]))
@@ -63,51 +66,50 @@ def test_quotas_need_kueue_and_become_queues_that_are_active(cluster_to_fill: Cl
 
 def activity(cluster: Cluster) -> list[str]:
     """Status of the condition Active of every queue."""
-    queues = cluster.get("clusterqueues")["items"] + cluster.get("localqueues", "--all-namespaces")["items"]
+    queues = cluster.api.items("clusterqueues") + cluster.api.items("localqueues")
     conditions = (each for queue in queues for each in (queue.get("status") or {}).get("conditions", ()))
     return [each["status"] for each in conditions if each["type"] == "Active"]
 
 
-@pytest.fixture
-def helm(cluster: Cluster, tmp_path: Path) -> Iterator[Helm]:
-    """Calls helm; what it has installed is gone after the test, and so are the CRDs."""
+@pytest.fixture(scope="module")
+def helm(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Helm:
+    """Calls helm for the release `atelier`."""
+    path = tmp_path_factory.mktemp("helm") / "values.json"
 
-    def call(verb: str, *arguments: str, values: Values | None = None) -> str:
-        given = [CHART, "-f", str(tmp_path / "values.json")] if values is not None else []
-        (tmp_path / "values.json").write_text(json.dumps({"operator": IMAGE, "webhook": BRIEF} | dict(values or {})))
+    def call(verb: str, *arguments: str, chart: str | Path = CHART, values: Values | None = None) -> str:
+        given = [str(chart), "-f", str(path)] if values is not None else []
+        path.write_text(json.dumps({"operator": IMAGE, "webhook": BRIEF} | dict(values or {})))
         return cluster.helm(verb, "atelier", *given, f"--namespace={SYSTEM}", *arguments)
 
-    yield call
-    call("uninstall", "--ignore-not-found")
-    for name in crds(cluster):
-        cluster.kubectl("delete", "crd", name)
+    return call
 
 
-# First of those that install the CRDs: where kinds have come and gone before, the garbage collector takes a minute to know them again.
+@pytest.fixture(scope="module")
+def release(cluster: Cluster, helm: Helm) -> Helm:
+    """The release, which was the first to bring the CRDs: a rollback to its revision 1 brings that state back."""
+    helm("install", "--dry-run=server", "--create-namespace", values=profiles("one"))
+    assert crds(cluster) == []
+    helm("install", "--create-namespace", values=profiles("one"))
+    return helm
 
 
-@pytest.mark.parametrize("scope", ["cluster", "namespaced"])
 def test_the_operator_needs_no_right_that_the_chart_does_not_give(
-    cluster: Cluster, helm: Helm, tmp_path: Path, scope: str
+    cluster: Cluster, release: Helm, tmp_path: Path
 ) -> None:
-    namespace = cluster.make_namespace(f"rights-{scope}")
-    values: dict[str, Any] = {"profiles": {"cluster": {"default": PROFILE["spec"]}}}
-    reference = {"kind": "ClusterTrainingProfile", "name": "default"}
-    if scope == "namespaced":
-        install_crds(cluster)
-        values = {
-            "crds": {"install": False},
-            "rbac": {"scope": "namespaced", "namespaces": [namespace]},
-            "profiles": {"namespaced": {namespace: {"default": PROFILE["spec"]}}},
-        }
-        reference["kind"] = "TrainingProfile"
-    helm("install", "--create-namespace", values=values)
-    operator = chart_operator(cluster, tmp_path / "log").start()
+    """Before kinds have gone and come again: the garbage collector takes a minute to know them then."""
+    namespace = cluster.make_namespace("rights-cluster")
+    assert_no_right_is_missing(cluster, namespace, "ClusterTrainingProfile", tmp_path / "log")
+
+
+def assert_no_right_is_missing(cluster: Cluster, namespace: str, profile: str, log: Path) -> None:
+    """In a life of two runs with a default profile of this kind."""
+    known = len(cluster.audit())
+    operator = chart_operator(cluster, log).start()
     try:
-        live_a_life(cluster, namespace, reference)
+        live_a_life(cluster, namespace, {"kind": profile, "name": "default"})
     finally:
         operator.stop()
-    asked = [each for each in cluster.audit() if each["user"]["username"] == USER]
+    asked = [each for each in cluster.audit()[known:] if each["user"]["username"] == USER]
     refused = {(each["verb"], each["requestURI"]) for each in asked if each["responseStatus"]["code"] == 403}
     assert asked
     assert refused == set(), operator.text()[-3000:]
@@ -130,7 +132,7 @@ def live_a_life(cluster: Cluster, namespace: str, reference: Values) -> None:
 
 
 def names(cluster: Cluster, namespace: str) -> set[str]:
-    return {each["metadata"]["name"] for each in cluster.get("trainingruns", f"--namespace={namespace}")["items"]}
+    return {each["metadata"]["name"] for each in cluster.api.items("trainingruns", namespace)}
 
 
 def install_crds(cluster: Cluster) -> None:
@@ -141,8 +143,8 @@ def install_crds(cluster: Cluster) -> None:
 
 
 def crds(cluster: Cluster) -> list[str]:
-    names = (each["metadata"]["name"] for each in cluster.get("crd")["items"])
-    return [name for name in names if name.endswith(".atelier.dev")]
+    place = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    return [name for each in resources() if cluster.api.get(f"{place}/{(name := f'{each.plural}.atelier.dev')}")]
 
 
 def image_of_default(cluster: Cluster) -> str:
@@ -150,24 +152,10 @@ def image_of_default(cluster: Cluster) -> str:
 
 
 def profiles(image: str) -> Values:
-    return {"profiles": {"cluster": {"default": {"image": image}}}}
+    return {"profiles": {"cluster": {"default": PROFILE["spec"] | {"image": image}}}}
 
 
-def test_first_installation_brings_crds_and_profiles_and_upgrades_change_them(cluster: Cluster, helm: Helm) -> None:
-    helm("install", "--dry-run=server", "--create-namespace", values=profiles("one"))
-    assert crds(cluster) == []
-    helm("install", "--create-namespace", values=profiles("one"))
-    assert len(crds(cluster)) == 3
-    assert image_of_default(cluster) == "one"
-    helm("upgrade", values=profiles("two") | {"operator": IMAGE | {"replicas": 3}})
-    assert image_of_default(cluster) == "two"
-    assert cluster.get("deployment", ACCOUNT, f"--namespace={SYSTEM}")["spec"]["replicas"] == 3
-    helm("upgrade", values={})
-    assert cluster.get("clustertrainingprofiles")["items"] == []
-
-
-def test_pods_are_admitted_where_pod_security_is_restricted(cluster: Cluster, helm: Helm) -> None:
-    helm("install", "--create-namespace", values=WITHOUT_CRDS)
+def test_pods_are_admitted_where_pod_security_is_restricted(cluster: Cluster, release: Helm) -> None:
     cluster.kubectl("label", "namespace", SYSTEM, "pod-security.kubernetes.io/enforce=restricted", "--overwrite")
     deployment = cluster.get("deployment", ACCOUNT, f"--namespace={SYSTEM}")
     hooks = yaml.safe_load_all(cluster.helm("get", "hooks", "atelier", f"--namespace={SYSTEM}"))
@@ -178,49 +166,56 @@ def test_pods_are_admitted_where_pod_security_is_restricted(cluster: Cluster, he
         cluster.kubectl("create", "--dry-run=server", "-f", "-", input=json.dumps(pod))
 
 
-def test_a_profile_of_the_first_installation_can_be_removed(cluster: Cluster, helm: Helm) -> None:
-    helm("install", "--create-namespace", values=profiles("one"))
-    helm("upgrade", values={})
+def test_a_second_release_over_the_same_namespaces_is_refused(cluster: Cluster, release: Helm) -> None:
+    image = "operator.image.repository=x"
+    with pytest.raises(ClusterError, match=r"ClusterRole.*cannot be imported into the current release"):
+        cluster.helm("install", "other", CHART, f"--set={image},crds.install=false", "--namespace=default")
+
+
+def test_first_installation_brings_crds_and_profiles_and_upgrades_change_them(cluster: Cluster, release: Helm) -> None:
+    assert len(crds(cluster)) == 3
+    assert image_of_default(cluster) == "one"
+    release("upgrade", values=profiles("two") | {"operator": IMAGE | {"replicas": 3}})
+    assert image_of_default(cluster) == "two"
+    assert cluster.get("deployment", ACCOUNT, f"--namespace={SYSTEM}")["spec"]["replicas"] == 3
+
+
+def test_a_rollback_brings_the_profiles_of_the_first_installation_back(cluster: Cluster, release: Helm) -> None:
+    release("rollback", "1")
+    assert image_of_default(cluster) == "one"
+    release("upgrade", values=profiles("three"))
+    assert image_of_default(cluster) == "three"
+    release("upgrade", values={})
     assert cluster.get("clustertrainingprofiles")["items"] == []
 
 
-def test_a_rollback_brings_the_profiles_of_the_first_installation_back(cluster: Cluster, helm: Helm) -> None:
-    helm("install", "--create-namespace", values=profiles("one"))
-    helm("upgrade", values=profiles("two"))
-    cluster.helm("rollback", "atelier", "1", f"--namespace={SYSTEM}")
+def test_a_profile_of_the_first_installation_can_be_removed(cluster: Cluster, release: Helm) -> None:
+    release("rollback", "1")
     assert image_of_default(cluster) == "one"
-    helm("upgrade", values=profiles("three"))
-    assert image_of_default(cluster) == "three"
+    release("upgrade", values={})
+    assert cluster.get("clustertrainingprofiles")["items"] == []
 
 
-def test_runs_outlive_the_release_and_the_next_one_takes_the_crds_over(cluster: Cluster, helm: Helm) -> None:
-    helm("install", "--create-namespace", values=profiles("one"))
+def test_runs_outlive_the_release_and_the_next_one_takes_the_crds_over(cluster: Cluster, release: Helm) -> None:
+    release("rollback", "1")
     cluster.apply(run_document("default", "survivor"))
-    helm("uninstall")
+    release("uninstall")
     assert cluster.get("clustertrainingprofiles")["items"] == []
     assert cluster.get("trainingrun", "survivor", "--namespace=default")["metadata"]["name"] == "survivor"
-    helm("install", values=profiles("two"))
+    release("install", values=profiles("two"))
     assert image_of_default(cluster) == "two"
 
 
-def test_runs_go_with_the_release_where_it_is_told_so(cluster: Cluster, helm: Helm) -> None:
-    helm("install", "--create-namespace", values=profiles("one") | {"crds": {"keep": False}})
-    helm("uninstall")
-    # The API server looks for a minute whether all objects of a kind are gone, and where it has seen one begins again.
-    until(lambda: crds(cluster) == [], "the CRDs to be gone", seconds=240)
-
-
-def test_the_webhooks_certificate_is_kept_by_upgrades_and_made_anew_in_time(cluster: Cluster, helm: Helm) -> None:
-    helm("install", "--create-namespace", values=WITHOUT_CRDS)
+def test_the_webhooks_certificate_is_kept_by_upgrades_and_made_anew_in_time(cluster: Cluster, release: Helm) -> None:
     first = certificate(cluster)
-    helm("upgrade", values=WITHOUT_CRDS | {"operator": IMAGE | {"replicas": 3}})
+    release("upgrade", values={"operator": IMAGE | {"replicas": 3}})
     assert certificate(cluster) == first
     secret = ("secret", f"{ACCOUNT}-webhook", f"--namespace={SYSTEM}")
     cluster.kubectl("annotate", *secret, "--overwrite", "atelier.dev/renew-after=1700000000")
-    helm("upgrade", values=WITHOUT_CRDS)
+    release("upgrade", values={})
     second = certificate(cluster)
     cluster.kubectl("delete", *secret)
-    helm("upgrade", values=WITHOUT_CRDS)
+    release("upgrade", values={})
     assert len({first, second, certificate(cluster)}) == 3
 
 
@@ -232,27 +227,42 @@ def certificate(cluster: Cluster) -> str:
     return str(data["tls.crt"])
 
 
-def test_a_second_release_over_the_same_namespaces_is_refused(cluster: Cluster, helm: Helm) -> None:
-    helm("install", "--create-namespace", values=WITHOUT_CRDS)
-    image = "operator.image.repository=x"
-    with pytest.raises(ClusterError, match=r"ClusterRole.*cannot be imported into the current release"):
-        cluster.helm("install", "other", CHART, f"--set={image},crds.install=false", "--namespace=default")
+def test_a_namespaced_operator_needs_no_right_on_the_cluster(cluster: Cluster, release: Helm, tmp_path: Path) -> None:
+    release("uninstall")
+    namespace = cluster.make_namespace("rights-namespaced")
+    install_crds(cluster)
+    values = {
+        "crds": {"install": False},
+        "rbac": {"scope": "namespaced", "namespaces": [namespace]},
+        "profiles": {"namespaced": {namespace: {"default": PROFILE["spec"]}}},
+    }
+    release("install", values=values)
+    assert_no_right_is_missing(cluster, namespace, "TrainingProfile", tmp_path / "log")
+    release("uninstall")
 
 
-@pytest.mark.parametrize("again", ["upgrade", "install"])
-def test_a_newer_chart_brings_new_fields_of_the_crds(cluster: Cluster, helm: Helm, tmp_path: Path, again: str) -> None:
+def test_runs_go_with_the_release_where_it_is_told_so(cluster: Cluster, release: Helm) -> None:
+    release("install", values=profiles("one") | {"crds": {"keep": False}})
+    release("uninstall")
+    # The API server looks for a minute whether all objects of a kind are gone, and where it has seen one begins again.
+    until(lambda: crds(cluster) == [], "the CRDs to be gone", seconds=240)
+
+
+def test_a_newer_chart_brings_new_fields_of_the_crds(cluster: Cluster, helm: Helm, tmp_path: Path) -> None:
+    """By an installation after the older one is gone, and by an upgrade. The last test: it begins without CRDs."""
     older = Path(shutil.copytree(CHART, tmp_path / "atelier"))
     crd = older / "templates" / "crds" / "trainingprofiles.atelier.dev.yaml"
     text = crd.read_text()
     crd.write_text(re.sub(r"\n +python:\n(.+\n)+? +minLength: 1\n +maxLength: 1024\n", "\n", text, count=1))
     assert crd.read_text() != text
-    values = tmp_path / "older.json"
-    values.write_text(json.dumps({"operator": IMAGE}))
-    cluster.helm("install", "atelier", str(older), "-f", str(values), f"--namespace={SYSTEM}", "--create-namespace")
+    helm("install", "--create-namespace", chart=older, values={})
     assert not has_python(cluster)
-    if again == "install":
-        helm("uninstall")
-    helm(again, values={})
+    helm("uninstall")
+    helm("install", values={})
+    assert has_python(cluster)
+    helm("upgrade", chart=older, values={})
+    assert not has_python(cluster)
+    helm("upgrade", values={})
     assert has_python(cluster)
 
 

@@ -13,7 +13,6 @@ from cluster.local import Cluster, why_not
 from go_build import NoGo
 
 FAKE_NODES, FAKE_GPUS = 4, 8
-REAL_NODES, REAL_GPUS = 2, 2
 
 
 @pytest.fixture(scope="session")
@@ -50,13 +49,6 @@ def start_cluster(cluster_report: Callable[[str], None]) -> Callable[..., Cluste
 def fake_cluster(start_cluster: Callable[..., Cluster]) -> Iterator[Cluster]:
     """A control plane with JobSet, Kueue and four fake nodes of eight GPUs; the module's, so a test uses a namespace of its own."""
     with start_cluster(kwok=FAKE_NODES, gpus_per_node=FAKE_GPUS) as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def real_cluster(start_cluster: Callable[..., Cluster]) -> Iterator[Cluster]:
-    """Two real nodes that claim two GPUs each, with JobSet and Kueue; the module's, so a test uses a namespace of its own."""
-    with start_cluster(nodes=REAL_NODES, gpus_per_node=REAL_GPUS) as cluster:
         yield cluster
 
 

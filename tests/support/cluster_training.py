@@ -133,7 +133,12 @@ def in_store(run: ClusterRun, store: S3Server) -> Path:
 
 def committed(run: ClusterRun, store: S3Server) -> list[int]:
     """Steps of the checkpoints in the store."""
-    return sorted(int(path.name[:8]) for path in (in_store(run, store) / "manifests").glob("*.json"))
+    return committed_below(in_store(run, store))
+
+
+def committed_below(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a run's folder of the bucket."""
+    return sorted(int(path.name[:8]) for path in (folder / "manifests").glob("*.json"))
 
 
 def training(run: ClusterRun, step: int) -> Object:
@@ -159,7 +164,12 @@ def first_checkpoint(run: ClusterRun, store: S3Server) -> None:
 
 def history(run: ClusterRun, store: S3Server) -> dict[int, float]:
     """Loss by step."""
-    lines = (in_store(run, store) / "logs" / "history.jsonl").read_text().splitlines()[1:]
+    return history_below(in_store(run, store))
+
+
+def history_below(folder: Path) -> dict[int, float]:
+    """Loss by step, from a run's folder of the bucket."""
+    lines = (folder / "logs" / "history.jsonl").read_text().splitlines()[1:]
     return {int(row[0]): float(row[1]) for row in map(json.loads, lines)}
 
 

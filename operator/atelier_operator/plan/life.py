@@ -148,7 +148,15 @@ def _completed(draft: Draft, child: Child, accepted: Accepted | Refused, pods: t
         return
     progress = draft.fields.get("progress") or draft.before.progress
     if progress is not None:
-        done = {"stage": "Succeeded", "detail": "", "step": progress.total_steps, "percent": 100, "eta_seconds": 0}
+        total = progress.total_steps or child.steps  # before it trains a run tells of no steps
+        done = {
+            "stage": "Succeeded",
+            "detail": "",
+            "step": total,
+            "total_steps": total,
+            "percent": 100,
+            "eta_seconds": 0,
+        }
         draft.fields["progress"] = progress.model_copy(update=done)
     live.report_artifacts(draft, pods)
     draft.succeed()

@@ -35,6 +35,19 @@ def test_a_run_goes_from_preparing_to_succeeded() -> None:
     assert [event.reason for event in decided.events] == ["Completed"]
 
 
+def test_the_end_tells_of_all_steps_also_when_the_operator_was_away_for_each() -> None:
+    story = Story()
+    story.look()
+    story.train(0, "Preparing", total_steps=0)
+    story.look(5)
+    story.progress = None
+    story.complete()
+    story.look(60)
+    progress = story.status.progress
+    assert progress is not None
+    assert (progress.step, progress.total_steps, progress.percent) == (100, 100, 100)
+
+
 LORA = ArtifactReport(format="diffusers", key="exports/diffusers/lora.safetensors", size_bytes=9, sha256="ab")
 
 

@@ -274,7 +274,7 @@ class Cluster:
     def _start_nodes(self, count: int, gpus: int, images_in_memory: bool) -> None:
         self._report(f"starting {count} real nodes")
         state.change_sysctls()
-        starter = real_nodes.RealNodes(self.daemons, self.certificates, self._kubectl, self._report, images_in_memory)
+        starter = real_nodes.RealNodes(self.daemons, self.certificates, self.api, self._report, images_in_memory)
         starter.start_dns(network.free_ports(1)[0])
         starter.bind_roles()
         settings = [real_nodes.NodeSettings(number, self._record.node(number), gpus) for number in range(1, count + 1)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from cluster import cgroups, debian, mounts, network
+from cluster.api import Api
 from cluster.certificates import Certificates
 from cluster.daemons import ClusterError, Daemons
 from cluster.images import PAUSE_IMAGE, base_archive, pause_archive
@@ -55,7 +57,7 @@ class RealNodes:
 
     daemons: Daemons
     certificates: Certificates
-    kubectl: list[str]
+    api: Api
     report: Callable[[str], None]
     images_in_memory: bool = True
 
@@ -72,14 +74,10 @@ class RealNodes:
 
     def bind_roles(self) -> None:
         """kube-proxy's user is bound by an add-on of kubeadm in other clusters; here it is by this."""
-        command = [
-            "create",
-            "clusterrolebinding",
-            "proxy",
-            "--clusterrole=system:node-proxier",
-            "--user=system:kube-proxy",
-        ]
-        subprocess.run([*self.kubectl, *command], check=True, capture_output=True)
+        group, path = "rbac.authorization.k8s.io", "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
+        role = {"apiGroup": group, "kind": "ClusterRole", "name": "system:node-proxier"}
+        user = {"apiGroup": group, "kind": "User", "name": "system:kube-proxy"}
+        self.api.send("POST", path, {"metadata": {"name": "proxy"}, "roleRef": role, "subjects": [user]})
 
     def start(self, node: NodeSettings, namespace: Network) -> None:
         """Start the node's processes; returns when the runtime has its images and the kubelet is started, not yet Ready."""
@@ -95,15 +93,16 @@ class RealNodes:
 
     def wait_until_ready(self, node: NodeSettings) -> None:
         """Wait for the node to be Ready, then give it its GPUs."""
-        condition = '{.status.conditions[?(@.type=="Ready")].status}'
-        get = [*self.kubectl, "get", "node", node.name, "-o", f"jsonpath={condition}"]
-        ready = lambda: subprocess.run(get, capture_output=True, text=True).stdout == "True"  # noqa: E731
+        path = f"/api/v1/nodes/{node.name}"
+
+        def ready() -> bool:
+            conditions = ((self.api.get(path) or {}).get("status") or {}).get("conditions") or ()
+            return any((each["type"], each["status"]) == ("Ready", "True") for each in conditions)
+
         self.daemons.wait_until(f"kubelet-{node.name}", ready, seconds=120)
         # Both, because the kubelet copies a new capacity to allocatable only some seconds later.
         gpus = {"nvidia.com/gpu": str(node.gpus)}
-        patch = json.dumps({"status": {"capacity": gpus, "allocatable": gpus}})
-        command = ["patch", "node", node.name, "--subresource=status", "--type=merge", "-p", patch]
-        subprocess.run([*self.kubectl, *command], check=True, capture_output=True)
+        self.api.send("PATCH", f"{path}/status", {"status": {"capacity": gpus, "allocatable": gpus}})
 
     def _start_containerd(self, node: NodeSettings, folder: Path, packages: Path, namespace: Network) -> None:
         cni = folder / "cni"
@@ -114,9 +113,7 @@ class RealNodes:
         environment = {"PATH": os.pathsep.join([*_program_folders(packages), os.environ["PATH"]])}
         command = [str(packages / "usr" / "bin" / "containerd"), "--config", str(config)]
         self.daemons.start(f"containerd-{node.name}", [*mounts.prefix(folder), *command], environment, namespace)
-        version = [*_ctr(folder, packages), "version"]
-        answers = lambda: subprocess.run(version, capture_output=True).returncode == 0  # noqa: E731
-        self.daemons.wait_until(f"containerd-{node.name}", answers)
+        self.daemons.wait_until(f"containerd-{node.name}", lambda: _accepts(folder / "containerd.sock"))
 
     def _start_kubelet(self, node: NodeSettings, folder: Path, namespace: Network) -> None:
         (folder / "resolv.conf").touch()
@@ -238,6 +235,12 @@ def _kubelet_config(node: NodeSettings, folder: Path, certificates: Certificates
         "nodeStatusUpdateFrequency": "5s",
         "nodeStatusReportFrequency": "1m",
     }
+
+
+def _accepts(path: Path) -> bool:
+    """Whether something listens on the socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def _ctr(folder: Path, packages: Path) -> list[str]:
