@@ -328,7 +328,7 @@ class Cluster:
         self._run(["ip", "-n", self.network.namespace, "link", "set", node, direction])
 
     def _run(self, command: list[str], input: str | None = None) -> str:
-        environment = {**os.environ, **self.environment}
+        environment = {**os.environ, **self.environment, "GOGC": "off"}  # it ends soon
         result = subprocess.run(command, input=input, env=environment, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             shown = " ".join(
