@@ -38,8 +38,8 @@ def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SEC
 
 def install_crds(cluster: Cluster) -> None:
     """Our kinds, as the chart brings them."""
-    paths = [argument for resource in resources() for argument in ("-f", str(resource.path))]
-    cluster.kubectl("apply", "--server-side", *paths)
+    for resource in resources():
+        cluster.apply(resource.path.read_text())
     for resource in resources():
         wait_for_crd(cluster, f"{resource.plural}.atelier.dev")
 

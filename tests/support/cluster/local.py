@@ -29,6 +29,7 @@ from cluster.network import Network
 from go_build import silent
 
 Manifest = Mapping[str, Any]
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SUPPORT = Path(__file__).resolve().parents[1]
 
 
@@ -153,9 +154,10 @@ class Cluster:
 
     def apply(self, manifests: str | Manifest | Sequence[Manifest]) -> None:
         """Server-side apply of YAML text, of one manifest or of several."""
-        if not isinstance(manifests, str):
-            manifests = yaml.safe_dump_all([manifests] if isinstance(manifests, Mapping) else list(manifests))
-        self.kubectl("apply", "--server-side", "-f", "-", input=manifests)
+        if isinstance(manifests, str):
+            manifests = [each for each in yaml.load_all(manifests, _LOADER) if each]
+        for manifest in [manifests] if isinstance(manifests, Mapping) else manifests:
+            self.api.apply(manifest)
 
     def make_namespace(self, name: str) -> str:
         """A new namespace in which pods can be made; gives its name."""
@@ -295,8 +297,9 @@ class Cluster:
         self.daemons.wait_until(name, lambda: listen[0].accepts(port))
 
     def _serve(self, crds: Sequence[Path]) -> None:
+        for path in crds:
+            self.apply(path.read_text())
         if crds:
-            self.kubectl("apply", "--server-side", *(argument for path in crds for argument in ("-f", str(path))))
             wait_for("kinds not served", lambda: all(self.api.has_kind(path.stem) for path in crds))
 
     def _wait_for_api(self) -> None:
