@@ -161,7 +161,9 @@ def test_a_cluster_that_has_nothing(start_cluster: Callable[..., Cluster], tmp_p
         operator.stop()
         assert "it has let go of its Lease: it was stopped" in atelier(cluster, "install-check").stdout
 
-        cluster.stop("apiserver", seconds=0)
+        port = int(cluster.certificates.api_url.rpartition(":")[2])
+        cluster.kill("apiserver")
+        until(lambda: not cluster.network.accepts(port), "its port to be closed")
         for arguments in (["status"], ["install-check"], ["stop", "run"]):
             ended = atelier(cluster, *arguments)
             assert (ended.returncode, ended.stdout) == (69, "")
