@@ -33,9 +33,9 @@ def command(environment: Mapping[str, str], *arguments: str) -> tuple[list[str],
     return [sys.executable, "-m", "atelier_cli.main", *arguments], {**kept, **environment}
 
 
-def atelier(cluster: Cluster, *arguments: str, answer: str = "") -> Ended:
-    """The command with the administrator's kubeconfig, in this process."""
-    environment = cluster.environment
+def atelier(cluster: Cluster, *arguments: str, answer: str = "", kubeconfig: Path | None = None) -> Ended:
+    """The command with the administrator's kubeconfig or another one, in this process."""
+    environment = cluster.environment | ({"KUBECONFIG": str(kubeconfig)} if kubeconfig else {})
     # The client reads KUBECONFIG when it is imported.
     with mock.patch.object(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", environment["KUBECONFIG"]):
         ended = CliRunner().invoke(app, arguments, input=answer, env=environment)
@@ -72,8 +72,8 @@ class Place:
         del document["metadata"]["namespace"]
         self.file.write_text(text if text is not None else yaml.safe_dump(document))
 
-    def atelier(self, *arguments: str, answer: str = "") -> Ended:
-        return atelier(self.cluster, *arguments, "-n", self.namespace, answer=answer)
+    def atelier(self, *arguments: str, answer: str = "", kubeconfig: Path | None = None) -> Ended:
+        return atelier(self.cluster, *arguments, "-n", self.namespace, answer=answer, kubeconfig=kubeconfig)
 
     def started(self, *arguments: str) -> Ended:
         """The command as a user starts it."""

@@ -16,7 +16,7 @@ from chart_release import IMAGE, Rights, chart_operator, install_chart
 from cluster.api import place
 from cluster.local import Cluster
 from cluster_documents import queues, resource_quota, run_document
-from cluster_fixtures import FAKE_GPUS, FAKE_NODES
+from cluster_fixtures import KeptClusters
 from operator_process import ClusterRun, OperatorProcess, checked, forget_namespace, until
 
 Make = Callable[..., ClusterRun]
@@ -60,16 +60,12 @@ def engines(request: pytest.FixtureRequest) -> Engines:
 
 
 @pytest.fixture(scope="module")
-def kind_cluster(
-    engines: Engines, request: pytest.FixtureRequest, start_cluster: Callable[..., Cluster]
-) -> Iterator[Cluster]:
-    """The module's full cluster, or one of the kind."""
+def kind_cluster(engines: Engines, request: pytest.FixtureRequest, kept_clusters: KeptClusters) -> Cluster:
+    """The module's full cluster, or the one of the kind."""
     if engines == FULL:
-        yield request.getfixturevalue("fake_cluster")
-        return
-    settings = {"kwok": FAKE_NODES, "gpus_per_node": FAKE_GPUS}
-    with start_cluster(jobset=engines.jobset, kueue=engines.kueue, **settings) as cluster:
-        yield cluster
+        full: Cluster = request.getfixturevalue("fake_cluster")
+        return full
+    return kept_clusters.get((engines.jobset, engines.kueue))
 
 
 @pytest.fixture(scope="module")

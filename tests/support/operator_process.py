@@ -20,23 +20,26 @@ from invariants import broken, changes
 
 Object = dict[str, Any]
 PATIENCE_SECONDS = 90.0
+LONGEST_PAUSE = 0.3
 CHILDREN = ("jobsets", "jobs", "pods", "configmaps", "services")
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> Any:
     """Wait for a condition, which may take long on a busy machine."""
     end = time.monotonic() + seconds
+    pause = 0.05
     while time.monotonic() < end:
         if value := condition():
             return value
-        time.sleep(0.1)
+        time.sleep(pause)
+        pause = min(1.2 * pause, LONGEST_PAUSE)
     raise AssertionError(f"waited {seconds:g} s in vain for {what}")
 
 
 def install_crds(cluster: Cluster) -> None:
     """Our kinds, as the chart brings them."""
-    paths = [argument for resource in resources() for argument in ("-f", str(resource.path))]
-    cluster.kubectl("apply", "--server-side", *paths)
+    for resource in resources():
+        cluster.apply(resource.path.read_text())
     for resource in resources():
         wait_for_crd(cluster, f"{resource.plural}.atelier.dev")
 
@@ -50,11 +53,11 @@ def wait_for_crd(cluster: Cluster, name: str) -> None:
 def checked(cluster: Cluster) -> Iterator[None]:
     """Fails in the end if an invariant was broken at any moment meanwhile, or if a child outlives its run.
     A ClusterQueue of a namespace's name is its quota."""
-    before = len(cluster.audit())
+    before = cluster.audited()
     yield
     until(lambda: not left_behind(cluster), "the deletion of what belonged to runs that are gone")
     quotas = {each["metadata"]["name"]: _gpus(each) for each in cluster.api.items("clusterqueues")}
-    found = broken(changes(cluster.audit()[before:]), quotas)
+    found = broken(changes(cluster.audit(before)), quotas)
     assert not found, "\n".join(found)
 
 
@@ -71,12 +74,9 @@ def left_behind(cluster: Cluster) -> list[str]:
 
 
 def forget_namespace(cluster: Cluster, namespace: str) -> None:
-    """Delete a namespace, its runs first: a namespace waits for its pods, and fake nodes never tell the end of one that is deleted
-    while its Job lives. Such pods would keep their GPUs from the tests that follow."""
-    where = place("namespaces", name=namespace)
-    if cluster.api.get(where) is not None:
-        cluster.api.send("DELETE", place("trainingruns", namespace), None)
-        cluster.api.send("DELETE", where, None)
+    """Delete the runs of a namespace, whose pods would keep their GPUs from the tests that follow. The namespace itself stays: for
+    its end the API server is asked eighty times, for whatever of any kind may be in it."""
+    cluster.api.send("DELETE", place("trainingruns", namespace), None)
 
 
 def _gpus(queue: Object) -> int:

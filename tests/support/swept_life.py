@@ -134,7 +134,7 @@ class Life:
                 assert mine, f"the operator has ended by itself; {self._story()}"
                 self.operator.start()
             assert time.monotonic() < end, f"in vain for {what}; {self._story()}"
-            time.sleep(0.1)
+            time.sleep(0.2)
         return value
 
     def _story(self) -> str:

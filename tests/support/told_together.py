@@ -17,7 +17,7 @@ from operator_process import OperatorProcess
 
 Story = Callable[..., None]
 
-AT_A_TIME = 4
+AT_A_TIME = 8
 
 
 class Stories:

@@ -26,6 +26,14 @@ class WaitingBesideComputing(LoadFileScheduling):
         super()._assign_work_unit(node)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that share kept clusters (tests/support/cluster_fixtures.py) come after each other, those with several kinds last."""
+    kept = {each.path for each in items if "kept_clusters" in getattr(each, "fixturenames", ())}
+    several = {each.path for each in items if "engines" in getattr(getattr(each, "callspec", None), "params", ())}
+    items.sort(key=lambda item: (item.path not in kept, item.path in kept & several))
+
+
 def pytest_configure() -> None:
     if os.environ.get("PYTEST_XDIST_WORKER", WAITS) != WAITS:
         os.nice(_NICE)

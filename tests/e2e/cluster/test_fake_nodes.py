@@ -99,6 +99,7 @@ def test_pods_without_an_annotation_keep_running_also_when_kwok_is_restarted(fak
     wait_for_end(fake_cluster, "later", namespace)
     pods = fake_cluster.get("pods", f"--namespace={namespace}", *selector)["items"]
     assert [pod["status"]["phase"] for pod in pods] == ["Running"] * 2
+    fake_cluster.kubectl("delete", "jobset", "stays", f"--namespace={namespace}")  # other modules want the GPUs
 
 
 def test_kueue_admits_one_of_two_job_sets_within_a_quota(fake_cluster: Cluster) -> None:

@@ -72,7 +72,7 @@ def test_stop_and_resume(place: Place) -> None:
     assert "run run is stopped; `atelier resume run" in followed.stdout
     assert "goes on as soon as there is room" in place.atelier("resume", "run").stdout
     both_pods(place.run)
-    assert place.run.status()["attempt"] == 2
+    until(lambda: place.run.status()["attempt"] == 2, "the status to say that it is the second attempt")
     place.end(ExitCode.DONE)
     place.run.wait("Succeeded")
     ended = place.atelier("stop", "run")

@@ -22,8 +22,8 @@ from swept_life import End, Life
 pytest_plugins = ("cluster_fixtures",)
 pytestmark = [pytest.mark.processes, pytest.mark.sweep, pytest.mark.timeout(2400)]
 
-KILLS_OF_A_LIFE = 3
-AT_A_TIME = int(os.environ.get("SWEEP_LIVES", "4"))
+KILLS_OF_A_LIFE = 4
+AT_A_TIME = int(os.environ.get("SWEEP_LIVES", "5"))
 
 
 @dataclass(frozen=True)

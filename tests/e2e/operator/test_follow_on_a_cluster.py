@@ -126,13 +126,12 @@ def test_an_artist_may_not_see_all_of_it_and_is_told(place: Place) -> None:
     names = ("create", "rolebinding", "artist", "--role=artist", f"--serviceaccount={place.namespace}:default")
     place.cluster.kubectl(*names, "-n", place.namespace)
     kubeconfig = place.cluster.kubeconfig_of_service_account(place.namespace, "default")
-    environment = place.cluster.environment | {"KUBECONFIG": str(kubeconfig)}
-    ended = run_with(environment, "install-check", "-n", place.namespace)
+    ended = place.atelier("install-check", kubeconfig=kubeconfig)
     assert ended.returncode == 1
     found = findings(ended)
     assert (found["operator"], found["profiles"], found["rights"]) == ("unknown", "unknown", "missing")
     assert "you may not delete trainingruns" in ended.stdout
-    refused = run_with(environment, "status", "-A")
+    refused = atelier(place.cluster, "status", "-A", kubeconfig=kubeconfig)
     assert refused.returncode == 77
     (said,) = errors(refused)
     assert said.startswith("the cluster does not allow it: trainingruns.atelier.dev is forbidden")
@@ -162,7 +161,9 @@ def test_a_cluster_that_has_nothing(start_cluster: Callable[..., Cluster], tmp_p
         operator.stop()
         assert "it has let go of its Lease: it was stopped" in atelier(cluster, "install-check").stdout
 
-        cluster.stop("apiserver")
+        port = int(cluster.certificates.api_url.rpartition(":")[2])
+        cluster.kill("apiserver")
+        until(lambda: not cluster.network.accepts(port), "its port to be closed")
         for arguments in (["status"], ["install-check"], ["stop", "run"]):
             ended = atelier(cluster, *arguments)
             assert (ended.returncode, ended.stdout) == (69, "")

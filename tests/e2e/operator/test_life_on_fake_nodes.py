@@ -129,8 +129,7 @@ def test_suspend_stops_and_resume_goes_on(make: Make) -> None:
     assert run.objects("jobsets", "jobs", "pods") == []
     run.patch({"schedule": {"suspend": False}})
     both_pods(run)
-    status = run.status()
-    assert status["attempt"] == 2
+    status = until(lambda: s if (s := run.status())["attempt"] == 2 else None, "a second attempt")
     assert status["restarts"] == {"counted": 0, "uncounted": 0}
 
 

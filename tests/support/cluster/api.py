@@ -17,6 +17,7 @@ from cluster.daemons import ClusterError
 Object = dict[str, Any]
 
 MERGE = "application/merge-patch+json"
+APPLY = "application/apply-patch+yaml"
 _GROUPS = {
     **dict.fromkeys(("pods", "services", "configmaps", "namespaces", "serviceaccounts", "resourcequotas"), "api/v1"),
     **dict.fromkeys(("trainingruns", "trainingprofiles"), "apis/atelier.dev/v1alpha1"),
@@ -40,6 +41,7 @@ class Api:
         self._host = urlsplit(certificates.api_url).netloc
         self._certificates = certificates
         self._local = threading.local()
+        self._known: dict[tuple[str, str], Object] = {}
 
     def get(self, path: str, **query: str) -> Object | None:
         """An object or a list; None where there is none, or no such kind."""
@@ -70,6 +72,25 @@ class Api:
         """A write: POST, PATCH (a merge by default), DELETE. Raises ClusterError with what the server says."""
         kind = "application/json" if verb in ("POST", "PUT", "DELETE") else content_type
         return _checked(verb, path, *self._ask(verb, path, body, kind))
+
+    def apply(self, manifest: Mapping[str, Any]) -> None:
+        """Server-side apply of one object, as `kubectl apply --server-side` does it; in `default` when it names no namespace."""
+        version, kind, metadata = manifest["apiVersion"], manifest["kind"], manifest["metadata"]
+        resource = self._resource(version, kind)
+        where = ["apis" if "/" in version else "api", version]
+        where += ["namespaces", metadata.get("namespace", "default")] if resource["namespaced"] else []
+        path = "/" + "/".join([*where, resource["name"], quote(metadata["name"])])
+        self.send("PATCH", f"{path}?fieldManager=kubectl", manifest, APPLY)
+
+    def _resource(self, version: str, kind: str) -> Object:
+        """What the server says of a kind: its plural name, and whether it is namespaced. It is asked again for one not known yet."""
+        if (version, kind) not in self._known:
+            served = self.get(f"/{'apis' if '/' in version else 'api'}/{version}") or {}
+            found = (each for each in served.get("resources", ()) if "/" not in each["name"])
+            self._known |= {(version, each["kind"]): each for each in found}
+        if (version, kind) not in self._known:
+            raise ClusterError(f"the API server does not serve {kind} of {version}")
+        return self._known[version, kind]
 
     def _ask(self, verb: str, path: str, body: Mapping[str, Any] | None, kind: str) -> tuple[int, Object]:
         headers = {"Accept": "application/json", **({"Content-Type": kind} if body is not None else {})}

@@ -128,12 +128,16 @@ def audit_log(state: Path) -> Path:
     return state / "audit.log"
 
 
-def read_audit(state: Path) -> list[dict[str, Any]]:
-    """Every finished request in the order of the log. A line that is still being written is left out."""
+def read_audit(state: Path, since: int = 0) -> list[dict[str, Any]]:
+    """Every finished request in the order of the log, from a byte on. A line that is still being written is left out, and so is one of
+    which the beginning lies before `since`."""
     path = audit_log(state)
     if not path.exists():
         return []
-    lines = path.read_text(errors="replace").split("\n")[:-1]
+    with path.open("rb") as log:
+        log.seek(max(since - 1, 0))
+        text = log.read().decode(errors="replace")
+    lines = text.split("\n")[1 if since else 0 : -1]
     return [json.loads(line) for line in lines if line]
 
 

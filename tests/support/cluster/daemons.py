@@ -12,6 +12,7 @@ from pathlib import Path
 from cluster.network import Network
 
 _STOP_SECONDS = 10.0
+_LAZY = {"GOGC": "300"}  # garbage of Go is collected less often: a tenth less work for some hundred megabytes
 
 
 class ClusterError(RuntimeError):
@@ -53,7 +54,7 @@ class Daemons:
         with self.log(name).open("ab") as log:
             child = subprocess.Popen(
                 [*self.tie, *record["command"]],
-                env={**os.environ, **record["environment"]},
+                env={**os.environ, **_LAZY, **record["environment"]},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

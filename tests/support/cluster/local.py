@@ -29,6 +29,7 @@ from cluster.network import Network
 from go_build import silent
 
 Manifest = Mapping[str, Any]
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SUPPORT = Path(__file__).resolve().parents[1]
 
 
@@ -73,24 +74,23 @@ class Cluster:
         detached: bool = False,
         node_grace_seconds: int | None = None,
         images_in_memory: bool = True,
+        crds: Sequence[Path] = (),
         report: Callable[[str], None] = silent,
     ) -> Self:
         """A new cluster that is ready for pods, with `nodes` real nodes (0 to 9) and `kwok` fake ones.
 
         `report` gets progress lines. A `detached` cluster stays until it is removed. A node that says nothing is given up after
-        `node_grace_seconds` (Kubernetes: 50). Images of more than 3 GB need the disk (`images_in_memory=False`). Raises ClusterError.
+        `node_grace_seconds` (Kubernetes: 50). Images of more than 3 GB need the disk (`images_in_memory=False`). Of kinds in files
+        of `crds` the garbage collector knows from the beginning. Raises ClusterError.
         """
         if not 0 <= nodes <= 9:
             raise ClusterError(f"nodes is {nodes}; a cluster has 0 to 9 real nodes")
         if (reason := why_not(nodes=nodes)) is not None:
             raise ClusterError(reason)
         state.remove_orphans()
-        wanted = [*programs.CONTROL_PLANE]
-        wanted += ["kwok"] if kwok else []
-        wanted += ["jobset"] if jobset else []
-        wanted += ["kueue"] if kueue else []
-        wanted += programs.REAL_NODES if nodes else []
-        programs.build_all(wanted, report)
+        engines = [name for name, wanted in (("jobset", jobset), ("kueue", kueue)) if wanted]
+        beside = [*(["kwok"] if kwok else []), *(programs.REAL_NODES if nodes else [])]
+        programs.build_all([*programs.CONTROL_PLANE, *engines, *beside], report)
         if nodes:
             real_nodes.prepare(report)
         owner = own_identity()
@@ -104,9 +104,9 @@ class Cluster:
         with state.removed_on_error(record):
             cluster = cls(record, report)
             cluster._start_api(ports)
-            engines = [name for name, wanted in (("jobset", jobset), ("kueue", kueue)) if wanted]
             for name in engines:
                 cluster._start_addon(name)
+            cluster._serve(crds)
             # After the kinds that its garbage collector has to follow: it looks for new ones every thirty seconds only.
             control_plane.start_controller_manager(cluster.daemons, cluster.certificates, ports, node_grace_seconds)
             control_plane.start_scheduler(cluster.daemons, cluster.certificates, ports)
@@ -154,9 +154,10 @@ class Cluster:
 
     def apply(self, manifests: str | Manifest | Sequence[Manifest]) -> None:
         """Server-side apply of YAML text, of one manifest or of several."""
-        if not isinstance(manifests, str):
-            manifests = yaml.safe_dump_all([manifests] if isinstance(manifests, Mapping) else list(manifests))
-        self.kubectl("apply", "--server-side", "-f", "-", input=manifests)
+        if isinstance(manifests, str):
+            manifests = [each for each in yaml.load_all(manifests, _LOADER) if each]
+        for manifest in [manifests] if isinstance(manifests, Mapping) else manifests:
+            self.api.apply(manifest)
 
     def make_namespace(self, name: str) -> str:
         """A new namespace in which pods can be made; gives its name."""
@@ -168,9 +169,14 @@ class Cluster:
         """What helm prints. Raises ClusterError with its message when it fails."""
         return self._run([str(programs.program("helm", self._report)), *arguments])
 
-    def audit(self) -> list[dict[str, Any]]:
-        """Every request that the API server has finished, oldest first; with bodies of writes to what tests look at."""
-        return control_plane.read_audit(self.state)
+    def audit(self, since: int = 0) -> list[dict[str, Any]]:
+        """Every request that the API server has finished, oldest first; with bodies of writes to what tests look at. `since`: only
+        those after a moment that `audited` gave."""
+        return control_plane.read_audit(self.state, since)
+
+    def audited(self) -> int:
+        """This moment: how much is in the audit log."""
+        return control_plane.audit_log(self.state).stat().st_size
 
     def kubeconfig_of_service_account(self, namespace: str, account: str, url: str = "") -> Path:
         """A kubeconfig with a token of the account, valid for an hour, to act with no more than its rights. `url`: of a relay
@@ -290,6 +296,12 @@ class Cluster:
         port = int(listen[1].rpartition(":")[2])
         self.daemons.wait_until(name, lambda: listen[0].accepts(port))
 
+    def _serve(self, crds: Sequence[Path]) -> None:
+        for path in crds:
+            self.apply(path.read_text())
+        if crds:
+            wait_for("kinds not served", lambda: all(self.api.has_kind(path.stem) for path in crds))
+
     def _wait_for_api(self) -> None:
         self.daemons.wait_until("apiserver", self.api.is_ready)
 
@@ -319,7 +331,7 @@ class Cluster:
         self._run(["ip", "-n", self.network.namespace, "link", "set", node, direction])
 
     def _run(self, command: list[str], input: str | None = None) -> str:
-        environment = {**os.environ, **self.environment}
+        environment = {**os.environ, **self.environment, "GOGC": "off"}  # it ends soon
         result = subprocess.run(command, input=input, env=environment, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             shown = " ".join(
