@@ -147,7 +147,8 @@ def _is_here(path: Path, size: int) -> bool:
 
 
 def _local_name(info: ObjectInfo) -> str:
-    marks = f"{info.key}\n{info.size}\n{info.modified}"
+    """Another one for another content. By the time only where the store has no mark: S3's clock counts whole seconds."""
+    marks = f"{info.key}\n{info.size}\n{info.etag or info.modified}"
     return hashlib.sha256(marks.encode()).hexdigest()[:32] + "." + _extension(info.key)
 
 

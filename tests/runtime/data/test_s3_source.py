@@ -43,6 +43,7 @@ def test_a_prefix_is_trained_on_like_a_folder_and_fetched_only_once(
 
 
 def test_a_new_caption_in_the_bucket_is_found_at_the_next_start(run: RunFile) -> None:
+    """As long as the one before, and mostly written within the same second: only its ETag differs."""
     built(run)
     open_store(URI, run.spec.storage.s3).put_bytes("sub/002.txt", b"another text")
     _, family = built(run)
