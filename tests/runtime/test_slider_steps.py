@@ -13,7 +13,6 @@ from torch import Tensor
 from atelier_api.run_file import RunFile
 from atelier_runtime import launch, parallel
 from atelier_runtime.adapters import at_strength
-from atelier_runtime.checkpoint import WriterProcess
 from atelier_runtime.reporter import History
 from atelier_runtime.sampling import draw_samples
 from atelier_runtime.trainer import Parts, Trainer, build_state
@@ -40,16 +39,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="module")
-def rank(folder: Path) -> Iterator[parallel.Distributed]:
-    yield parallel.start(slider_run(folder, "any").plan)
+@pytest.fixture(scope="module", autouse=True)
+def _no_group_is_left() -> Iterator[None]:
+    yield
     parallel.stop()
 
 
 @pytest.fixture(scope="module", params=[False], ids=["kept"])
-def prepared(folder: Path, rank: parallel.Distributed, request: pytest.FixtureRequest) -> Parts:
-    plan = slider_run(folder, f"recompute {request.param}", recompute=request.param)
-    parts = launch.prepare(launch.open_session(plan, rank, WriterProcess(Path(plan.scratch)), launch.StopFlag()))
+def prepared(folder: Path, request: pytest.FixtureRequest) -> Parts:
+    parts = launch.prepare(opened(slider_run(folder, f"recompute {request.param}", recompute=request.param)))
     parts.checkpointer.close()
     return parts
 
@@ -204,7 +202,6 @@ def test_prompts_are_drawn_each_at_its_own_strength(trainer: Trainer) -> None:
     assert set(drawn()) == {at_0}  # a new adapter changes nothing at any strength, and at 0 none does
 
 
-@pytest.mark.usefixtures("rank")
 def test_a_run_that_goes_on_has_the_steps_and_the_weights_of_one_that_was_never_stopped(folder: Path) -> None:
     """Stopped behind a neutral step, which leaves nothing in the optimizer."""
     straight = trained(slider_run(folder, "straight", steps=5))
@@ -217,8 +214,6 @@ def test_a_run_that_goes_on_has_the_steps_and_the_weights_of_one_that_was_never_
 
 
 def trained(plan: RunFile) -> Parts:
-    """By a session with a writer, which must find no group when it is forked."""
-    parallel.stop()
     parts = launch.prepare(opened(plan))
     try:
         parts.reporter.training(parts.state.step)

@@ -8,6 +8,7 @@ from atelier_runtime.checkpoint import WriterProcess
 
 
 def opened(file: RunFile) -> launch.Session:
-    """The session of a run of one process, as `launch.main` opens it. The caller stops the process group."""
+    """The session of a run of one process, as `launch.main` opens it, in place of another one. The caller stops the process group."""
+    parallel.stop()  # a writer must find none
     writer = WriterProcess(Path(file.scratch))
     return launch.open_session(file, parallel.start(file.plan), writer, launch.StopFlag())
