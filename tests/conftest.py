@@ -20,7 +20,7 @@ pytest_plugins = ("conformance", "suite_times", "waiting_tests")
 try:
     import torch
 except ImportError:  # the API, planner and command line are tested without torch as well
-    pass
+    torch = None
 else:
     torch.set_num_threads(1)
 
@@ -28,6 +28,13 @@ else:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes goes first: a file of it that is left for the end keeps one worker busy and the other idle."""
     items.sort(key=lambda item: not {"processes", "sweep"} & {mark.name for mark in item.iter_markers()})
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A test draws the same numbers, whichever came before it and made what they share."""
+    if torch is not None:
+        torch.manual_seed(0)
 
 
 def pytest_collection_finish() -> None:

@@ -37,17 +37,19 @@ def shared_case(name: str) -> SharedCase:
 @cache
 def _case(name: str) -> Case:
     """Never handed out: its denoisers are as they were made."""
-    return make_case(name)
+    with torch.random.fork_rng(devices=[]):  # whoever comes first draws what the others draw
+        return make_case(name)
 
 
 @cache
 def _conditions(
     name: str, prompts: tuple[str | None, ...], guidance: float | None, samples: tuple[int, ...] | None
 ) -> Conditions:
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         return _case(name).conditions(prompts, guidance, samples)
 
 
 @cache
 def _latents(name: str, count: int) -> Tensor:
-    return _case(name).latents(count)
+    with torch.random.fork_rng(devices=[]):
+        return _case(name).latents(count)

@@ -47,7 +47,7 @@ def save_tiny(name: str, folder: Path) -> Path:
 @cache
 def _saved(name: str) -> dict[Path, bytes]:
     """The files of the tiny checkpoint, by their place in its folder."""
-    with TemporaryDirectory() as made:
+    with TemporaryDirectory() as made, torch.random.fork_rng(devices=[]):
         tiny_pipeline(name).save_pretrained(made)
         folder = Path(made)
         return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
