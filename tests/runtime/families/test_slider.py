@@ -58,6 +58,6 @@ def test_an_adapter_at_strength_minus_k_is_one_of_that_scale_and_at_0_it_is_the_
                     parameter *= -1.5 if second in key else 1.0
             expected, expected_gradients = trained_at(1.0)
             torch.testing.assert_close(prediction, expected, atol=1e-5, rtol=1e-4)
-            for key, gradient in gradients.items():
+            for key, gradient in gradients.items():  # a wrong strength is far off: a thousandth is what fp32 needs
                 found = gradient / -1.5 if second in key else gradient
-                assert (found - expected_gradients[key]).norm() <= 1e-4 * expected_gradients[key].norm(), key
+                assert (found - expected_gradients[key]).norm() <= 1e-3 * expected_gradients[key].norm(), key
