@@ -1,7 +1,7 @@
-"""A whole run of one family of each kind, from its YAML and a tiny checkpoint in a folder laid out as the hub's to its exports.
+"""A whole run of one family of each kind, by the command that users type, from a tiny checkpoint in a folder laid out as the hub's.
 
-Pictures by flow with three encoders are in test_local_run.py, which types the command; here, where each family differs, the rank is a
-fork (see `runs`). Pairs are in test_pairs.py.
+Pictures by flow with three encoders are in test_local_run.py, pairs in test_pairs.py. A second family of a kind is trained by a rank
+that is a fork (see `runs`).
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ SLOW = 4000
 
 @dataclass(frozen=True)
 class Kind:
-    """A tiny checkpoint, how it is trained, and what its run publishes beside the samples."""
+    """A tiny checkpoint, how it is trained, and what its run publishes beside the samples. `typed`: by the command."""
 
     checkpoint: str
     exports: tuple[str, ...] = ("diffusers/pytorch_lora_weights.safetensors", "kohya/kind.safetensors")
@@ -36,6 +36,7 @@ class Kind:
     shown: int = 1
     precision: str = "fp32"
     steps: int = 2
+    typed: bool = True
 
 
 DIFFUSERS_ALONE = ("diffusers/pytorch_lora_weights.safetensors",)
@@ -49,14 +50,16 @@ TWO_EXPERTS = tuple(
     )
 )
 KINDS = {
-    "pictures by flow, packed tokens": Kind("flux", precision="bf16"),
+    "pictures by flow, packed tokens": Kind("flux", precision="bf16", typed=False),
     "pictures by diffusion, a UNet": Kind("sdxl", precision="bf16"),
     "pictures by a mixture of experts": Kind("hidream"),
     "clips of text": Kind("wan", precision="bf16"),
     "clips of a picture": Kind("wan_i2v", prompt={"image": "first.png"}, precision="bf16"),
     "clips of two experts": Kind("wan22", TWO_EXPERTS, steps=8),
-    "clips that go on": Kind("longcat_video_continued", DIFFUSERS_ALONE, prompt={"image": "clips/0.mp4"}, shown=5),
-    "pictures by diffusion on a cosine, decoded by another model": Kind("stable_cascade", DIFFUSERS_ALONE),
+    "clips that go on": Kind(
+        "longcat_video_continued", DIFFUSERS_ALONE, prompt={"image": "clips/0.mp4"}, shown=5, typed=False
+    ),
+    "pictures by diffusion on a cosine, decoded by another model": Kind("stable_cascade", DIFFUSERS_ALONE, typed=False),
     "songs": Kind("ace_step", DIFFUSERS_ALONE, prompt={"lyrics": "one two three"}, precision="bf16"),
 }
 
@@ -124,7 +127,10 @@ def run_of(kind: Kind, folder: Path) -> LocalRun:
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_a_run_trains_draws_and_publishes(kind: Kind, tmp_path: Path) -> None:
     run = run_of(kind, tmp_path)
-    run.train_in_forks()
+    if kind.typed:
+        run.train()
+    else:
+        run.train_in_forks()
     assert_finished(run.folder, kind.steps)
     exports = run.folder / "exports"
     files = list(exports.rglob("*.safetensors"))

@@ -1,4 +1,7 @@
-"""Whole runs on pairs: a tiny Kontext checkpoint, real digits, each with its negative as reference. Ranks are forks (see `runs`)."""
+"""Whole runs on pairs: a tiny Kontext checkpoint, real digits, each with its negative as reference.
+
+One is trained by the command that users type, the others by ranks that are forks (see `runs`).
+"""
 
 from pathlib import Path
 from typing import Any
@@ -33,9 +36,6 @@ def test_a_run_on_pairs_trains_resumes_draws_and_publishes(tmp_path: Path) -> No
     ]
     broken = pairs(tmp_path, "broken", hyperparameters={"steps": 2}, validation={"prompts": prompts, "steps": 2})
     broken.train_in_forks()
-    told = broken.told_of_data()
-    assert "no reference 1, kept 8" in told
-    assert "no picture 0008.*" in told
     broken.changed(hyperparameters={"steps": 4}).train_in_forks()
     straight = pairs(tmp_path, "straight")
     straight.train_in_forks()
@@ -47,7 +47,9 @@ def test_a_run_on_pairs_trains_resumes_draws_and_publishes(tmp_path: Path) -> No
 
     once = {"hyperparameters": {"steps": 1}, "parallelism": {"processesPerNode": 1}}
     blank = pairs(tmp_path, "blank", originals="blank", **once)
-    blank.train_in_forks()
+    told = blank.train()
+    assert "no reference 1, kept 8" in told
+    assert "no picture 0008.*" in told
     # The references reach the network in training.
     assert history(blank)[0] != pytest.approx(history(straight)[0], rel=1e-4)
 
