@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,11 +54,14 @@ class Node:
         ranks: str,
         *,
         processes: int = 1,
+        node_rank: int = 0,
+        nodes: int = 1,
+        rendezvous: str = "localhost:0",
         **spec: Any,
     ) -> None:
-        path = self.folder / "run-0.json"
+        path = self.folder / f"run-{node_rank}.json"
         quick = {"retry": {"backoffSeconds": 0, "maxRestarts": 1}, "schedule": {"terminationGraceSeconds": 60}}
-        run_file(self.folder, processes=processes, **{**quick, **spec}).write(path)
+        run_file(self.folder, processes=processes, nodes=nodes, **{**quick, **spec}).write(path)
         command = [
             sys.executable,
             "-m",
@@ -67,9 +71,16 @@ class Node:
             "--launch-module",
             "fake_launch",
         ]
-        command += ["--termination-message", str(self.folder / "termination")]
+        command += [
+            "--node-rank",
+            str(node_rank),
+            "--rendezvous",
+            rendezvous,
+            "--termination-message",
+            str(self.folder / "termination"),
+        ]
         environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "FAKE_RANKS": ranks}
-        self.log = (self.folder / "agent-0.log").open("w+")
+        self.log = (self.folder / f"agent-{node_rank}.log").open("w+")
         self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log, text=True)
 
     def wait(self) -> int:
@@ -295,3 +306,23 @@ def test_the_ranks_stop_when_the_agent_is_killed(node: Node) -> None:
         lambda: not [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE],
         "the ranks to stop",
     )
+
+
+@pytest.mark.processes
+def test_two_nodes_agree_on_the_cause_and_leave_the_restart_to_their_gang(tmp_path: Path, node: Node) -> None:
+    other = Node(tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        meeting = f"localhost:{probe.getsockname()[1]}"
+    try:
+        node.start("done,broken", nodes=2, rendezvous=meeting)
+        other.start("done,broken", nodes=2, node_rank=1, rendezvous=meeting)
+        assert other.wait() == ExitCode.INTERNAL
+        second = AgentResult.model_validate_json(node.scratch.result(1).read_bytes())
+        assert (second.rank, second.message) == (1, "division by zero")
+        node.signal(signal.SIGTERM)
+        node.wait()
+        assert not node.scratch.run_file("1.1", 0).exists()
+    finally:
+        if other.process is not None and other.process.poll() is None:
+            other.process.kill()
