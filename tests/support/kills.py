@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from atelier_runtime.store import Store
 
 _CHANGING = {"put_bytes", "put_file", "delete", "remove_unfinished"}
@@ -94,3 +96,17 @@ def acknowledge(path: Path, step: int) -> None:
 def acknowledged(path: Path) -> list[int]:
     """The steps in such a file."""
     return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process that has not ended."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def wait_until_gone(pid: int) -> None:
+    """Half a minute at most."""
+    for _ in range(600):
+        if not is_running(pid):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} still runs")

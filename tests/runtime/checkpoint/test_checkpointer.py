@@ -10,26 +10,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
-from queue import Queue
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from atelier_api.errors import CredentialsError, StoreError
-from atelier_runtime import parallel
 from atelier_runtime.checkpoint import Checkpointer, WriterProcess
-from atelier_runtime.checkpoint.messages import Save, Superseded
-from atelier_runtime.checkpoint.ranks import Group
-from atelier_runtime.checkpoint.save import rendezvous
-from atelier_runtime.checkpoint.snapshot import SnapshotFacts
-from atelier_runtime.checkpoint.writer import Writer
 from atelier_runtime.store import open_store
 from checkpoint_runs import OneRank, TinyRun, blank_state, state_of
-from kills import acknowledge, acknowledged, in_fork, pauses
+from kills import acknowledge, acknowledged, in_fork, is_running, pauses, wait_until_gone
 from s3_server import BUCKET, S3Server
 from s3_settings import s3_settings
 
@@ -73,18 +65,6 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     assert checkpointer.poll() == []
     assert not is_running(checkpointer._process.pid)
     assert list(run.staging.iterdir()) == []
-
-
-def is_running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
-def wait_until_gone(pid: int) -> None:
-    for _ in range(600):
-        if not is_running(pid):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"process {pid} still runs")
 
 
 @processes
@@ -230,35 +210,6 @@ def test_the_writer_dies_with_its_trainer(run: TinyRun, tmp_path: Path) -> None:
 
 
 @processes
-def test_a_writer_that_has_nothing_to_write_ends_with_its_trainer(tmp_path: Path) -> None:
-    note = tmp_path / "pid"
-    code = in_fork(lambda: acknowledge(note, WriterProcess(tmp_path).process.pid), kill_after=None)
-    assert code == 0
-    (writer,) = acknowledged(note)
-    wait_until_gone(writer)
-
-
-@processes
-def test_a_writer_has_a_name_and_a_session_of_its_own(tmp_path: Path) -> None:
-    writer = WriterProcess(tmp_path)
-    while (name := writer.process.name()) != "atelier-writer":
-        assert name == psutil.Process().name()  # it has just been forked
-        time.sleep(0.01)
-    assert os.getsid(writer.process.pid) == writer.process.pid
-    writer.pipe.close()
-    assert writer.process.wait(60) == 0
-
-
-def test_a_writer_is_not_forked_beside_a_process_group(run: TinyRun, tmp_path: Path) -> None:
-    parallel.start(run.run_file.plan)
-    try:
-        with pytest.raises(RuntimeError, match="forked before the process group"):
-            WriterProcess(tmp_path)
-    finally:
-        parallel.stop()
-
-
-@processes
 def test_kills_of_trainer_and_writer_lose_nothing_that_was_acknowledged(run: TinyRun, tmp_path: Path) -> None:
     acks = tmp_path / "acks"
 
@@ -330,86 +281,3 @@ def test_refused_credentials_are_told_before_training(
     run = TinyRun.make(tmp_path, open_store(f"s3://{BUCKET}/refused", s3_settings(s3_environment)))
     with pytest.raises(CredentialsError, match="SignatureDoesNotMatch"):
         open_checkpointer(run)
-
-
-class _TwoRanks:
-    """A group of two threads."""
-
-    def __init__(self) -> None:
-        self._barrier = threading.Barrier(2)
-        self._values: dict[int, int] = {}
-
-    def of(self, rank: int) -> Any:
-        group = self
-
-        class Place:
-            def gather(self, value: int) -> list[int]:
-                group._values[rank] = value
-                group._barrier.wait(10)
-                values = [group._values[0], group._values[1]]
-                group._barrier.wait(10)
-                return values
-
-        return Place()
-
-
-class _Trainer:
-    """Gives its writer the next of its saves whenever the writer says that the one before is superseded."""
-
-    def __init__(self, steps: list[int]) -> None:
-        self.saves: Queue[Save] = Queue()
-        self._steps = iter(steps)
-        self.told: list[int] = []
-        self.first = self.next()
-
-    def next(self) -> Save:
-        return Save(next(self._steps), 0, SnapshotFacts(0, 0, 0, sharded=False), 0.0)
-
-    def send(self, message: object) -> None:
-        assert isinstance(message, Superseded)
-        self.told.append(message.step)
-        self.saves.put(self.next())
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "agreed"),
-    [([20], [20], 20), ([20, 30], [30], 30), ([30], [20, 30], 30), ([20, 40], [30, 40], 40), ([20, 30, 40], [40], 40)],
-)
-def test_writers_that_were_given_different_saves_agree_on_the_newest(
-    first: list[int], second: list[int], agreed: int
-) -> None:
-    group = _TwoRanks()
-    trainers = [_Trainer(first), _Trainer(second)]
-    chosen: dict[int, int] = {}
-
-    def agree(rank: int) -> None:
-        trainer = trainers[rank]
-        writer = Writer(trainer, [], trainer.saves)  # type: ignore[arg-type]
-        chosen[rank] = writer._agree(group.of(rank), trainer.first).step
-
-    threads = [threading.Thread(target=agree, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert chosen == {0: agreed, 1: agreed}
-    assert [trainer.told for trainer in trainers] == [first[:-1], second[:-1]]
-
-
-def test_writers_are_told_an_address_and_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name of a pod is gone while the pod still commits its last checkpoint."""
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    group = _TwoNodes()
-    store, address = rendezvous(cast(Group, group), nodes=[0, 1])
-    assert store is not None
-    assert address is not None
-    assert (ip_address(address[0]).is_loopback, address[1]) == (True, store.port)
-
-
-class _TwoNodes:
-    """Rank 0's view of two ranks on two nodes."""
-
-    rank, world_size = 0, 2
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value, None]
