@@ -308,7 +308,7 @@ def test_the_program_of_the_report_loads_an_exported_lora_into_the_stock_pipelin
         loaded, _ = predicted(case, getattr(pipe, component), conditions)
         expected, _ = predicted(case, denoiser, conditions)
         base_prediction, _ = predicted(case, case.denoisers[component], conditions)
-        torch.testing.assert_close(loaded, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(loaded, expected, atol=1e-4, rtol=1e-4)  # a tenth of what the LoRA does, and less
         assert (loaded - base_prediction).abs().max() > 1e-3
 
 
