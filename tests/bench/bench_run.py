@@ -5,12 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from atelier_api.run_file import ExecutionPlan, RunFile, RunIdentity
 from atelier_api.v1alpha1 import TrainingRunSpec
-from atelier_runtime import parallel
-from atelier_runtime.checkpoint import Checkpointer, WriterProcess
+from atelier_runtime.checkpoint import Checkpointer
 from atelier_runtime.data import build_dataset
 from atelier_runtime.denoisers import Denoisers
 from atelier_runtime.families import get_family
@@ -20,6 +17,7 @@ from atelier_runtime.reporter import Reporter
 from atelier_runtime.store import open_store
 from atelier_runtime.trainer import Parts, build_run_objective, build_state, staging_folder
 from runs import write_digits
+from sessions import alone
 from tiny_data import no_report
 
 BASE_MODEL = Path(__file__).parents[2] / "examples" / "demo" / "base"
@@ -121,19 +119,11 @@ def bench_run_file(folder: Path, *, batch_size: int = 1, steps: int = 1) -> RunF
     )
 
 
-def one_process(folder: Path) -> tuple[parallel.Distributed, WriterProcess]:
-    """This process, and a writer of its own: one that is forked must not find a group, so that of an earlier call ends."""
-    if torch.distributed.is_initialized():
-        parallel.stop()
-    writer = WriterProcess(folder)
-    return parallel.start(plan(1)), writer
-
-
 def bench_run(folder: Path, *, batch_size: int, steps: int) -> BenchRun:
     """The parts as `launch.prepare` makes them. The caller closes the checkpointer."""
     write_digits(folder / "pictures", PICTURES)
     run_file = bench_run_file(folder, batch_size=batch_size, steps=steps)
-    distributed, writer = one_process(folder)
+    distributed, writer = alone(plan(1), folder)
     family, clock = get_family("sd3"), LoopClock()
     store = open_store(run_file.store_uri, run_file.spec.storage.s3)
     metrics = TrainMetrics(0, clock=clock)

@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from bench_run import bench_run, bench_run_file, one_process
+from bench_run import bench_run, bench_run_file, plan
 from pairs import Columns, Findings, Ratio, Row, Turns, at_most, ratio
 from peer_loop import BareLoop
 from torch import Tensor
 
 from atelier_runtime.checkpoint import Checkpointer
 from atelier_runtime.store import open_store
+from sessions import alone
 
 TENSOR_BYTES = 4 << 20
 ALONE_STEPS = 30
@@ -51,7 +52,7 @@ class OurSave:
     def __init__(self, folder: Path) -> None:
         run_file = bench_run_file(folder)
         store = open_store(run_file.store_uri, run_file.spec.storage.s3)
-        distributed, writer = one_process(folder)
+        distributed, writer = alone(plan(1), folder)
         self._checkpointer = Checkpointer(run_file, distributed, store, folder / "staging", writer=writer)
         self._step = 0
 

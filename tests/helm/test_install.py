@@ -103,13 +103,13 @@ def test_the_operator_needs_no_right_that_the_chart_does_not_give(
 
 def assert_no_right_is_missing(cluster: Cluster, namespace: str, profile: str, log: Path) -> None:
     """In a life of two runs with a default profile of this kind."""
-    known = len(cluster.audit())
+    known = cluster.audited()
     operator = chart_operator(cluster, log).start()
     try:
         live_a_life(cluster, namespace, {"kind": profile, "name": "default"})
     finally:
         operator.stop()
-    asked = [each for each in cluster.audit()[known:] if each["user"]["username"] == USER]
+    asked = [each for each in cluster.audit(known) if each["user"]["username"] == USER]
     refused = {(each["verb"], each["requestURI"]) for each in asked if each["responseStatus"]["code"] == 403}
     assert asked
     assert refused == set(), operator.text()[-3000:]

@@ -2,13 +2,19 @@
 
 from pathlib import Path
 
-from atelier_api.run_file import RunFile
+from atelier_api.run_file import ExecutionPlan, RunFile
 from atelier_runtime import launch, parallel
 from atelier_runtime.checkpoint import WriterProcess
 
 
 def opened(file: RunFile) -> launch.Session:
     """The session of a run of one process, as `launch.main` opens it, in place of another one. The caller stops the process group."""
-    parallel.stop()  # a writer must find none
-    writer = WriterProcess(Path(file.scratch))
-    return launch.open_session(file, parallel.start(file.plan), writer, launch.StopFlag())
+    distributed, writer = alone(file.plan, Path(file.scratch))
+    return launch.open_session(file, distributed, writer, launch.StopFlag())
+
+
+def alone(plan: ExecutionPlan, folder: Path) -> tuple[parallel.Distributed, WriterProcess]:
+    """A process group of this process in place of an earlier one, and a writer, which is forked where there is none."""
+    parallel.stop()
+    writer = WriterProcess(folder)
+    return parallel.start(plan), writer

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from cluster.local import Cluster
+from cluster.local import LOADER, Cluster
 from operator_process import free_port
 from tls import Pair, make_pair
 
@@ -48,7 +48,7 @@ class BesideWebhook:
         """As the chart has it, rendered once."""
         if self._rendered is None:
             text = self._cluster.helm("template", "atelier", str(CHART), "--set=operator.image.repository=x")
-            rendered = yaml.load_all(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            rendered = yaml.load_all(text, LOADER)
             self._rendered = next(
                 each for each in rendered if each and each["kind"] == "ValidatingWebhookConfiguration"
             )

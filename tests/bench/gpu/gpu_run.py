@@ -16,7 +16,7 @@ from atelier_api.run_file import RunFile
 from atelier_operator.planner import Machine, Paths, plan, resolve, table_facts
 from atelier_operator.planner.memory import Choice, Prediction, predict
 from atelier_runtime import adapters, parallel
-from atelier_runtime.checkpoint import Checkpointer, WriterProcess
+from atelier_runtime.checkpoint import Checkpointer
 from atelier_runtime.data import Dataset, MicroBatch
 from atelier_runtime.data.order import SampleOrder, Slot
 from atelier_runtime.denoisers import Denoisers
@@ -28,6 +28,7 @@ from atelier_runtime.store import open_store
 from atelier_runtime.trainer import Parts, build_run_objective, build_state, staging_folder
 from family_models import PUBLISHED
 from planned_runs import run as valid_run
+from sessions import alone
 
 SAMPLES = 64
 STEPS = 1_000_000
@@ -146,9 +147,9 @@ def build(
     work: Workload, file: RunFile, folder: Path, distributed: parallel.Distributed, *, compiled: bool = False
 ) -> Parts:
     """The parts as `launch.prepare` makes them from a checkpoint and a data set. The caller closes the checkpointer."""
-    parallel.stop()  # a writer must find no group when it is forked
-    writer = WriterProcess(folder)  # there may be a GPU already, unlike in a run: the writer touches none
-    parallel.start(file.plan)
+    distributed, writer = alone(
+        file.plan, folder
+    )  # there may be a GPU already, unlike in a run: the writer touches none
     family = get_family(work.family)
     model = random_denoiser(work, distributed.device)
     dataset = EncodedSamples(work, file, model, distributed.device)

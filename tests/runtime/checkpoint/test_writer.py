@@ -1,6 +1,7 @@
 """The writer process, and the writers of several ranks among themselves."""
 
 import os
+import sys
 import threading
 import time
 from ipaddress import ip_address
@@ -34,6 +35,7 @@ def test_a_writer_that_has_nothing_to_write_ends_with_its_trainer(tmp_path: Path
 
 
 @processes
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process keeps its name")
 def test_a_writer_has_a_name_and_a_session_of_its_own(tmp_path: Path) -> None:
     writer = WriterProcess(tmp_path)
     while (name := writer.process.name()) != "atelier-writer":

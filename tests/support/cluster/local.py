@@ -29,7 +29,7 @@ from cluster.network import Network
 from go_build import silent
 
 Manifest = Mapping[str, Any]
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SUPPORT = Path(__file__).resolve().parents[1]
 
 
@@ -155,7 +155,7 @@ class Cluster:
     def apply(self, manifests: str | Manifest | Sequence[Manifest]) -> None:
         """Server-side apply of YAML text, of one manifest or of several."""
         if isinstance(manifests, str):
-            manifests = [each for each in yaml.load_all(manifests, _LOADER) if each]
+            manifests = [each for each in yaml.load_all(manifests, LOADER) if each]
         for manifest in [manifests] if isinstance(manifests, Mapping) else manifests:
             self.api.apply(manifest)
 
